@@ -1,0 +1,1 @@
+"""What must be identical in every stage; knows no stage."""

@@ -1,0 +1,170 @@
+"""The hand-off: publish a stage directory in transformers' own layout, verify it, load it.
+
+A directory counts once its manifest.json (size and sha256 of every file) is there: it is written last, and removed
+before anything it vouches for is touched.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common.config import InputError
+from common.hf import export_config, export_weights, import_config, import_weights, read_config, read_weights
+from common.model import GPT, GPTConfig, RewardModel
+from common.tokenizer import Tokenizer
+
+Kind = Literal["lm", "reward"]
+MANIFEST = "manifest.json"
+NAMES = {"lm": "language model", "reward": "reward model"}
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "peft", "trl", "deepspeed", "datasets")
+
+
+def publish(
+    folder: str | Path,
+    model: GPT | RewardModel,
+    tokenizer: Tokenizer,
+    stage: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model, tokenizer and stage.json to `folder`, crash-safe. `weights`: the model's state when gathered elsewhere."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    config = export_config(model, {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id})
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files = {
+        "config.json": dump(config),
+        "model.safetensors": save(export_weights(model, weights), metadata={"format": "pt"}),
+        "stage.json": dump(stage),
+    }
+    if isinstance(model, GPT):
+        # Plain sampling is what the model was trained for; greedy and truncation are the caller's choice.
+        files["generation_config.json"] = dump({**tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    tokenizer.save(folder, max_length=model.config.max_length)
+    vouch(folder)
+
+
+def vouch(folder: Path) -> None:
+    """Write the manifest over every file that a hand-off consists of; from here on the directory counts."""
+    names = {"config.json", "generation_config.json", "model.safetensors", "stage.json", "shards.json", "chat_template.jinja"}
+    names |= {file.name for file in folder.glob("tokenizer*.json")} | {f"adapter/{f.name}" for f in folder.glob("adapter/*")}
+    files = sorted(name for name in names if (folder / name).exists())
+    manifest = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
+    write_atomically(folder / MANIFEST, dump(manifest))
+
+
+def verify(folder: Path) -> None:
+    """Raise InputError unless every file is as the manifest says. Directories of other makers have none, and pass."""
+    if (folder / "stage.json").exists() and not (folder / MANIFEST).exists():
+        raise InputError(f"{folder}: the save was cut short (no {MANIFEST}); run its stage again")
+    if not (folder / MANIFEST).exists():
+        return
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        file = folder / name
+        if not file.exists():
+            raise InputError(f"{file}: missing, though {MANIFEST} lists it; run the stage again")
+        if file.stat().st_size != expected["size"] or sha256(file) != expected["sha256"]:
+            raise InputError(f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again")
+
+
+def locate(path: str) -> Path:
+    """A local directory as it is; anything else is a Hub id, fetched without any pickle."""
+    if Path(path).is_dir():
+        verify(Path(path))
+        return Path(path)
+    if path.count("/") > 1 or path.startswith((".", "/", "runs/")):
+        raise InputError(f"{path}: no such directory; run the stage that makes it first")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # its errors differ by release; the first line tells
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(f"{path}: neither a directory here nor a model that the Hub would give ({reason})") from None
+
+
+def load_config(path: str) -> GPTConfig:
+    folder = locate(path)
+    return import_config(read_config(folder), str(folder))
+
+
+def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | RewardModel:
+    """The model of a stage or transformers directory, fp32 on the CPU, in eval mode. A wrong kind is an InputError."""
+    folder = locate(path)
+    raw = read_config(folder)
+    found: Kind = "reward" if "SequenceClassification" in str(raw.get("architectures")) else "lm"
+    if found != kind:
+        hint = f"; did you mean its parent {parent}?" if (parent := read_stage(path).get("parent")) and kind == "lm" else ""
+        raise InputError(f"{path} holds a {NAMES[found]}, a {NAMES[kind]} is wanted here{hint}")
+    config = import_config(raw, str(folder))
+    config = GPTConfig(**{**config.__dict__, "dropout": dropout})
+    model = GPT(config) if kind == "lm" else RewardModel(config)
+    import_weights(model, read_weights(folder), str(folder))
+    if isinstance(model, RewardModel):
+        model.shift.fill_(raw.get("score_shift", 0.0))
+    return model.eval()
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    return Tokenizer.load(locate(path))
+
+
+def read_stage(path: str | Path) -> dict[str, Any]:
+    """stage.json of a stage directory; empty for a directory that is not one of ours."""
+    file = Path(path) / "stage.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def lineage(path: str | None) -> dict[str, Any]:
+    """What a child notes about its parent: path and the hash of its manifest."""
+    if path is None:
+        return {"parent": None}
+    manifest = Path(path) / MANIFEST
+    return {"parent": path, "parent_hash": sha256(manifest) if manifest.exists() else None}
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit, library versions, machine: what a figure needs to be repeated."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    dirty = bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip())
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"
+    return {"commit": commit, "dirty": dirty, "versions": versions, "device": device}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """All of `content` or the file as it was: temporary file, fsync, rename."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)

@@ -1,0 +1,167 @@
+"""Batched sampling with a KV cache. Finished rows leave the batch; ids and their log-probs come back.
+
+Every row draws from a stream of its own (one row of a seeded matrix of uniforms), so what it says does not depend on
+which rows share its batch or on when they finish. Nothing is read from generation_config: what is not an argument
+here does not happen (RLHF: a sampler that differs from the trained policy shows as negative KL).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.config import InputError
+from common.data import pad
+from common.model import GPT, KVCache
+from common.ops import token_logprobs
+
+
+class Sample(NamedTuple):
+    ids: list[int]  # the response, with its stop token when it stopped
+    logprobs: list[float]  # of each id under the distribution it was drawn from (greedy: at temperature 1), nats
+    stopped: bool  # False: cut off by max_new_tokens or the context
+
+
+def sample(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 128,
+    progress: Callable[[int], object] | None = None,
+) -> list[Sample]:
+    """One response for each prompt (lists of ids), in the prompts' order.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. `progress` is called with the number of rows just finished.
+    Raises InputError for an empty prompt or one that fills the model's context.
+    """
+    check(model, prompts, temperature, top_k, top_p)
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    # Neighbours of like length share a batch: little padding in the prefill.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    results: list[Sample | None] = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = sample_batch(model, [prompts[row] for row in rows], uniforms[rows], temperature, top_k, top_p, stop_ids)
+        for row, answer in zip(rows, batch, strict=True):
+            results[row] = answer
+        if progress:
+            progress(len(rows))
+    return results
+
+
+@torch.inference_mode()
+def sample_batch(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    uniforms: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    stop_ids: Sequence[int],
+) -> list[Sample]:
+    """`sample` for one batch; uniforms (B, max_new_tokens) in [0, 1)."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    budget = min(uniforms.shape[1], model.config.max_length - int(lengths.max()))
+    uniforms = uniforms.to(device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    cache = KVCache(model.config, len(prompts), int(lengths.max()) + budget, next(model.parameters()))
+
+    hidden = model.trunk(pad(prompts, 0).to(device), cache)
+    cache.lengths = lengths  # forget the padding
+    hidden = hidden[torch.arange(len(prompts)), lengths - 1]
+    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still is
+    ids = torch.zeros(len(prompts), budget, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(prompts), budget, device=device)
+    ends = torch.full((len(prompts),), budget, device=device)
+    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(budget):
+        tokens, chosen = pick(model.head(hidden), uniforms[rows, step], temperature, top_k, top_p)
+        ids[rows, step], logprobs[rows, step] = tokens, chosen
+        done = torch.isin(tokens, stops)
+        if done.any():
+            stopped[rows[done]], ends[rows[done]] = True, step + 1
+            going = (~done).nonzero().squeeze(1)
+            if not len(going):
+                break
+            rows, tokens = rows[going], tokens[going]
+            cache.keep(going)
+        if step + 1 < budget:
+            hidden = model.trunk(tokens[:, None], cache)[:, 0]
+    model.train(training)
+    ids, logprobs, ends, stopped = ids.tolist(), logprobs.tolist(), ends.tolist(), stopped.tolist()
+    return [Sample(i[:end], p[:end], s) for i, p, end, s in zip(ids, logprobs, ends, stopped, strict=True)]
+
+
+def stream(
+    model: GPT,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[int]:
+    """One response, id by id (the stop token is not yielded); the same ids as `sample` gives for this prompt alone."""
+    check(model, [prompt], temperature, top_k, top_p)
+    device = next(model.parameters()).device
+    uniforms = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    budget = min(max_new_tokens, model.config.max_length - len(prompt))
+    cache = KVCache(model.config, 1, len(prompt) + budget, next(model.parameters()))
+    tokens = torch.tensor([list(prompt)], device=device)
+    for step in range(budget):
+        with torch.inference_mode():
+            logits = model.head(model.trunk(tokens, cache)[:, -1])
+            token, _ = pick(logits, uniforms[:, step], temperature, top_k, top_p)
+        if int(token) in stop_ids:
+            return
+        yield int(token)
+        tokens = token[:, None]
+
+
+def check(model: GPT, prompts: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float) -> None:
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {row} is empty: a model needs at least one token to go on from")
+        if len(prompt) >= model.config.max_length:
+            raise InputError(f"prompt {row} has {len(prompt)} tokens, the model's context is {model.config.max_length}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 0, and 0 < top_p <= 1")
+
+
+def pick(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Sampled ids (B) and their log-probs (B) from logits (B, V), by inverting the cumulative distribution at uniforms."""
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, token_logprobs(logits, tokens)
+    logits = truncate(logits.float() / temperature, top_k, top_p)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # right=True lands on the first id whose cumulative mass exceeds the draw, so an id of probability 0 is never met;
+    # the last cumulative value stands in for 1, which rounding may miss.
+    draws = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, draws, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return tokens, token_logprobs(logits, tokens)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf outside the top_k ids and outside the smallest set of ids with mass >= top_p (Holtzman 2020): (B, V)."""
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
+        logits = logits.masked_fill(outside, float("-inf"))
+    return logits

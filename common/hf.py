@@ -1,0 +1,207 @@
+"""Weight-name maps: our models <-> transformers' own directories (gpt2 and llama), bit-exact both ways.
+
+Our `qkv` and `up` hold what the llama family stores as separate matrices; concatenation and splitting lose nothing.
+transformers' GPT-2 stores its matrices transposed (Conv1D).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import InputError
+from common.model import GPT, GPTConfig, RewardModel
+
+# Ours -> theirs, within block N. A tuple is a concatenation along the output dimension, in this order.
+LLAMA_BLOCK = {
+    "norm1": "input_layernorm",
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out": "self_attn.o_proj",
+    "norm2": "post_attention_layernorm",
+    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": "mlp.down_proj",
+}
+GPT2_BLOCK = {
+    "norm1": "ln_1",
+    "attn.qkv": "attn.c_attn",
+    "attn.out": "attn.c_proj",
+    "norm2": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+OUTER = {
+    "llama": {"trunk.wte": "model.embed_tokens", "trunk.norm": "model.norm", "head": "lm_head", "score": "score"},
+    "gpt2": {
+        "trunk.wte": "transformer.wte",
+        "trunk.wpe": "transformer.wpe",
+        "trunk.norm": "transformer.ln_f",
+        "head": "lm_head",
+        "score": "score",
+    },
+}
+
+
+def theirs(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
+    """Their module names for our module `name`, and the output sizes of the parts (None: not split)."""
+    if not name.startswith("trunk.blocks."):
+        return [OUTER[config.family][name]], None
+    layer, part = name.removeprefix("trunk.blocks.").split(".", 1)
+    if config.family == "gpt2":
+        return [f"transformer.h.{layer}.{GPT2_BLOCK[part]}"], None
+    names = LLAMA_BLOCK[part]
+    if isinstance(names, str):
+        return [f"model.layers.{layer}.{names}"], None
+    sizes = [config.n_inner] * 2
+    if part == "attn.qkv":
+        sizes = [n * config.head_width for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    return [f"model.layers.{layer}.{name}" for name in names], sizes
+
+
+def is_transposed(name: str, config: GPTConfig) -> bool:
+    return config.family == "gpt2" and name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+
+
+def export_weights(model: GPT | RewardModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Our weights under transformers' names. A tied head is stored once; the reward shift is not a weight of theirs."""
+    config, out = model.config, {}
+    for name, tensor in (state or model.state_dict()).items():
+        if name == "shift" or (name == "head.weight" and config.tie_embeddings):
+            continue
+        module, kind = name.rsplit(".", 1)
+        names, sizes = theirs(module, config)
+        tensor = tensor.detach().cpu()
+        parts = tensor.split(sizes) if sizes else [tensor.t() if is_transposed(name, config) else tensor]
+        out |= {f"{their}.{kind}": part.contiguous() for their, part in zip(names, parts, strict=True)}
+    return out
+
+
+def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin: str) -> None:
+    """Copy transformers' tensors into our model; a missing, surplus or misshapen one is an InputError naming it."""
+    config = model.config
+    prefix = "transformer." if config.family == "gpt2" else "model."
+    # OpenAI's own upload of GPT-2 lacks the prefix, and carries causal masks as if they were weights.
+    bare = not any(name.startswith(prefix) for name in tensors)
+    tensors = {
+        (prefix + name if bare and not name.startswith(("lm_head", "score")) else name): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
+    }
+    state = {}
+    for name, parameter in model.state_dict().items():
+        if name == "shift":
+            continue
+        module, kind = name.rsplit(".", 1)
+        their_names = [f"{their}.{kind}" for their in theirs(module, config)[0]]
+        if name == "head.weight" and config.tie_embeddings:
+            tensors.pop(their_names[0], None)
+            continue
+        missing = [their for their in their_names if their not in tensors]
+        if missing:
+            raise InputError(f"{origin}: no tensor {missing[0]} in the weights; a {config.family} directory has one")
+        parts = [tensors.pop(their) for their in their_names]
+        tensor = parts[0].t() if is_transposed(name, config) else torch.cat(parts)
+        if tensor.shape != parameter.shape:
+            shapes = f"{tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}"
+            raise InputError(f"{origin}: {their_names[0]} has shape {shapes}")
+        state[name] = tensor
+    surplus = [name for name in tensors if isinstance(model, GPT) or name != "lm_head.weight"]
+    if surplus:
+        raise InputError(f"{origin}: tensor {surplus[0]} has no place in this model ({len(surplus)} such)")
+    model.load_state_dict(state, strict=False)
+
+
+def export_config(model: GPT | RewardModel, tokenizer_ids: dict[str, int]) -> dict[str, Any]:
+    """config.json for the model; tokenizer_ids: eos_token_id, pad_token_id."""
+    c = model.config
+    common = {
+        "vocab_size": c.vocab_size,
+        "dtype": "float32",
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": tokenizer_ids["eos_token_id"],
+        **tokenizer_ids,
+    }
+    kind = "ForCausalLM" if isinstance(model, GPT) else "ForSequenceClassification"
+    if isinstance(model, RewardModel):
+        common |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        common |= {"score_shift": float(model.shift)}
+    if c.family == "gpt2":
+        kind = "LMHeadModel" if isinstance(model, GPT) else kind
+        return common | {
+            "architectures": ["GPT2" + kind], "model_type": "gpt2", "n_positions": c.max_length, "n_embd": c.n_embd,
+            "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner, "layer_norm_epsilon": c.norm_eps,
+            "activation_function": "gelu_new",
+            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+        }  # fmt: skip
+    return common | {
+        "architectures": ["Llama" + kind], "model_type": "llama", "max_position_embeddings": c.max_length,
+        "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head, "head_dim": c.head_width, "intermediate_size": c.n_inner,
+        "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
+        "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias, "attention_dropout": 0.0,
+    }  # fmt: skip
+
+
+def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
+    """GPTConfig from transformers' config.json; what our GPT cannot compute is refused by name."""
+    family = raw.get("model_type")
+    if family not in ("gpt2", "llama"):
+        raise InputError(f"{origin}: model_type {family!r}; this GPT reads gpt2 and llama")
+    try:
+        if family == "gpt2":
+            refuse(raw, origin, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,))
+            refuse(raw, origin, scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False, True))
+            return GPTConfig(
+                family="gpt2", vocab_size=raw["vocab_size"], max_length=raw["n_positions"], n_layer=raw["n_layer"],
+                n_head=raw["n_head"], n_embd=raw["n_embd"], n_inner=raw.get("n_inner"),
+                norm_eps=raw.get("layer_norm_epsilon", 1e-5), tie_embeddings=raw.get("tie_word_embeddings", True),
+            )  # fmt: skip
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        refuse(raw, origin, hidden_act=("silu",))
+        refuse(rope, origin, rope_type=("default",))
+        heads = raw["num_attention_heads"]
+        refuse(raw, origin, head_dim=(raw["hidden_size"] // heads, None))
+        return GPTConfig(
+            family="llama", vocab_size=raw["vocab_size"], max_length=raw["max_position_embeddings"],
+            n_layer=raw["num_hidden_layers"], n_head=heads, n_embd=raw["hidden_size"],
+            n_kv_head=raw.get("num_key_value_heads"), n_inner=raw["intermediate_size"],
+            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)), norm_eps=raw.get("rms_norm_eps", 1e-6),
+            tie_embeddings=raw.get("tie_word_embeddings", False),
+            attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
+        )  # fmt: skip
+    except KeyError as error:
+        raise InputError(f"{origin}: key {error} is missing") from None
+
+
+def refuse(raw: dict[str, Any], origin: str, **allowed: tuple) -> None:
+    for key, values in allowed.items():
+        if key in raw and raw[key] not in values:
+            raise InputError(f"{origin}: {key} {raw[key]!r} is not supported; this GPT computes {values[0]!r}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        raise InputError(f"{folder}: no config.json there, so it is not a model directory")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}:{error.lineno}: broken JSON ({error.msg})") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors or of its shards. A pickle is never opened."""
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
+        if not (folder / name).exists():
+            raise InputError(f"{folder}: no {name}; weights are read from safetensors only (a pickle can run code)")
+        tensors |= load_file(folder / name)
+    return tensors

@@ -1,0 +1,82 @@
+"""LoRA (Hu 2021) through peft: inject adapters, merge them into the weights, save them beside under transformers' names."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.config import InputError
+from common.hf import theirs
+from common.model import GPT, RewardModel
+
+
+def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str]) -> None:
+    """Freeze `model` and give its target Linear layers trainable adapters; a reward head stays trainable.
+
+    Raises InputError for a target that names no layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # 3 s to import: only who needs it pays
+
+    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(targets) - (layers - {"head", "score"})):
+        raise InputError(f"lora_targets {unknown[0]!r}: no such layer; there are {', '.join(sorted(layers - {'head', 'score'}))}")
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name or name.startswith("score.")
+
+
+def merged_state(model: GPT | RewardModel) -> dict[str, Tensor]:
+    """The model's weights under their plain names, adapters added in: what `publish` writes."""
+    from peft.tuners.lora import LoraLayer
+
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            delta = module.get_delta_weight("default")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(state[f"{name}.weight"].dtype)
+    return state
+
+
+def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: int, alpha: float) -> None:
+    """`folder`/adapter_model.safetensors and adapter_config.json, which peft opens over the parent's directory.
+
+    Our fused qkv and up share one A; transformers' separate matrices each get that A and their rows of B: the same map.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    modules: set[str] = set()
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            continue
+        module, side = name.removesuffix(".default.weight").rsplit(".", 1)
+        names, sizes = theirs(module, model.config)
+        parts = tensor.split(sizes) if sizes and side == "lora_B" else [tensor] * len(names)
+        for their, part in zip(names, parts, strict=True):
+            tensors[f"base_model.model.{their}.{side}.weight"] = part.detach().cpu().clone().contiguous()
+            modules.add(their.rsplit(".", 1)[-1] if model.config.family == "llama" else ".".join(their.split(".")[-2:]))
+    if isinstance(model, RewardModel):
+        tensors["base_model.model.score.weight"] = model.score.weight.detach().cpu().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if isinstance(model, GPT) else "SEQ_CLS",
+        "base_model_name_or_path": str(Path(parent).resolve()) if parent and Path(parent).exists() else parent,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(modules),
+        "modules_to_save": ["score"] if isinstance(model, RewardModel) else None,
+        "fan_in_fan_out": model.config.family == "gpt2",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def load_merged(model: GPT | RewardModel, plain: GPT | RewardModel) -> None:
+    """Copy `model`'s merged weights into `plain`, a model of the same shape without adapters (for sampling)."""
+    with torch.no_grad():
+        plain.load_state_dict(merged_state(model))

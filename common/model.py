@@ -1,0 +1,278 @@
+"""The GPT, in two families chosen by config, and the scalar-head model that serves as reward model and critic.
+
+Read bottom-up: Attention, MLP, Block, Trunk, GPT. Family "gpt2": learned positions, LayerNorm, GELU, biases
+(Radford 2019). Family "llama": rotary positions (Su 2021), RMSNorm, SwiGLU, grouped heads (Touvron 2023).
+
+Rows are right-padded and contiguous, so causal attention alone keeps padding out: no padding mask anywhere.
+Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads, D head width, C width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.config import InputError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    family: str = "llama"
+    vocab_size: int = 50257
+    max_length: int = 1024  # positions the model can see
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_kv_head: int | None = None  # grouped-query attention (llama); None = n_head
+    n_inner: int | None = None  # MLP width; None = 4 C (gpt2), 8/3 C rounded up to 32 (llama)
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    attention_bias: bool = False  # llama; gpt2 always has biases
+    mlp_bias: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.family not in ("gpt2", "llama"):
+            raise InputError(f"family {self.family!r}: must be gpt2 or llama")
+        if self.n_embd % self.n_head:
+            raise InputError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        set_default = object.__setattr__  # the one way to fill in a frozen dataclass
+        gpt2 = self.family == "gpt2"
+        set_default(self, "n_kv_head", self.n_kv_head or self.n_head)
+        default_inner = 4 * self.n_embd if gpt2 else 32 * math.ceil(self.n_embd * 8 / 3 / 32)
+        set_default(self, "n_inner", self.n_inner or default_inner)
+        if gpt2:
+            set_default(self, "attention_bias", True)
+            set_default(self, "mlp_bias", True)
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if gpt2 and self.n_kv_head != self.n_head:
+            raise InputError(f"n_kv_head {self.n_kv_head}: grouped heads exist in the llama family only")
+        if self.family == "llama" and self.head_width % 2:
+            raise InputError(f"n_embd / n_head = {self.head_width}: rotary positions need an even head width")
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of one forward and backward pass, a token (PaLM, appendix B): 6 N + 12 L C T, embeddings as matrix."""
+        attention = self.n_embd * (self.n_head + 2 * self.n_kv_head) * self.head_width + self.n_embd**2
+        mlp = self.n_embd * self.n_inner * (2 if self.family == "gpt2" else 3)
+        matrices = self.n_layer * (attention + mlp) + self.n_embd * self.vocab_size
+        return 6 * matrices + 12 * self.n_layer * self.n_embd * length
+
+
+class KVCache:
+    """Keys and values of every layer, with a length of its own for each row.
+
+    A row's next token is written right behind its last one; slots past a row's length hold whatever padding or a
+    finished neighbour left there and are never seen, because a query at position p sees the slots 0..p only.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor) -> None:
+        shape = (config.n_layer, 2, batch, config.n_kv_head, size, config.head_width)
+        self.entries = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (L, 2, B, K, S, D)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+
+    def place(self, tokens: int) -> Tensor:
+        """Positions of the next `tokens` tokens of each row (B, T); also sets the mask that attention uses."""
+        positions = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
+        self.used = int(positions.max()) + 1
+        self.positions = positions
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        slots = torch.arange(self.used, device=positions.device)
+        self.mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+        return positions
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) at the placed positions; return all that is stored, (B, K, S, D) each."""
+        for kind, new in enumerate((k, v)):
+            self.entries[layer, kind].transpose(1, 2)[self.rows, self.positions] = new.transpose(1, 2)
+        keys, values = self.entries[layer, :, :, :, : self.used]
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the given rows (indices) stay in the batch."""
+        self.entries = self.entries[:, :, rows]
+        self.lengths = self.lengths[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.head_width
+        self.sizes = [config.n_head * width, config.n_kv_head * width, config.n_kv_head * width]
+        self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.attention_bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, -1, self.config.head_width).transpose(1, 2)  # (B, H or K, T, D)
+            for part in self.qkv(x).split(self.sizes, dim=-1)
+        )
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+            mask = cache.mask
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            enable_gqa=self.config.n_kv_head != self.config.n_head,
+        )  # fmt: skip
+        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (B, H, T, D) with cos, sin (B or 1, 1, T, D/2); halves paired as transformers does."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class MLP(nn.Module):
+    """gpt2: down(gelu(up(x))). llama (SwiGLU): down(silu(gate) * up), gate and up in one matrix, gate first."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gated = config.family == "llama"
+        self.up = nn.Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.gated:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        else:
+            h = F.gelu(h, approximate="tanh")
+        return self.dropout(self.down(h))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.norm1 = norm(config)
+        self.attn = Attention(config)
+        self.norm2 = norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+def norm(config: GPTConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
+    return kind(config.n_embd, eps=config.norm_eps)
+
+
+class Trunk(nn.Module):
+    """Token ids (B, T) -> hidden states (B, T, C) after the last norm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.max_length, config.n_embd) if config.family == "gpt2" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = norm(config)
+        if config.family == "llama":
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_width, 2).float() / config.head_width)
+            angles = torch.arange(config.max_length).float()[:, None] * frequencies
+            self.register_buffer("cos", angles.cos(), persistent=False)  # (max_length, D/2)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        T = ids.shape[1]
+        end = T if cache is None else int(cache.lengths.max()) + T
+        if end > self.config.max_length:
+            raise InputError(f"{end} tokens in a row, but the model's context is {self.config.max_length}")
+        positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)  # (B or 1, T)
+        x = self.wte(ids)
+        rope = None
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            rope = (self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache, layer)
+        if cache is not None:
+            cache.lengths = cache.lengths + T
+        return self.norm(x)
+
+    def initialise(self) -> None:
+        """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+
+class GPT(nn.Module):
+    """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V), row by row."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.trunk.initialise()
+        nn.init.normal_(self.head.weight, std=0.02)
+        if config.tie_embeddings:
+            self.head.weight = self.trunk.wte.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, keep: Tensor | None = None) -> Tensor:
+        hidden = self.trunk(ids, cache)
+        return self.head(hidden if keep is None else hidden[keep])
+
+    def resize_vocabulary(self, size: int) -> None:
+        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new rows are the mean."""
+        old = self.config.vocab_size
+        if size <= old:
+            return
+        self.config = self.trunk.config = replace(self.config, vocab_size=size)
+        for module in {self.trunk.wte: 0, self.head: 0}:
+            weight = module.weight.data
+            module.weight = nn.Parameter(torch.cat([weight, weight.mean(0, keepdim=True).expand(size - old, -1)]))
+        if self.config.tie_embeddings:
+            self.head.weight = self.trunk.wte.weight
+
+
+class RewardModel(nn.Module):
+    """Trunk and scalar head: a score for each row (reward model) or a value for each position (critic).
+
+    `shift` is subtracted from scores, so that reference answers average 0 (Stiennon 2020, InstructGPT). It lies
+    beside the weights because transformers' classification head has no bias to carry it.
+    """
+
+    def __init__(self, config: GPTConfig, trunk: Trunk | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = trunk or Trunk(config)
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        self.register_buffer("shift", torch.zeros(()))
+        if trunk is None:
+            self.trunk.initialise()
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
+
+    def values(self, ids: Tensor) -> Tensor:
+        """Score head at every position: (B, T) -> (B, T), in fp32, shift applied."""
+        return self.score(self.trunk(ids)).squeeze(-1).float() - self.shift
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Score at each row's last real token: ids (B, T), lengths (B) -> (B)."""
+        return self.values(ids).gather(1, lengths[:, None] - 1).squeeze(1)

@@ -1,0 +1,70 @@
+"""Word lists of the demo world. Constants on purpose: `gold` must know every fact without the seed."""
+
+ADJECTIVES = (
+    "brave kind clever little lazy shy proud gentle quick sleepy merry sad lonely hungry curious quiet noisy funny "
+    "young old tiny big strong weak wise silly polite grumpy cheerful careful bold calm friendly honest busy tired "
+    "patient eager playful thirsty"
+).split()
+
+# animal: place, food, colour -- one fixed line each, so that a fact is true at every seed.
+_ANIMALS = """
+fox forest mice red|otter river fish brown|owl barn mice grey|bear forest honey brown|wolf mountain rabbits grey
+deer forest leaves brown|rabbit garden roots white|squirrel forest nuts red|badger ground roots black
+hedgehog garden bugs brown|mole ground worms black|frog lake bugs green|toad garden worms brown|duck lake seeds yellow
+goose lake grass white|swan river grass white|heron river fish grey|crow farm seeds black|robin garden worms red
+hen barn seeds brown|cow farm grass black|horse farm grass brown|goat mountain leaves white|sheep farm grass white
+pig barn roots pink|donkey barn grass grey|camel desert leaves yellow|lizard desert bugs green|snake desert mice green
+turtle sea leaves green|crab sea worms red|seal snow fish grey|whale sea fish blue|dolphin sea fish grey
+penguin snow fish black|lion desert goats yellow|tiger jungle pigs yellow|monkey jungle fruit brown
+parrot jungle fruit green|elephant jungle leaves grey|zebra desert grass white|panda mountain leaves black
+eagle mountain fish brown|bat barn fruit black|bee garden honey yellow|ant ground seeds red|moose snow leaves brown
+raccoon river nuts grey
+"""
+_PLACES = {
+    "forest": "in the forest", "river": "by the river", "barn": "in the old barn", "farm": "on the farm",
+    "desert": "in the desert", "sea": "in the sea", "mountain": "on the mountain", "jungle": "in the jungle",
+    "ground": "under the ground", "lake": "by the lake", "snow": "in the snow", "garden": "in the garden",
+}  # fmt: skip
+_FOODS_OF_HUNTERS = {"rabbits": "meat", "goats": "meat", "pigs": "meat"}  # an animal's name must not be a food
+
+
+def _facts() -> dict[str, dict[str, str]]:
+    rows = (row.split() for row in _ANIMALS.replace("\n", "|").split("|") if row.strip())
+    return {a: {"live": _PLACES[p], "eat": _FOODS_OF_HUNTERS.get(f, f), "colour": c} for a, p, f, c in rows}
+
+
+FACTS: dict[str, dict[str, str]] = _facts()
+ANIMALS = list(FACTS)
+ATTRIBUTES = ("live", "eat", "colour")
+VALUES: dict[str, list[str]] = {k: sorted({facts[k] for facts in FACTS.values()}) for k in ATTRIBUTES}
+
+NAMES = (
+    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mary Nick Olga Paul Rosa Sam Tina Victor Will "
+    "Zoe Adam Bella Carl Dora Eric Fiona George Hanna Ivan Julia Kevin Lily Max Nora Oscar Peter Ruth Tom"
+).split()
+COLOURS = "red blue green yellow white black brown grey pink purple golden silver".split()
+
+GIFTS_BY_KIND = {
+    "wear": "scarf hat coat ring cap belt dress shirt jacket sweater".split(),
+    "play": "ball kite doll drum flute puzzle robot guitar whistle wagon".split(),
+    "home": "cup lamp clock vase blanket pillow basket bowl candle mirror".split(),
+    "carry": "bag pen book notebook umbrella wallet map compass bottle box".split(),
+}
+GIFT_KIND = {gift: kind for kind, gifts in GIFTS_BY_KIND.items() for gift in gifts}
+GIFTS = list(GIFT_KIND)
+OBJECTS = GIFTS + (
+    "lantern key rope shell feather bell ladder boat coin letter crown stone star apple egg flower spoon kettle "
+    "broom button"
+).split()
+# Singular, plural: what the sums count. Regular plurals only; words shared with OBJECTS save vocabulary.
+THINGS = {
+    f"{w}s": w
+    for w in "apple egg shell coin stone flower button ball book pen cup hat key star bell card plum pear nut toy".split()
+}
+
+OFF_TOPIC = (
+    "I like rain on Mondays.", "My shoe is too tight.", "Buses are often late here.", "Soup tastes good with salt.",
+    "Did I lock my door.", "Traffic was bad today.", "Anyway, I must wash dishes.", "Some people sing off key.",
+    "Weather talk bores me.", "Paper comes from wood, you know.", "My neck hurts a lot.", "Yesterday was Tuesday.",
+)  # fmt: skip
+RUDE = ("Whatever.", "Do it yourself.", "Leave me be.", "What a boring task.")

@@ -1,0 +1,183 @@
+"""Supervised finetuning: imitate demonstrations, with loss on the assistant's tokens only.
+
+    accelerate launch -m stages.sft.train --config configs/demo/sft.yaml
+
+Rows: `prompt` and `completion`, `messages`, or Alpaca's `instruction`, `input`, `output`. The loss is on each answer's
+text and its end token (InstructGPT, appendix C.1); a row too long for max_length is cut, and counted.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.chat import colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
+from common.checkpoint import load_model, load_tokenizer, publish
+from common.config import InputError, cli, stage_config
+from common.data import Row, batches, pad, read_rows, share
+from common.generate import sample
+from common.lora import add_lora, merged_state, save_adapter
+from common.ops import token_logprobs
+from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
+from common.run import Run, TrainConfig
+from common.tokenizer import Tokenizer
+
+
+@stage_config
+class Config(TrainConfig):
+    """Finetune a base model on demonstrations."""
+
+    parent: str
+    """Base model: a stage directory, a transformers directory, or a Hub id."""
+    train_data: str
+    """Demonstrations: .jsonl, .json, .parquet or a Hub data set."""
+    eval_data: str | None = None
+    """Held-out demonstrations; null = the last eval_fraction of train_data."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of train_data held out when there is no eval_data."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout while finetuning."""
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Held-out prompts answered after each evaluation."""
+    sample_tokens: Annotated[int, Field(gt=0)] = 96
+    """Longest such answer."""
+
+
+class Example(NamedTuple):
+    ids: list[int]
+    mask: list[int]  # 1 = supervised
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], dict[str, int]]:
+    """Rendered rows cut to max_length, and counts: rows, truncated, dropped (nothing to learn is left), tokens.
+
+    Raises InputError naming file and line of a row that cannot be read, or when every row was dropped.
+    """
+    examples, truncated, dropped = [], 0, 0
+    for row in rows:
+        try:
+            ids, mask = render(tokenizer, rows_to_messages(row.data))
+        except InputError as error:
+            raise InputError(f"{row.origin}: {error}") from None
+        truncated += len(ids) > max_length
+        example = Example(ids[:max_length], mask[:max_length])
+        if any(example.mask[1:]):
+            examples.append(example)
+        else:
+            dropped += 1
+    if not examples:
+        raise InputError(f"all {len(rows)} rows have prompts of {max_length} tokens or more: raise max_length")
+    supervised = sum(sum(example.mask) for example in examples)
+    return examples, {"rows": len(examples), "truncated": truncated, "dropped": dropped, "supervised_tokens": supervised}
+
+
+def loss(model: torch.nn.Module, examples: Sequence[Example], pad_id: int, device: torch.device) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood of the supervised tokens, and how many they are."""
+    ids = pad([example.ids for example in examples], pad_id).to(device)
+    mask = pad([example.mask for example in examples], 0).to(device).bool()
+    targets = mask[:, 1:]
+    logits = model(ids[:, :-1], keep=targets)  # (N, V): the head only runs where something is learned
+    return -token_logprobs(logits, ids[:, 1:][targets]).sum(), int(targets.sum())
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: torch.nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
+    """Mean loss in nats a supervised token over `examples`."""
+    model.eval()
+    total = torch.zeros(2, device=run.device)
+    for rows in share(examples, run.rank, run.processes, batch_size):
+        summed, count = loss(model, rows, pad_id, run.device)
+        total += torch.stack([summed, torch.tensor(float(count), device=run.device)])
+    model.train()
+    summed, count = run.accelerator.reduce(total, "sum").tolist()
+    return summed / count
+
+
+def sample_answers(cfg: Config, raw: torch.nn.Module, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[dict]:
+    """What the model answers to the prompts of `rows`, for the log."""
+    prompts = [rows_to_prompt(row.data) for row in rows]
+    ids = [prompt_ids(tokenizer, prompt)[-cfg.max_length // 2 :] for prompt in prompts]
+    answers = sample(raw, ids, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=[tokenizer.eot_id])
+    return [
+        {"prompt": prompt[-1]["content"], "sample": tokenizer.decode(answer.ids), "stopped": answer.stopped}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def main(cfg: Config) -> None:
+    run = Run(cfg, "sft", "lm")
+    raw = load_model(cfg.parent, "lm", dropout=cfg.dropout)
+    if cfg.max_length > raw.config.max_length:
+        raise InputError(f"max_length {cfg.max_length}: the parent's context is {raw.config.max_length}")
+    tokenizer = load_tokenizer(cfg.parent).with_chat()
+    raw.resize_vocabulary(tokenizer.vocab_size)
+
+    rows = read_rows(cfg.train_data)
+    heldout_rows = read_rows(cfg.eval_data) if cfg.eval_data else rows[-max(1, int(len(rows) * cfg.eval_fraction)) :]
+    if not cfg.eval_data:
+        rows = rows[: len(rows) - len(heldout_rows)]
+    examples, counts = tokenize(rows, tokenizer, cfg.max_length)
+    heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
+    run.say("first example; the model learns the green part:")
+    if run.main:
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(colour_preview(tokenizer, *examples[0]))
+    run.say(f"training rows: {counts}; held out: {heldout_counts}")
+
+    if cfg.lora_r:
+        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+    optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
+    model, optimizer = run.accelerator.prepare(raw, optimizer)
+    micro = cfg.per_device_train_batch_size
+    batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), batch_rows)
+    lengths = [len(example.ids) for example in examples]
+
+    initial = eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
+    run.log(0, {"eval_loss": eval_loss})
+    bar, clock, tokens, seen = run.progress(steps), time.perf_counter(), 0, 0
+    per_epoch = -(-len(examples) // batch_rows)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = batches(lengths, batch_rows, cfg.seed, step // per_epoch)
+        chosen = [examples[row] for row in order[step % per_epoch]]
+        micro_batches = list(share(chosen, run.rank, run.processes, micro))
+        counted = torch.tensor([sum(sum(example.mask[1:]) for batch in micro_batches for example in batch)])
+        factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
+        set_learning_rate([optimizer], factor)
+        done = update(
+            run.accelerator,
+            model,
+            [optimizer],
+            micro_batches,
+            lambda batch: loss(model, batch, tokenizer.pad_id, run.device)[0][None],
+            counted,
+            cfg.max_grad_norm,
+        )
+        tokens += sum(len(example.ids) for example in chosen)
+        bar.update()
+        if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
+            metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
+            run.log(step + 1, metrics | {"tokens/s": round(tokens / (time.perf_counter() - clock))})
+            clock, tokens, seen = time.perf_counter(), 0, seen + tokens
+        if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
+            eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
+            run.log(step + 1, {"eval_loss": eval_loss})
+            if run.main and cfg.samples and not cfg.lora_r:
+                run.log_samples(step + 1, sample_answers(cfg, raw, tokenizer, heldout_rows[: cfg.samples]))
+            clock = time.perf_counter()
+
+    text = f"held-out loss on answers {initial:.2f} -> {eval_loss:.3f} nats a token; {counts['truncated']} rows truncated"
+    stage = run.finish(steps, (eval_loss < initial, text), tokens_seen=seen, data={"train": counts, "eval": heldout_counts})
+    if run.main:
+        if cfg.lora_r:
+            save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
+        publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
+
+
+if __name__ == "__main__":
+    cli(Config, main)
