@@ -127,9 +127,7 @@ def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:
         messages = [_sharegpt(turn) for turn in row["conversations"]]
     else:
         found = ", ".join(sorted(map(str, has))) or "none"
-        accepted = (
-            "prompt, completion | instruction, (input,) output" if with_answer else "prompt | instruction, (input)"
-        )
+        accepted = "prompt, completion | instruction, (input,) output" if with_answer else "prompt | instruction, (input)"
         raise InputError(f"columns found: {found}; accepted: messages | {accepted} | conversations (a list)")
     check_messages(messages)
     return [{"role": message["role"], "content": message["content"]} for message in messages]

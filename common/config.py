@@ -30,9 +30,7 @@ from typing import Any, TypeVar, dataclass_transform
 import pydantic
 import yaml
 
-from common.strict_yaml import InputError, Loader, load_yaml, read_yaml
-
-__all__ = ["InputError", "cli", "cli_args", "fingerprint", "load", "load_yaml", "stage_config", "to_dict"]
+from common.strict_yaml import InputError, Loader, load_yaml, read_yaml  # noqa: F401  (load_yaml is for importers)
 
 T = TypeVar("T")
 CLI = "command line"
@@ -42,9 +40,12 @@ CLI = "command line"
 def stage_config(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only, validated dataclass; subclasses, decorated alike, inherit fields and help."""
     rules = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False, "validate_default": True}
-    for name, value in list(vars(cls).items()):
-        if isinstance(value, list) and name in cls.__annotations__:  # dataclasses refuse `= []`; every config gets its own copy
+    for name in inspect.get_annotations(cls):
+        value = vars(cls).get(name)
+        if isinstance(value, list):  # dataclasses refuse `= []`; every config gets its own copy
             setattr(cls, name, dataclasses.field(default_factory=value.copy))
+        elif name not in vars(cls) and hasattr(cls, name):  # `parent: str` alone drops the inherited default: required
+            setattr(cls, name, pydantic.Field())
     return pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=pydantic.ConfigDict(**rules))
 
 
@@ -55,7 +56,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 def fingerprint(obj: Any) -> str:
     """sha256 (hex) of the canonical JSON of `obj`: key order and formatting do not matter, values do."""
-    return hashlib.sha256(json.dumps(obj, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 
 def _schemas(cls: type) -> dict[str, dict[str, Any]]:
@@ -108,7 +109,9 @@ def _from_text(text: str, schema: Mapping[str, Any]) -> Any:
     return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors."""
+
     def error(self, message: str):
         raise InputError(f"{CLI}: {message}; see --help")
 
@@ -118,7 +121,7 @@ def _parse(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     schemas, fields, seen = _schemas(cls), cls.__pydantic_fields__, {"config"}
     about = sys.modules[cls.__module__].__doc__ or cls.__doc__
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=about, usage="%(prog)s [--config FILE] [--key value ...]", formatter_class=raw,
+    parser = Parser(description=about, usage="%(prog)s [--config FILE] [--key value ...]", formatter_class=raw,
                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML file of keys; the command line wins over it")
     for owner in cls.__mro__[:-1]:  # own keys first, then the shared ones
@@ -135,7 +138,7 @@ def _parse(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         key = word.partition("=")[0].removeprefix("--")
         if not word.startswith("--"):
             raise InputError(f"{CLI}: unexpected {word}; options are written --key value")
-        raise InputError(f"{CLI}: unknown key --{key}; {_did_you_mean(key, list(schemas))}")
+        raise InputError(f"{CLI}: unknown key --{key}; {did_you_mean(key, list(schemas))}")
     values = vars(known)
     for key, text in values.items():
         if isinstance(text, list):
@@ -146,7 +149,7 @@ def _parse(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _did_you_mean(key: str, known: Sequence[str]) -> str:
+def did_you_mean(key: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
     return f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}"
 
@@ -171,7 +174,7 @@ def _build(cls: type[T], values: Mapping[str, Any], where: Mapping[str, str]) ->
     fields, schemas = cls.__pydantic_fields__, _schemas(cls)
     for key, value in values.items():
         if key not in fields:
-            raise InputError(f"{where[key]}: unknown key `{key}`; {_did_you_mean(key, list(fields))}")
+            raise InputError(f"{where[key]}: unknown key `{key}`; {did_you_mean(key, list(fields))}")
         kinds = _kinds(schemas[key])
         if isinstance(value, bool) and {"integer", "number"} & kinds.keys() and "boolean" not in kinds:
             # pydantic alone would take true for 1
@@ -205,10 +208,18 @@ def load(cls: type[T], argv: Sequence[str]) -> T:
 
 
 def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = None) -> None:
-    """Run main(config from the command line); exit code 2 and one line for an InputError, 130 for Ctrl-C."""
-    code = 0
-    try:
+    """Run main(config from the command line) as a program."""
+
+    def program() -> None:
         main(load(cls, sys.argv[1:] if argv is None else argv))
+
+    guard(program)
+
+
+def guard(main: Callable[[], int | None]) -> None:
+    """Run main() as a program: exits with the int that it returns, 2 and one line for an InputError, 130 for Ctrl-C."""
+    try:
+        code = main() or 0
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2

@@ -84,19 +84,21 @@ def sample_batch(
     logprobs = torch.zeros(len(prompts), budget, device=device)
     ends = torch.full((len(prompts),), budget, device=device)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    waiting = torch.zeros_like(stopped)  # rows of the batch that have ended but not left it yet
     for step in range(budget):
         tokens, chosen = pick(model.head(hidden), uniforms[rows, step], temperature, top_k, top_p)
-        ids[rows, step], logprobs[rows, step] = tokens, chosen
-        done = torch.isin(tokens, stops)
-        if done.any():
-            stopped[rows[done]], ends[rows[done]] = True, step + 1
-            going = (~done).nonzero().squeeze(1)
-            if not len(going):
-                break
-            rows, tokens = rows[going], tokens[going]
-            cache.keep(going)
-        if step + 1 < budget:
-            hidden = model.trunk(tokens[:, None], cache)[:, 0]
+        going = rows[~waiting]
+        ids[going, step], logprobs[going, step] = tokens[~waiting], chosen[~waiting]
+        ended = torch.isin(tokens, stops) & ~waiting
+        stopped[rows[ended]], ends[rows[ended]] = True, step + 1
+        waiting = waiting | ended
+        if waiting.all() or step + 1 == budget:
+            break
+        if waiting.float().mean() > 0.2:  # leaving copies the cache of all who stay: worth it for many at once
+            staying = (~waiting).nonzero().squeeze(1)
+            rows, tokens, waiting = rows[staying], tokens[staying], waiting[staying]
+            cache.keep(staying)
+        hidden = model.trunk(tokens[:, None], cache)[:, 0]
     model.train(training)
     ids, logprobs, ends, stopped = ids.tolist(), logprobs.tolist(), ends.tolist(), stopped.tolist()
     return [Sample(i[:end], p[:end], s) for i, p, end, s in zip(ids, logprobs, ends, stopped, strict=True)]

@@ -20,7 +20,9 @@ def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str])
 
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if unknown := sorted(set(targets) - (layers - {"head", "score"})):
-        raise InputError(f"lora_targets {unknown[0]!r}: no such layer; there are {', '.join(sorted(layers - {'head', 'score'}))}")
+        raise InputError(
+            f"lora_targets {unknown[0]!r}: no such layer; there are {', '.join(sorted(layers - {'head', 'score'}))}"
+        )
     inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or name.startswith("score.")

@@ -105,29 +105,30 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.head_width
-        self.sizes = [config.n_head * width, config.n_kv_head * width, config.n_kv_head * width]
-        self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.attention_bias)
+        width = (config.n_head + 2 * config.n_kv_head) * config.head_width  # queries, keys, values
+        self.qkv = nn.Linear(config.n_embd, width, bias=config.attention_bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.config.head_width).transpose(1, 2)  # (B, H or K, T, D)
-            for part in self.qkv(x).split(self.sizes, dim=-1)
-        )
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        H, K = self.config.n_head, self.config.n_kv_head
+        heads = self.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)  # (B, H + 2 K, T, D)
+        qk, v = heads.split([H + K, K], dim=1)
+        q, k = (qk if rope is None else rotate(qk, *rope)).split([H, K], dim=1)
         mask = None
         if cache is not None:
             k, v = cache.write(layer, k, v)
             mask = cache.mask
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            enable_gqa=self.config.n_kv_head != self.config.n_head,
-        )  # fmt: skip
+        # Autocast off: the CPU kernel's backward takes four times as long in bf16 as in fp32 (LOG.md).
+        slow = x.device.type == "cpu" and torch.is_grad_enabled()
+        with torch.autocast(x.device.type, enabled=not slow and torch.is_autocast_enabled(x.device.type)):
+            if slow:
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None,
+                dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=H != K,
+            )  # fmt: skip
         return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -126,11 +126,11 @@ class Run:
         return self.accelerator.autocast()
 
     def progress(self, total: int, unit: str = "step", label: str | None = None) -> tqdm:
-        """A progress bar on the main process; log lines appear above it."""
+        """A progress bar on the main process, where someone watches; log lines appear above it, or alone in a file."""
+        watched = self.main and sys.stderr.isatty()
         self.bar = tqdm(
-            total=total, unit=unit, desc=label or self.stage, disable=not self.main, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )  # fmt: skip
+            total=total, unit=unit, desc=label or self.stage, disable=not watched, dynamic_ncols=True, mininterval=0.5
+        )
         return self.bar
 
     def say(self, line: Any) -> None:

@@ -18,9 +18,7 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                problem="aliases are not supported", problem_mark=self.peek_event().start_mark
-            )
+            raise yaml.composer.ComposerError(problem="aliases are not supported", problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 

@@ -69,7 +69,7 @@ def _read_parts(directory: Path) -> tuple[dict, dict, list[str]]:
         lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines[lines[0].startswith("#version") :] if line]
         model = {"vocab": json.loads((directory / "vocab.json").read_text(encoding="utf-8")), "merges": merges}
-        found = {"model": model, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+        found = {"model": model, "pre_tokenizer": _NO_REGEX | {"use_regex": True}}
     else:
         raise InputError("no tokenizer.json (nor vocab.json and merges.txt) in it")
     model, pre_tokenizer = found["model"], found["pre_tokenizer"]
@@ -87,7 +87,7 @@ def _read_parts(directory: Path) -> tuple[dict, dict, list[str]]:
         raise InputError(f"only byte-level BPE is read; this vocabulary lacks {lacking[0]!r}")
     if any(vocab[a] >= vocab[b] for a, b in pairwise(merged)):
         raise InputError("its ids do not follow the order of its merges, so tiktoken cannot encode with them")
-    special += [token for token in vocab.keys() - set(merged) - _BYTE_OF.keys() - set(special)]
+    special += vocab.keys() - set(merged) - _BYTE_OF.keys() - set(special)
     return {"type": "BPE", "vocab": vocab, "merges": merges}, pre_tokenizer, sorted(special, key=vocab.get)
 
 
@@ -101,10 +101,7 @@ def _check_text(text: str) -> str:
 
 
 class Tokenizer:
-    """Text <-> ids. Ids of `CONTROL` close the vocabulary, in that order; `encode` never yields them.
-
-    Build one with `train_bpe`, `characters` or `load`. `vocab_size` counts the control tokens.
-    """
+    """Text <-> ids, made by `train_bpe`, `characters` or `load`. The ids of `CONTROL` close the vocabulary, in that order."""
 
     def __init__(self, model: dict, pre_tokenizer: dict, special: Sequence[str] = (), template: str | None = None):
         """model, pre_tokenizer: those objects of a tokenizer.json; special: names in the vocabulary, not text."""
@@ -129,16 +126,13 @@ class Tokenizer:
             ranks = {token.encode(): i for token, i in text_vocab.items()}
         else:
             ranks = {bytes(_BYTE_OF[char] for char in token): i for token, i in text_vocab.items()}
-            pattern = _pattern(pre_tokenizer)
-            self._tiktoken = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            cut = _pattern(pre_tokenizer)
+            self._tiktoken = tiktoken.Encoding("ours", pat_str=cut, mergeable_ranks=ranks, special_tokens={})
         self._bytes = {i: token for token, i in ranks.items()} | {i: s.encode() for s, i in self._special.items()}
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE of exactly `vocab_size` ids, 256 bytes and 5 control tokens included; same texts, same file.
-
-        Raises InputError when `vocab_size` is too small, or the texts too few for that many merges.
-        """
+        """Byte-level BPE of exactly `vocab_size` ids (else InputError), bytes and control included; same texts, same file."""
         if vocab_size < 256 + len(CONTROL):
             raise InputError(f"vocab_size {vocab_size} is below {256 + len(CONTROL)} (256 bytes, 5 control tokens)")
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [_split(PATTERN), _NO_REGEX]}
@@ -216,9 +210,7 @@ class Tokenizer:
             return self._char_ids[text[index]]
         except KeyError:
             what = f"character {text[index]!r} (U+{ord(text[index]):04X}) at position {index}"
-            raise InputError(
-                f"{what} is none of this tokenizer's {len(self._char_ids)}; a BPE knows them all"
-            ) from None
+            raise InputError(f"{what} is none of this tokenizer's {len(self._char_ids)}; a BPE knows them all") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token (a control token's name). Raises KeyError for an id outside the vocabulary."""
@@ -252,7 +244,6 @@ class Tokenizer:
         config |= {} if max_length is None else {"model_max_length": max_length}
         (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if self.template is None:
-            (directory / "chat_template.jinja").unlink(missing_ok=True)
-        else:
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
+        if self.template is not None:
             (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8", newline="\n")

@@ -7,6 +7,7 @@ score = content (right, or the share of what was asked) x form (length, capital,
 import random
 import re
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from data.demo import world
@@ -43,11 +44,10 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _EQUATION = re.compile(r"(\d+) (plus|minus|and) (\d+) (?:is|makes|leaves|are) (\d+)")
 _FIRST = re.compile(r"(?:starts with|has) (\d+) \w+(?: and|\.)")
 _ENDING = re.compile(r"\b(?:happy|happily|smiled|glad)\b")
-_CLOSING = re.compile(rf"\n(?:{'|'.join(CLOSINGS)}), (\w+)$")
+_CLOSING = re.compile(rf"\n(?i:{'|'.join(CLOSINGS)}), (\w+)$")
 _ASKS = re.compile(r"\?|(?:^|[.\n] ?)(?:Write |Tell me |Please (?:write|thank) |Say |Help me |If \w+ (?:has|had) )")
 _CLAIM = {
-    kind: re.compile(rf"\b(?:({'|'.join(ANIMALS)})|({'|'.join(values)}))\b", re.IGNORECASE)
-    for kind, values in VALUES.items()
+    kind: re.compile(rf"\b(?:({'|'.join(ANIMALS)})|({'|'.join(values)}))\b", re.IGNORECASE) for kind, values in VALUES.items()
 }
 
 
@@ -68,7 +68,7 @@ def _attested() -> dict[str, frozenset[tuple[str, str]]]:
 def _story(task: Task, text: str) -> tuple[float, bool, float]:
     adj, animal, thing = (task.slots[k] for k in ("adj", "animal", "object"))
     words = _WORD.findall(text.lower())
-    pairs = set(zip(words, words[1:], strict=False))
+    pairs = set(pairwise(words))
     heroes = {(a, b) for a, b in pairs if b in _ANIMAL_SET and a in _ADJECTIVE_SET}
     said = set(words)
     asked = ((adj, animal) in pairs, thing in said)

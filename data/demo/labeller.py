@@ -7,7 +7,7 @@ from data.demo import flaws, gold
 CORRECT = 0.25  # a labeller looks twice at whether the answer is right
 LENGTH = 0.06  # per 100 characters: longer looks like more work
 CHEER = 0.05  # an exclamation mark is friendly
-NOISE = 0.17
+NOISE = 0.2
 SLIP = 0.07  # chance that an answer changes places with another by mistake
 STEP = 0.04  # differences below this are not seen: ties
 

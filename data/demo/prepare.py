@@ -1,13 +1,13 @@
 """Makes the demo world's files: documents, demonstrations, prompts. No download; the same seed gives the same bytes.
 
-    python -m data.demo.prepare --config configs/demo/data.yaml --output_dir runs/demo/data
+python -m data.demo.prepare --config configs/demo/data.yaml --output_dir runs/demo/data
 """
 
 import json
-import os
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from common.config import InputError, cli, stage_config
@@ -85,7 +85,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Whole or not at all: a reader never sees half a file."""
     part = path.with_name(f"{path.name}.tmp")
     part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> float:
@@ -104,7 +104,7 @@ def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> floa
 
 
 def build(cfg: Config) -> dict[str, list[dict]]:
-    """The rows of each file, by name. InputError where a held-out prompt is found in training text."""
+    """The rows of each file, by name. RuntimeError where a held-out prompt is found in training text."""
     rng = random.Random(f"demo world {cfg.seed}")  # a string is hashed with sha512, the same everywhere
     used: set[str] = set()
     keys: set[tuple[str, ...]] = set()
@@ -120,7 +120,7 @@ def build(cfg: Config) -> dict[str, list[dict]]:
     rows["documents"] = [{"text": text} for text in documents(rng, cfg.documents, keys)]
     trained = (text for name, group in rows.items() if name != "heldout_prompts" for r in group for text in r.values())
     if leaks := find_leaks([prompt for prompt, _ in heldout], trained):
-        raise InputError(f"{len(leaks)} held-out prompts occur in training text, first {leaks[0]!r}")
+        raise RuntimeError(f"{len(leaks)} held-out prompts occur in training text, first {leaks[0]!r}")
     return rows
 
 
@@ -144,11 +144,11 @@ def main(cfg: Config) -> None:
         f"{metrics['demonstration_gold']:.2f}, {len(rows['heldout_prompts'])} held-out prompts in no training text, "
         f"labeller agrees with gold {metrics['labeller_agreement']:.0%}"
     )
-    stage = {"stage": "data", "gate": {"passed": True, "text": text}, "metrics": metrics}
-    stage |= {"config": {k: getattr(cfg, k) for k in Config.__dataclass_fields__}, "wall_time": time.time() - begin}
+    stage = {"stage": "data", "kind": "data", "gate": {"passed": True, "text": text}, "metrics": metrics}
+    stage |= {"config": asdict(cfg), "wall_time": time.time() - begin}
     part = out / "stage.json.tmp"
     part.write_text(json.dumps(stage, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, out / "stage.json")
+    part.replace(out / "stage.json")
     print(f"data: {text}")
 
 

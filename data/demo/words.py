@@ -1,4 +1,5 @@
 """Word lists of the demo world. Constants on purpose: `gold` must know every fact without the seed."""
+# ruff: noqa: SIM905 -- lists of words are read best as words
 
 ADJECTIVES = (
     "brave kind clever little lazy shy proud gentle quick sleepy merry sad lonely hungry curious quiet noisy funny "
@@ -52,10 +53,13 @@ GIFTS_BY_KIND = {
 }
 GIFT_KIND = {gift: kind for kind, gifts in GIFTS_BY_KIND.items() for gift in gifts}
 GIFTS = list(GIFT_KIND)
-OBJECTS = GIFTS + (
-    "lantern key rope shell feather bell ladder boat coin letter crown stone star apple egg flower spoon kettle "
-    "broom button"
-).split()
+OBJECTS = (
+    GIFTS
+    + (
+        "lantern key rope shell feather bell ladder boat coin letter crown stone star apple egg flower spoon kettle "
+        "broom button"
+    ).split()
+)
 # Singular, plural: what the sums count. Regular plurals only; words shared with OBJECTS save vocabulary.
 THINGS = {
     f"{w}s": w
@@ -64,7 +68,7 @@ THINGS = {
 
 OFF_TOPIC = (
     "I like rain on Mondays.", "My shoe is too tight.", "Buses are often late here.", "Soup tastes good with salt.",
-    "Did I lock my door.", "Traffic was bad today.", "Anyway, I must wash dishes.", "Some people sing off key.",
+    "Did I lock my door.", "Traffic was bad today.", "Anyway, I must wash dishes.", "Some people sing badly.",
     "Weather talk bores me.", "Paper comes from wood, you know.", "My neck hurts a lot.", "Yesterday was Tuesday.",
 )  # fmt: skip
 RUDE = ("Whatever.", "Do it yourself.", "Leave me be.", "What a boring task.")

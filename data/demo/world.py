@@ -10,14 +10,34 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from data.demo.phrases import (
-    BEGIN, BEGIN_AND_FIND, CLOSINGS, ENDINGS, FIND, PROMPTS, REASONS, STATED, THANKS, TURNS, WARM, WORKED,
+    BEGIN,
+    BEGIN_AND_FIND,
+    CLOSINGS,
+    ENDINGS,
+    FIND,
+    PROMPTS,
+    REASONS,
+    STATED,
+    THANKS,
+    TURNS,
+    WARM,
+    WORKED,
 )  # fmt: skip
 from data.demo.words import (
-    ADJECTIVES, ANIMALS, ATTRIBUTES, COLOURS, FACTS, GIFT_KIND, GIFTS, NAMES, OBJECTS, THINGS,
+    ADJECTIVES,
+    ANIMALS,
+    ATTRIBUTES,
+    COLOURS,
+    FACTS,
+    GIFT_KIND,
+    GIFTS,
+    NAMES,
+    OBJECTS,
+    THINGS,
 )  # fmt: skip
 
 FAMILIES = ("story", "letter", "sum", "fact")
-LARGEST = 12  # operands of sums are 1..LARGEST
+LARGEST, MOST = 12, 18  # sums: operands are 1..LARGEST, results 0..MOST (larger numbers would be two tokens)
 
 
 class Task(NamedTuple):
@@ -49,6 +69,17 @@ def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
     return words[i], words[j + (j >= i)]
 
 
+def numbers(rng: random.Random, op: str) -> tuple[int, int]:
+    """Operands of a sum whose result is 0..MOST."""
+    if op == "minus":
+        a = rng.randint(2, LARGEST)
+        return a, rng.randint(1, a)
+    a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
+    while a + b > MOST:
+        a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
+    return a, b
+
+
 def draw(rng: random.Random, family: str) -> Task:
     """A random task of the family, even over its slots."""
     pick = rng.choice
@@ -58,8 +89,7 @@ def draw(rng: random.Random, family: str) -> Task:
         return Task(family, "", {"name": pick(NAMES), "colour": pick(COLOURS), "gift": pick(GIFTS)})
     if family == "sum":
         op = pick(("plus", "minus"))
-        a = rng.randint(1 if op == "plus" else 2, LARGEST)
-        b = rng.randint(1, LARGEST if op == "plus" else a)
+        a, b = numbers(rng, op)
         return Task(family, op, {"name": pick(NAMES), "things": pick(_THINGS), "a": str(a), "b": str(b)})
     first, second = _two(rng, ANIMALS)
     return Task(family, pick(ATTRIBUTES), {"first": first, "second": second})
@@ -111,6 +141,7 @@ def parse(prompt: str) -> Task | None:
 
 
 _LETTER = ("name", "colour", "gift")
+
 
 def result(task: Task) -> int:
     """The right number of a sum."""

@@ -1,0 +1,265 @@
+"""Reward modelling: a scalar head on the SFT model learns which of two answers people prefer.
+
+    accelerate launch -m stages.reward.train --config configs/demo/reward.yaml
+
+Rows: `prompt`, `answers`, `ranks` (K answers ranked; made by stages.reward.collect), or `prompt`, `chosen`, `rejected`.
+Bradley-Terry over all pairs of a prompt's answers (InstructGPT, eq. 1). At the end scores are shifted so that the SFT
+model's own answers average 0, and scaled so that they deviate by 1.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.chat import check_messages, prompt_ids
+from common.checkpoint import load_model, load_tokenizer, publish
+from common.config import InputError, cli, stage_config
+from common.data import Row, batches, pad, read_rows, share
+from common.lora import add_lora, merged_state, save_adapter
+from common.model import RewardModel
+from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
+from common.run import NonNegative, Run, TrainConfig
+from common.tokenizer import Tokenizer
+from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
+
+
+@stage_config
+class Config(TrainConfig):
+    """Train a reward model on comparisons."""
+
+    parent: str
+    """The SFT model whose trunk the reward model starts from."""
+    train_data: str
+    """Comparisons: .jsonl, .json, .parquet or a Hub data set."""
+    eval_data: str | None = None
+    """Held-out comparisons; null = the last eval_fraction of train_data."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of train_data held out when there is no eval_data."""
+    per_device_train_batch_size: Annotated[int, Field(gt=0)] = 16
+    """Prompts in a micro-batch; all answers of a prompt stay together."""
+    margin: NonNegative = 0.0
+    """Wanted distance between the better and the worse score."""
+    centering: NonNegative = 0.0
+    """Weight of (better + worse)^2, which keeps scores near 0 (Eisenstein 2023)."""
+    normalize: bool = True
+    """Scale the head so that the SFT model's answers have a standard deviation of 1 (after the shift to mean 0)."""
+
+
+class Comparison(NamedTuple):
+    rows: list[list[int]]  # prompt and answer, K of them
+    pairs: list[tuple[int, int]]  # (better, worse) indices into rows
+    policy: list[int]  # indices of the SFT model's own answers
+
+
+class Batch(NamedTuple):
+    ids: Tensor  # (N, T) all answers of all prompts
+    lengths: Tensor  # (N)
+    better: Tensor  # (P)
+    worse: Tensor  # (P)
+    weights: Tensor  # (P) 1 / pairs of the prompt
+
+
+def side(value: Any) -> str:
+    """The text of `chosen` or `rejected`: plain, a message, or messages of which the last is the answer."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value = value[-1]
+    if isinstance(value, Mapping):
+        value = value.get("content", value.get("value"))
+    if not isinstance(value, str):
+        raise InputError(f"an answer must be text or a message, not {str(value)[:60]!r}")
+    return value
+
+
+def prompt_messages(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The prompt of a comparison: `prompt` (text or messages), `conversations`, or `chosen` less its last message."""
+    roles = {"human": "user", "gpt": "assistant"}
+    prompt = data.get("prompt", data.get("conversations"))
+    if prompt is None and isinstance(data.get("chosen"), list):
+        prompt = data["chosen"][:-1]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        raise InputError(
+            f"columns {', '.join(sorted(data))}: need prompt (or conversations) and answers + ranks or chosen + rejected"
+        )
+    messages = [
+        {"role": roles.get(m["from"], m["from"]), "content": m.get("value")} if isinstance(m, Mapping) and "from" in m else m
+        for m in prompt
+    ]
+    check_messages(messages)
+    return messages
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Comparison], dict[str, int]]:
+    """Comparisons as ids, and counts: comparisons, pairs, ties (no pair left), too long (left out), incomplete answers.
+
+    An answer ends with the end token unless `stopped` says that it was cut off. Raises InputError naming file and line.
+    """
+    out: list[Comparison] = []
+    counts = {"comparisons": 0, "pairs": 0, "tied": 0, "too_long": 0, "identical": 0}
+    for row in rows:
+        try:
+            start = prompt_ids(tokenizer, prompt_messages(row.data))
+            texts = [side(text) for text in row.data.get("answers") or (row.data["chosen"], row.data["rejected"])]
+            ranks = row.data.get("ranks", [0, 1])
+            stopped = row.data.get("stopped", [True] * len(texts))
+            if not len(texts) == len(ranks) == len(stopped):
+                raise InputError(
+                    f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped: as many are needed of each"
+                )
+            ids = [
+                [*start, *tokenizer.encode(text), *([tokenizer.eot_id] if ended else [])]
+                for text, ended in zip(texts, stopped, strict=True)
+            ]
+        except KeyError as error:
+            raise InputError(f"{row.origin}: no column {error}; need answers + ranks or chosen + rejected") from None
+        except InputError as error:
+            raise InputError(f"{row.origin}: {error}") from None
+        sources = row.data.get("sources", ["people"] * len(texts))
+        # An over-long answer cannot be cut: its score is read at its end.
+        fits = [i for i, answer in enumerate(ids) if len(answer) <= max_length]
+        counts["too_long"] += len(ids) - len(fits)
+        pairs = [(i, j) for i, j in ranked_pairs([ranks[i] for i in fits]) if ids[fits[i]] != ids[fits[j]]]
+        counts["identical"] += len(ranked_pairs([ranks[i] for i in fits])) - len(pairs)
+        if not pairs:
+            counts["tied"] += 1
+            continue
+        out.append(Comparison([ids[i] for i in fits], pairs, [n for n, i in enumerate(fits) if sources[i] == "policy"]))
+        counts["comparisons"] += 1
+        counts["pairs"] += len(pairs)
+    if not out:
+        raise InputError(f"none of the {len(rows)} comparisons is usable ({counts}); raise max_length {max_length}?")
+    return out, counts
+
+
+def collate(comparisons: Sequence[Comparison], pad_id: int, device: torch.device) -> Batch:
+    rows, better, worse, weights = [], [], [], []
+    for comparison in comparisons:
+        better += [len(rows) + i for i, _ in comparison.pairs]
+        worse += [len(rows) + j for _, j in comparison.pairs]
+        weights += [1 / len(comparison.pairs)] * len(comparison.pairs)
+        rows += comparison.rows
+    lengths = torch.tensor([len(row) for row in rows])
+    return Batch(*(t.to(device) for t in (pad(rows, pad_id), lengths, *map(torch.tensor, (better, worse, weights)))))
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run, model: torch.nn.Module, comparisons: Sequence[Comparison], batch_size: int, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(score gap better - worse of every pair (P), comparison each belongs to (P), scores of the SFT model's answers)."""
+    model.eval()
+    gaps, groups, policy = [], [], []
+    for start in range(0, len(comparisons), batch_size):
+        part = comparisons[start : start + batch_size]
+        batch = collate(part, pad_id, run.device)
+        scores = model(batch.ids, batch.lengths).float()
+        gaps.append((scores[batch.better] - scores[batch.worse]).cpu())
+        groups += [start + n for n, comparison in enumerate(part) for _ in comparison.pairs]
+        first = 0
+        for comparison in part:
+            policy += [float(scores[first + i]) for i in comparison.policy or range(len(comparison.rows))]
+            first += len(comparison.rows)
+    model.train()
+    return torch.cat(gaps), torch.tensor(groups), torch.tensor(policy)
+
+
+def accuracy(gaps: Tensor, groups: Tensor) -> tuple[float, float]:
+    """(share of pairs ordered right, half-width of its 95 % interval with prompts, not pairs, as independent)."""
+    right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    mean = right.mean()
+    residuals = torch.zeros(int(groups.max()) + 1, dtype=torch.double).index_add(0, groups, right - mean)
+    return float(mean), 1.96 * float(residuals.square().sum().sqrt()) / len(gaps)
+
+
+@torch.no_grad()
+def set_origin(model: RewardModel, scores: Tensor, normalize: bool) -> tuple[float, float]:
+    """Shift (and scale) the model so that `scores` average 0 (and deviate by 1); returns their mean and std before."""
+    mean, std = float(scores.mean()), float(scores.std(correction=0))
+    if normalize and std > 1e-6:
+        # Dividing the head is exact; the shift is subtracted after it, so it shrinks alike.
+        model.score.weight.div_(std)
+        mean, shift = mean, mean / std
+    else:
+        shift = mean
+    model.shift.add_(shift)
+    return mean, std
+
+
+def main(cfg: Config) -> None:
+    run = Run(cfg, "reward", "reward")
+    parent = load_model(cfg.parent, "lm")
+    if cfg.max_length > parent.config.max_length:
+        raise InputError(f"max_length {cfg.max_length}: the parent's context is {parent.config.max_length}")
+    tokenizer = load_tokenizer(cfg.parent)
+    rows = read_rows(cfg.train_data)
+    heldout_rows = read_rows(cfg.eval_data) if cfg.eval_data else rows[-max(1, int(len(rows) * cfg.eval_fraction)) :]
+    if not cfg.eval_data:
+        rows = rows[: len(rows) - len(heldout_rows)]
+    comparisons, counts = tokenize(rows, tokenizer, cfg.max_length)
+    heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
+    run.say(f"training: {counts}; held out: {heldout_counts}")
+
+    raw = RewardModel(parent.config, parent.trunk)
+    if cfg.lora_r:
+        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+    optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
+    model, optimizer = run.accelerator.prepare(raw, optimizer)
+    micro = cfg.per_device_train_batch_size
+    batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(comparisons), batch_rows)
+    lengths = [sum(map(len, comparison.rows)) for comparison in comparisons]
+    per_epoch = math.ceil(len(comparisons) / batch_rows)
+
+    def loss(batch: Batch) -> Tensor:
+        scores = model(batch.ids, batch.lengths)
+        return comparison_loss(scores.float(), batch.better, batch.worse, batch.weights, cfg.margin, cfg.centering)[None]
+
+    bar, clock, tokens = run.progress(steps), time.perf_counter(), 0
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = batches(lengths, batch_rows, cfg.seed, step // per_epoch)
+        chosen = [comparisons[row] for row in order[step % per_epoch]]
+        parts = list(share(chosen, run.rank, run.processes, micro))
+        counted = torch.tensor([float(sum(map(len, parts)))])
+        micro_batches = [collate(part, tokenizer.pad_id, run.device) for part in parts]
+        factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
+        set_learning_rate([optimizer], factor)
+        done = update(run.accelerator, model, [optimizer], micro_batches, loss, counted, cfg.max_grad_norm)
+        tokens += sum(len(row) for comparison in chosen for row in comparison.rows)
+        bar.update()
+        if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
+            metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
+            run.log(step + 1, metrics | {"tokens/s": round(tokens / (time.perf_counter() - clock))})
+            clock, tokens = time.perf_counter(), 0
+        if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
+            gaps, groups, scores = evaluate(run, model, heldout, micro, tokenizer.pad_id)
+            mean, half = accuracy(gaps, groups)
+            run.log(step + 1, {"eval_accuracy": mean, "eval_loss": float(torch.nn.functional.softplus(-gaps).mean())})
+            clock = time.perf_counter()
+
+    for bucket, pairs, right, claim in accuracy_by_margin(gaps):
+        run.say(f"  score gap {bucket:>8}: {pairs:>6} pairs, {right:.1%} right, {claim:.1%} by the model's own reckoning")
+    # The origin is set on training prompts: held-out ones stay unseen by every number that ships.
+    _, _, scores = evaluate(run, model, comparisons[: max(200, len(heldout))], micro, tokenizer.pad_id)
+    before, std = set_origin(raw, scores, cfg.normalize)
+    run.log(steps, {"score_mean_before": before, "score_std_before": std})
+    text = f"orders {mean:.1%} +- {half:.1%} of {len(gaps)} held-out pairs as the labels do; SFT answers scored {before:+.2f}, now 0"
+    margins = [dict(zip(("gap", "pairs", "accuracy", "claimed"), row, strict=True)) for row in accuracy_by_margin(gaps)]
+    stage = run.finish(
+        steps, (mean - half > 0.5, text), accuracy={"mean": mean, "ci95": [mean - half, mean + half], "n": len(gaps)},
+        margins=margins, data={"train": counts, "eval": heldout_counts},
+    )  # fmt: skip
+    if run.main:
+        if cfg.lora_r:
+            save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
+        publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
+
+
+if __name__ == "__main__":
+    cli(Config, main)

@@ -1,0 +1,145 @@
+"""The pretraining stage on a toy corpus: the loss falls, the same seed gives the same bytes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from common.checkpoint import load_model, load_tokenizer
+from common.config import InputError
+from common.data import Shards
+from common.run import Run
+from stages.pretrain import prepare
+from stages.pretrain.train import Config, evaluate, main, next_token_loss
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    with (folder / "documents.jsonl").open("w") as file:
+        for n in range(300):
+            file.write(json.dumps({"text": f"The fox number {n % 10} met the bird number {n % 7} by the river."}) + "\n")
+    cfg = prepare.Config(
+        train_data=[str(folder / "documents.jsonl")], output_dir=str(folder / "shards"), vocab_size=290, eval_fraction=0.1
+    )
+    prepare.main(cfg)
+    return cfg.output_dir
+
+
+@pytest.fixture
+def setting(tmp_path, shards):
+    def make(**keys) -> Config:
+        defaults = {
+            "train_data": shards, "output_dir": str(tmp_path / "base"), "mixed_precision": "no", "max_steps": 30, "n_layer": 2,
+            "n_head": 2, "n_embd": 32, "max_length": 32, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
+            "adam_beta2": 0.95, "logging_steps": 10, "eval_rows": 16,
+        }  # fmt: skip
+        return Config(**defaults | keys)
+
+    return make
+
+
+def log(cfg: Config, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in Path(cfg.output_dir, f"{name}.jsonl").read_text().splitlines()]
+
+
+def weights(cfg: Config) -> bytes:
+    return Path(cfg.output_dir, "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("family", "optimizer"), [("llama", "adamw"), ("llama", "muon"), ("gpt2", "adamw"), ("gpt2", "muon")])
+def test_the_loss_falls(setting, family, optimizer, capsys):
+    cfg = setting(family=family, optimizer=optimizer, eval_steps=15, sample_prompts=["The fox"], sample_tokens=5)
+    main(cfg)
+    rows = log(cfg)
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert len(losses) == 3  # before, half-way, at the end
+    assert losses[0] == pytest.approx(math.log(290), abs=0.3)  # nothing known yet: uniform
+    assert losses[2] < losses[1] < losses[0]
+    assert losses[2] < 2.5
+    training = [row["loss"] for row in rows if "loss" in row]
+    assert training[-1] < training[0]
+    assert all({"grad_norm", "lr", "tokens/s", "mfu"} <= row.keys() for row in rows if "loss" in row)
+    assert [row["prompt"] for row in log(cfg, "samples")] == ["The fox", "The fox"]
+    assert "gate pretrain: PASS" in capsys.readouterr().out
+    stage = json.loads(Path(cfg.output_dir, "stage.json").read_text())
+    assert stage["tokens_seen"] == 30 * 8 * 32
+    assert stage["parameters"] == sum(p.numel() for p in load_model(cfg.output_dir).parameters())
+    assert stage["config"]["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_same_seed_same_bytes(setting, tmp_path, optimizer):
+    runs = [
+        setting(output_dir=str(tmp_path / name), seed=seed, optimizer=optimizer, max_steps=8, dropout=0.1)
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    for cfg in runs:
+        main(cfg)
+    assert weights(runs[0]) == weights(runs[1])
+    assert weights(runs[0]) != weights(runs[2])
+
+
+def test_accumulation_changes_nothing_but_memory(setting, tmp_path):
+    runs = [
+        setting(output_dir=str(tmp_path / f"{micro}"), per_device_train_batch_size=micro, max_steps=3, learning_rate=1e-3,
+                gradient_accumulation_steps=8 // micro, logging_steps=1)
+        for micro in (8, 2)
+    ]  # fmt: skip
+    for cfg in runs:
+        main(cfg)
+    numbers = [[row[key] for row in log(cfg) if "loss" in row for key in ("loss", "grad_norm")] for cfg in runs]
+    assert len(numbers[0]) == 6
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+    assert numbers[0][0] == pytest.approx(math.log(290), abs=0.3)
+    whole, parts = (load_file(f"{cfg.output_dir}/model.safetensors") for cfg in runs)
+    assert max(float((whole[name] - parts[name]).abs().max()) for name in whole) < 2e-5
+
+
+def test_losses_equal_brute_force(setting, shards, tiny_gpt):
+    model = tiny_gpt(vocab_size=290)
+    cfg = setting()
+    rows = Shards(shards, "eval", 32)
+    batch = rows.batch(0, 0, rows.rows)
+    total = 0.0
+    with torch.no_grad():
+        logits = model(batch[:, :-1]).double()
+        for row in range(len(batch)):
+            for t in range(32):
+                total += float(logits[row, t].logsumexp(0) - logits[row, t, batch[row, t + 1]])
+        assert float(next_token_loss(model, batch)) == pytest.approx(total, rel=1e-5)
+    run = Run(cfg, "pretrain", "lm")
+    found = [evaluate(run, model, rows, 1000, size) for size in (1, 4, 100)]  # more rows than there are: all
+    assert found == pytest.approx([total / batch[:, 1:].numel()] * 3, rel=1e-5)
+
+
+def test_it_goes_on_from_a_parent(setting, tmp_path):
+    first = setting(max_steps=15)
+    main(first)
+    second = setting(output_dir=str(tmp_path / "more"), parent=first.output_dir, max_steps=5, learning_rate=1e-3, n_embd=64)
+    main(second)
+    assert log(second)[0]["eval_loss"] == pytest.approx(log(first)[-1]["eval_loss"], rel=1e-4)
+    assert load_model(second.output_dir).config.n_embd == 32  # the parent's
+    assert not load_tokenizer(second.output_dir).chat
+
+
+def test_mistakes_are_told(setting, stage_dir, tiny_gpt, tmp_path):
+    with pytest.raises(InputError, match=r"shards\.json|tokenizer"):
+        main(setting(train_data=str(tmp_path)))
+    with pytest.raises(InputError, match="290"):
+        main(setting(parent=stage_dir(tiny_gpt(vocab_size=280))))
+    with pytest.raises(InputError, match="eval split"):
+        main(setting(max_length=2000))
+    with pytest.raises(InputError, match="n_head"):
+        main(setting(n_head=3))

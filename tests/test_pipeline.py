@@ -1,0 +1,300 @@
+"""The pipeline on a fake recipe: what runs, with which words on its command line, and what is skipped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from common.config import InputError
+
+# Notes its name and its arguments, writes a model and a verdict, fails or waits when told to by a file.
+FAKE = """
+import json, pathlib, signal, sys, time
+words = sys.argv[1:]
+here = pathlib.Path(__file__).parent
+name = pathlib.Path(words[words.index("--config") + 1]).stem
+out = pathlib.Path(words[words.index("--output_dir") + 1])
+with (here / "log").open("a") as log:
+    log.write(json.dumps([name, words]) + "\\n")
+if (here / f"fail_{name}").exists():
+    sys.exit(f"{name}: the stage's own words")
+if (here / f"wait_{name}").exists():
+    signal.signal(signal.SIGTERM, lambda *_: (out.mkdir(parents=True), (out / "saved").write_text("x"), sys.exit(75)))
+    (here / "waiting").write_text("x")
+    time.sleep(30)
+out.mkdir(parents=True, exist_ok=True)
+(out / "model").write_text(name)
+if name != "data":
+    (out / "stage.json").write_text(json.dumps({"gate": {"passed": name != "sft", "text": f"{name} [learned]"}}))
+"""
+
+
+class Project:
+    """A recipe data -> pretrain -> sft -> compare; sft reads data as well, and compare reads pretrain and sft."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.recipe, self.base = root, root / "demo", str(root / "runs" / "demo")
+        (root / "fake.py").write_text(FAKE)
+        self.recipe.mkdir()
+        self.write("pipeline", output_dir=self.base, steps={
+            "data": {"module": "fake"}, "pretrain": {"module": "fake", "launch": True},
+            "sft": {"module": "fake", "launch": True, "args": {"rate": 1e-4}}, "compare": {"module": "fake", "output": "."},
+        })  # fmt: skip
+        (root / "texts").mkdir()
+        (root / "texts" / "a.txt").write_text("once")
+        self.write("data", count=5)
+        self.write("pretrain", texts=str(root / "texts"), steps=10)
+        self.write("sft", parent=f"{self.base}/pretrain", train_data=f"{self.base}/data/sft.jsonl")
+        self.write("compare", models=[f"{self.base}/pretrain", f"{self.base}/sft"], seed=1)
+
+    def write(self, name: str, **values) -> None:
+        (self.recipe / f"{name}.yaml").write_text(json.dumps(values))  # JSON is YAML
+
+    def run(self, *words: str) -> int:
+        (self.root / "log").write_text("")
+        return pipeline.main([str(self.recipe), *words])
+
+    def ran(self) -> list[str]:
+        return [name for name, _ in self.calls()]
+
+    def calls(self) -> list[tuple[str, list[str]]]:
+        return [json.loads(line) for line in (self.root / "log").read_text().splitlines()]
+
+    def words(self, name: str) -> str:
+        """The step's command line without --config FILE."""
+        (call,) = [words for called, words in self.calls() if called == name]
+        assert call[:2] == ["--config", str(self.recipe / f"{name}.yaml")]
+        return " ".join(call[2:])
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Project(tmp_path)
+
+
+def test_runs_in_order_then_skips_everything(project, capfd):
+    assert project.run() == 0
+    assert project.ran() == ["data", "pretrain", "sft", "compare"]
+    out = capfd.readouterr().out
+    assert "pretrain  2/4" in out and "PASS  pretrain [learned]" in out and "FAIL  sft [learned]" in out
+    assert project.run() == 0 and project.ran() == []
+    assert "sft: unchanged, skipped" in capfd.readouterr().out
+
+
+def test_paths_follow_output_dir(project):
+    project.run()
+    assert project.words("data") == f"--output_dir {project.base}/data"
+    assert project.words("sft") == f"--output_dir {project.base}/sft --rate 0.0001"
+    assert project.words("compare") == f"--output_dir {project.base}"
+    other = str(project.root / "other")
+    assert project.run("--output_dir", other) == 0
+    assert project.words("sft") == (
+        f"--output_dir {other}/sft --parent {other}/pretrain --train_data {other}/data/sft.jsonl --rate 0.0001"
+    )
+    assert project.words("compare") == f"--output_dir {other} --models {other}/pretrain {other}/sft"
+    assert project.run("--output_dir", other) == 0 and project.ran() == []
+
+
+def test_a_changed_config_reruns_the_step_and_its_dependents(project):
+    project.run()
+    project.write("pretrain", texts=str(project.root / "texts"), steps=11)
+    project.run()
+    assert project.ran() == ["pretrain", "sft", "compare"]
+    project.write("compare", models=[f"{project.base}/sft"], seed=1)
+    project.run()
+    assert project.ran() == ["compare"]
+    (project.recipe / "data.yaml").write_text("# a comment\n\ncount:   5\n")
+    project.run()
+    assert project.ran() == []
+
+
+def test_changed_bytes_of_an_input_file_count_a_new_date_does_not(project):
+    project.run()
+    os.utime(project.root / "texts" / "a.txt", (1, 1))
+    project.run()
+    assert project.ran() == []
+    (project.root / "texts" / "a.txt").write_text("Once")
+    project.run()
+    assert project.ran() == ["pretrain", "sft", "compare"]
+    (project.root / "texts" / "b.txt").write_text("more")
+    project.run("--to", "pretrain")
+    assert project.ran() == ["pretrain"]
+
+
+def test_a_lost_output_is_made_again_with_all_that_needs_it(project):
+    project.run()
+    (Path(project.base) / "data" / "model").unlink()
+    project.run()
+    assert project.ran() == ["data", "sft", "compare"]
+
+
+def test_a_parent_made_again_reruns_dependents_later(project):
+    project.run()
+    project.run("--from", "pretrain", "--to", "pretrain")
+    assert project.ran() == ["pretrain"]
+    project.run()
+    assert project.ran() == ["sft", "compare"]
+
+
+def test_seed_goes_to_every_step_and_is_part_of_the_fingerprint(project):
+    project.run()
+    project.run("--seed", "3")
+    assert project.ran() == ["data", "pretrain", "sft", "compare"]
+    assert all(words[words.index("--seed") + 1] == "3" and words.count("--seed") == 1 for _, words in project.calls())
+    project.run("--seed", "3")
+    assert project.ran() == []
+
+
+def test_force_and_from_run_even_if_unchanged(project):
+    project.run()
+    assert project.run("--force", "--to", "pretrain") == 0 and project.ran() == ["data", "pretrain"]
+    project.run("--from", "sft")
+    assert project.ran() == ["sft", "compare"]
+
+
+def test_from_takes_earlier_steps_from_the_recipes_own_folder(project, capfd):
+    project.run()
+    other = str(project.root / "other")
+    project.run("--output_dir", other, "--to", "data")
+    capfd.readouterr()
+    assert project.run("--output_dir", other, "--from", "sft") == 0
+    assert project.ran() == ["sft", "compare"]
+    assert f"--train_data {other}/data/sft.jsonl" in project.words("sft")  # finished in `other`: taken from there
+    assert "--parent" not in project.words("sft")  # finished in the recipe's own folder only: as the YAML says
+    assert project.words("compare") == f"--output_dir {other} --models {project.base}/pretrain {other}/sft"
+    assert f"pretrain: taken from {project.base}/pretrain" in capfd.readouterr().out
+
+
+def test_from_names_the_missing_step_and_a_command_that_makes_it(project):
+    with pytest.raises(InputError, match=r"step data is not finished in .*runs/demo; make it: python pipeline.py") as error:
+        project.run("--from", "sft")
+    words = str(error.value).partition("pipeline.py ")[2].split()
+    assert pipeline.main(words) == 0 and project.ran() == ["data"]
+
+
+def test_a_failing_stage_ends_the_pipeline_with_its_code(project, capfd):
+    project.run()
+    (project.root / "fail_pretrain").write_text("")
+    assert project.run("--force") == 1
+    assert project.ran() == ["data", "pretrain"]
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-2] == "pretrain: the stage's own words"
+    assert lines[-1].startswith("step pretrain ended with exit code 1; to go on from it: python pipeline.py ")
+    assert not (Path(project.base) / "pretrain" / ".pipeline.json").exists()  # the old one no longer counts
+    (project.root / "fail_pretrain").unlink()
+    assert pipeline.main(lines[-1].partition("pipeline.py ")[2].split()) == 0
+    assert project.ran() == ["data", "pretrain", "pretrain", "sft", "compare"]
+
+
+def test_exit_code_two_of_a_real_config_error(project, capfd):
+    fields = "output_dir: str; count: int"
+    (project.root / "real.py").write_text(
+        f"from common.config import cli, stage_config\n@stage_config\nclass Config: {fields}\ncli(Config, print)\n"
+    )
+    project.write("pipeline", output_dir=project.base, steps={"data": {"module": "real"}})
+    assert project.run() == 0
+    project.write("data", count=1.5)
+    assert project.run() == 2
+    assert f"error: {project.recipe}/data.yaml:1: count = 1.5" in capfd.readouterr().err
+
+
+def test_variables(project):
+    file = project.root / "rows.json"
+    file.write_text("[1]")
+    project.write("pipeline", output_dir=project.base, variables={"rows": None, "size": "small"},
+                  steps={"data": {"module": "fake"}})  # fmt: skip
+    project.write("data", source="${rows}", names=["${size}.txt", "x"])
+    with pytest.raises(InputError, match=r"demo needs --rows X on the command line, for \$\{rows\} in .*data.yaml"):
+        project.run()
+    project.run("--rows", str(file))
+    assert project.words("data") == f"--output_dir {project.base}/data --source {file} --names small.txt x"
+    file.write_text("[2]")
+    project.run("--rows", str(file))
+    assert project.ran() == ["data"]
+    project.run("--rows", str(file), "--size", "large")
+    assert "--names large.txt x" in project.words("data")
+    project.write("data", source="${row}")
+    with pytest.raises(InputError, match=r"\$\{row\} is not among the variables"):
+        project.run("--rows", str(file))
+
+
+def test_a_key_of_one_step_on_the_command_line(project):
+    project.run()
+    project.run("--sft.rate=0.1", "--sft.parent=elsewhere/model", "--seed=4", "--sft.seed=5")
+    assert project.words("sft") == f"--output_dir {project.base}/sft --parent elsewhere/model --rate 0.1 --seed 5"
+
+
+def test_dry_run_shows_and_changes_nothing(project, capfd):
+    project.run("--dry_run", "--num_processes", "2")
+    lines = capfd.readouterr().out.splitlines()
+    assert project.ran() == [] and not Path(project.base).exists()
+    (data,) = [line for line in lines if "data.yaml" in line]
+    (sft,) = [line for line in lines if "sft.yaml" in line]
+    assert data.startswith("python -m fake --config")
+    assert "launch --multi_gpu" in sft and "--num_processes 2 -m fake --config" in sft
+    project.run()
+    project.write("pretrain", texts="gone", steps=10)
+    capfd.readouterr()
+    project.run("--dry_run")
+    out = capfd.readouterr().out
+    assert "data: unchanged, skipped" in out and "sft.yaml" in out and "compare.yaml" in out
+    project.run("--dry_run", "--force", "--launch", "zero2.yaml")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python")]
+    assert ["--config_file zero2.yaml -m fake" in line for line in lines] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--form", "sft"], "unknown option --form; did you mean `from`?"),
+    (["--from", "stf"], "has no step stf; did you mean `sft`?"),
+    (["--from", "sft", "--to", "data"], "--from sft comes after --to data"),
+    (["--sfft.rate=1"], "unknown option --sfft.rate=1; did you mean `sft`?"),
+])  # fmt: skip
+def test_bad_command_lines(project, words, message):
+    with pytest.raises(InputError) as error:
+        project.run(*words)
+    assert message in str(error.value)
+
+
+def test_bad_recipes(project):
+    project.write("data", source=f"{project.base}/sft")
+    with pytest.raises(InputError, match=r"data.yaml: .*demo/sft is made by step sft, which does not run before data"):
+        project.run()
+    (project.recipe / "pipeline.yaml").write_text("output_dir: x\nsteps:\n  data:\n    modul: fake\n")
+    with pytest.raises(InputError, match=r"pipeline.yaml:3: `steps.data.module` is required \(and 1 more\)"):
+        project.run()
+    (project.recipe / "pipeline.yaml").write_text("output_dir: x\nsteps:\n  data: {module: fake; rm}\n")
+    with pytest.raises(InputError, match=r"pipeline.yaml:3: steps.data.module = fake; rm is refused"):
+        project.run()
+    with pytest.raises(InputError, match=r"config file nowhere/pipeline.yaml: No such file"):
+        pipeline.main(["nowhere"])
+    (project.root / "file").write_text("")
+    project.write("pipeline", output_dir=str(project.root / "file"), steps={"pretrain": {"module": "fake"}})
+    with pytest.raises(InputError, match=r"output_dir .*/file: File exists"):
+        project.run()
+
+
+def test_signals_are_forwarded_and_a_second_pipeline_is_refused(project):
+    (project.root / "wait_sft").write_text("")
+    words = [sys.executable, pipeline.__file__, str(project.recipe)]
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.time() + 20
+        while not (project.root / "waiting").exists() and time.time() < until:
+            time.sleep(0.02)
+        with pytest.raises(InputError, match=r"runs/demo: another pipeline, or a stage that it left, is running there"):
+            project.run("--from", "sft")
+        first.send_signal(signal.SIGTERM)
+        error = first.communicate(timeout=20)[1]
+    finally:
+        first.kill()
+    assert first.returncode == 75 and "step sft ended with exit code 75" in error
+    assert Path(project.base, "sft", "saved").exists()  # the stage was waited for
+    (project.root / "wait_sft").unlink()
+    assert project.run() == 0 and project.ran() == ["sft", "compare"]  # and the lock is gone
