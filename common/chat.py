@@ -115,6 +115,22 @@ def rows_to_prompt(row: Mapping) -> list[Message]:
     return messages
 
 
+def comparison_prompt(row: Mapping) -> list[Message]:
+    """Messages of a comparison's prompt: `prompt` (text or messages), `conversations`, or `chosen` less its last message.
+
+    Raises InputError naming the columns found when there is none of these.
+    """
+    prompt = row["prompt"] if row.get("prompt") is not None else row.get("conversations")
+    if prompt is None and isinstance(row.get("chosen"), list):
+        prompt = row["chosen"][:-1]
+    if not prompt:
+        found = ", ".join(sorted(map(str, row))) or "none"
+        raise InputError(f"columns found: {found}; a comparison needs prompt (or conversations), and answers or chosen")
+    messages = [_sharegpt(turn) for turn in _side(prompt, "user")]
+    check_messages(messages)
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
 def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:
     has = {name for name, value in row.items() if value is not None}
     if "messages" in has:

@@ -71,10 +71,11 @@ def sample_batch(
     training = model.training
     model.eval()
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    budget = min(uniforms.shape[1], model.config.max_length - int(lengths.max()))
+    limits = (model.config.max_length - lengths).clamp(max=uniforms.shape[1])  # of each row, whoever shares its batch
+    budget = int(limits.max())
     uniforms = uniforms.to(device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    cache = KVCache(model.config, len(prompts), int(lengths.max()) + budget, next(model.parameters()))
+    cache = KVCache(model.config, len(prompts), int((lengths + limits).max()), next(model.parameters()))
 
     hidden = model.trunk(pad(prompts, 0).to(device), cache)
     cache.lengths = lengths  # forget the padding
@@ -82,19 +83,20 @@ def sample_batch(
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still is
     ids = torch.zeros(len(prompts), budget, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(prompts), budget, device=device)
-    ends = torch.full((len(prompts),), budget, device=device)
+    ends = limits.clone()
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     waiting = torch.zeros_like(stopped)  # rows of the batch that have ended but not left it yet
     for step in range(budget):
         tokens, chosen = pick(model.head(hidden), uniforms[rows, step], temperature, top_k, top_p)
         going = rows[~waiting]
         ids[going, step], logprobs[going, step] = tokens[~waiting], chosen[~waiting]
-        ended = torch.isin(tokens, stops) & ~waiting
-        stopped[rows[ended]], ends[rows[ended]] = True, step + 1
-        waiting = waiting | ended
-        if waiting.all() or step + 1 == budget:
+        said_stop = torch.isin(tokens, stops) & ~waiting
+        stopped[rows[said_stop]], ends[rows[said_stop]] = True, step + 1
+        waiting = waiting | said_stop | (limits[rows] == step + 1)
+        if waiting.all():
             break
-        if waiting.float().mean() > 0.2:  # leaving copies the cache of all who stay: worth it for many at once
+        # Leaving copies the cache of all who stay: worth it for many at once, needed for one without room in the context.
+        if waiting.float().mean() > 0.2 or int(cache.lengths.max()) == model.config.max_length:
             staying = (~waiting).nonzero().squeeze(1)
             rows, tokens, waiting = rows[staying], tokens[staying], waiting[staying]
             cache.keep(staying)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from common.config import InputError
 
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, 1, T, D/2) each
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -110,18 +112,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
         H, K = self.config.n_head, self.config.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)  # (B, H + 2 K, T, D)
         qk, v = heads.split([H + K, K], dim=1)
         q, k = (qk if rope is None else rotate(qk, *rope)).split([H, K], dim=1)
-        mask = None
         if cache is not None:
             k, v = cache.write(layer, k, v)
-            mask = cache.mask
         # Autocast off: the CPU kernel's backward takes four times as long in bf16 as in fp32 (LOG.md).
-        slow = x.device.type == "cpu" and torch.is_grad_enabled()
+        slow = x.device.type == "cpu" and cache is None
         with torch.autocast(x.device.type, enabled=not slow and torch.is_autocast_enabled(x.device.type)):
             if slow:
                 q, k, v = q.float(), k.float(), v.float()
@@ -137,6 +137,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """bool (B, 1, T, T): causal, and within a document only; documents (B, T) numbers the document of each token."""
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
 
 
 class MLP(nn.Module):
@@ -167,8 +173,8 @@ class Block(nn.Module):
         self.norm2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, cache, layer)
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, mask, cache, layer)
         return x + self.mlp(self.norm2(x))
 
 
@@ -194,7 +200,7 @@ class Trunk(nn.Module):
             self.register_buffer("cos", angles.cos(), persistent=False)  # (max_length, D/2)
             self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         T = ids.shape[1]
         end = T if cache is None else int(cache.lengths.max()) + T
         if end > self.config.max_length:
@@ -207,8 +213,9 @@ class Trunk(nn.Module):
         else:
             rope = (self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
         x = self.dropout(x)
+        mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer)
+            x = block(x, rope, mask, cache, layer)
         if cache is not None:
             cache.lengths = cache.lengths + T
         return self.norm(x)
@@ -224,7 +231,10 @@ class Trunk(nn.Module):
 
 
 class GPT(nn.Module):
-    """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V), row by row."""
+    """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V), row by row.
+
+    `documents` (B, T): the document each token is of, where several are packed into a row; attention stays inside it.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -236,8 +246,10 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.trunk.wte.weight
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, keep: Tensor | None = None) -> Tensor:
-        hidden = self.trunk(ids, cache)
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, keep: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.trunk(ids, cache, documents)
         return self.head(hidden if keep is None else hidden[keep])
 
     def resize_vocabulary(self, size: int) -> None:
@@ -271,8 +283,10 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
 
     def values(self, ids: Tensor) -> Tensor:
-        """Score head at every position: (B, T) -> (B, T), in fp32, shift applied."""
-        return self.score(self.trunk(ids)).squeeze(-1).float() - self.shift
+        """Score head at every position: (B, T) -> (B, T), in fp32 (bf16 would round small gaps away), shift applied."""
+        hidden = self.trunk(ids)
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.score(hidden.float()).squeeze(-1) - self.shift
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Score at each row's last real token: ids (B, T), lengths (B) -> (B)."""

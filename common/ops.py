@@ -39,13 +39,13 @@ def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
     count, total, squares = masked_moments(x, mask) if moments is None else moments
     mean = total / count
     variance = squares / count - mean**2
-    return torch.where(mask.bool(), (x - mean) * torch.rsqrt(variance.clamp(min=0) + 1e-8), 0)
+    return torch.where(mask.bool(), ((x - mean) * torch.rsqrt(variance.clamp(min=0) + 1e-8)).to(x.dtype), 0)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """(count, sum, sum of squares) of the masked entries in fp64, ready to be summed over processes: (3)."""
     kept = torch.where(mask.bool(), x, 0).double()
-    return torch.stack([mask.sum().double(), kept.sum(), (kept**2).sum()]).float()
+    return torch.stack([mask.sum().double(), kept.sum(), (kept**2).sum()])
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:

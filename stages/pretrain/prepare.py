@@ -72,7 +72,7 @@ def read_documents(sources: Sequence[str], eval_fraction: float, seed: int) -> t
             for text in kept:
                 cut = len(text) - round(len(text) * eval_fraction)
                 train.append(text[:cut])
-                evaluation.append(text[cut:])
+                evaluation += [text[cut:]] if text[cut:].strip() else []
     if not train or not any(evaluation):
         raise InputError(f"train_data {', '.join(sources)}: too little text to train and evaluate on")
     return train, evaluation, empty
@@ -123,7 +123,7 @@ def main(cfg: Config) -> None:
         old.unlink()
 
     train, evaluation, empty = read_documents(cfg.train_data, cfg.eval_fraction, cfg.seed)
-    tokenizer = make_tokenizer(cfg, train)
+    tokenizer = make_tokenizer(cfg, train + evaluation if cfg.tokenizer == "characters" else train)
     tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     counts = {}

@@ -51,6 +51,8 @@ class Config(TrainConfig):
     """muon: Muon on the matrices inside the blocks, AdamW on the rest."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     """Peak learning rate of Muon."""
+    document_mask: bool = True
+    """Attention stays inside a document; false: it also sees the unrelated ones packed before it in the row."""
     eval_rows: Annotated[int, Field(gt=0)] = 128
     """Rows of the held-out split in one evaluation."""
     sample_prompts: list[str] = []
@@ -78,23 +80,28 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_size: int) -> float:
+def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_size: int, eot_id: int | None) -> float:
     """Mean next-token loss in nats over the first `rows` rows of the held-out split (the same ones every time)."""
     model.eval()
     rows = min(rows, shards.rows)
     total = torch.zeros(2, device=run.device)
     for start in range(run.rank * batch_size, rows, run.processes * batch_size):
         batch = shards.batch(0, start, min(batch_size, rows - start)).to(run.device)
-        total[0] += next_token_loss(model, batch)
+        total[0] += next_token_loss(model, batch, eot_id)
         total[1] += batch[:, 1:].numel()
     model.train()
     loss, count = run.accelerator.reduce(total, "sum").tolist()
     return loss / count
 
 
-def next_token_loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of batch (B, T + 1): every token predicted from those before it."""
-    logits = model(batch[:, :-1])
+def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | None) -> torch.Tensor:
+    """Summed cross-entropy of batch (B, T + 1): every token predicted from those before it.
+
+    With eot_id only from those of its own document, which an end-of-text opens (as it opens a base model's prompt).
+    """
+    ids = batch[:, :-1]
+    documents = None if eot_id is None else (ids == eot_id).cumsum(1)
+    logits = model(ids, documents=documents)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
 
 
@@ -126,7 +133,8 @@ def main(cfg: Config) -> None:
         f"{parameters:,} parameters, {steps} steps of {tokens_per_step:,} tokens ({epochs:.2f} epochs of {shards.tokens:,})"
     )
 
-    initial = eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro)
+    eot_id = tokenizer.eot_id if cfg.document_mask else None
+    initial = eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
     run.log(0, {"eval_loss": eval_loss, "ln_vocab": math.log(tokenizer.vocab_size)})
     bar, clock, clock_step = run.progress(steps), time.perf_counter(), 0
     for step in range(steps):
@@ -140,7 +148,7 @@ def main(cfg: Config) -> None:
             model,
             optimizers,
             micro_batches,
-            lambda batch: next_token_loss(model, batch)[None],
+            lambda batch: next_token_loss(model, batch, eot_id)[None],
             counts,
             cfg.max_grad_norm,
         )
@@ -151,7 +159,7 @@ def main(cfg: Config) -> None:
             run.log(step + 1, metrics | {"tokens/s": round(speed), "mfu": speed * flops_per_token / peak})
             clock, clock_step = time.perf_counter(), step + 1
         if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
-            eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro)
+            eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
             run.log(step + 1, {"eval_loss": eval_loss})
             if cfg.sample_prompts and run.main:
                 prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]

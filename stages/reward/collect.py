@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from common.chat import prompt_ids, rows_to_messages, rows_to_prompt
+from common.chat import comparison_prompt, prompt_ids, rows_to_messages, rows_to_prompt
 from common.checkpoint import dump, lineage, load_model, load_tokenizer, provenance, write_atomically
 from common.config import InputError, cli, stage_config, to_dict
 from common.data import Row, read_rows, write_jsonl
@@ -77,13 +77,13 @@ def sampled(cfg: Config, rows: Sequence[Row], rng: random.Random) -> tuple[list[
     labeller: Labeller | None = hook(cfg.labeller)
     contrast: Contrast | None = hook(cfg.contrast)
     tokenizer, model = load_tokenizer(cfg.parent), load_model(cfg.parent, "lm")
-    messages = []
+    messages, ids = [], []
     for row in rows:
         try:
             messages.append(rows_to_prompt(row.data))
+            ids.append(prompt_ids(tokenizer, messages[-1]))
         except InputError as error:
             raise InputError(f"{row.origin}: {error}") from None
-    ids = [prompt_ids(tokenizer, m) for m in messages]
     kept = [i for i, prompt in enumerate(ids) if len(prompt) <= cfg.max_prompt_length]
     prompts = [ids[i] for i in kept for _ in range(cfg.answers_per_prompt)]
     with tqdm(total=len(prompts), unit="answer", desc="collect", mininterval=1) as bar:
@@ -95,11 +95,13 @@ def sampled(cfg: Config, rows: Sequence[Row], rng: random.Random) -> tuple[list[
     for n, i in enumerate(kept):
         mine = answers[n * cfg.answers_per_prompt : (n + 1) * cfg.answers_per_prompt]
         entries = [(tokenizer.decode(a.ids), "policy", a.stopped) for a in mine]
-        question = messages[i][-1]["content"]
+        text = messages[i][-1]["content"]
         if contrast:
-            entries += [(text, kind, True) for kind, text in contrast(question, rng)]
+            entries += [(answer, kind, True) for kind, answer in contrast(text, rng)]
         if labeller:
-            ranks = labeller(question, [text for text, _, _ in entries], rng)
+            ranks = labeller(text, [answer for answer, _, _ in entries], rng)
+            if len(ranks) != len(entries):
+                raise InputError(f"labeller {cfg.labeller}: {len(ranks)} ranks for {len(entries)} answers")
         else:
             try:
                 reference = rows_to_messages(rows[i].data)[-1]["content"]
@@ -113,31 +115,41 @@ def sampled(cfg: Config, rows: Sequence[Row], rng: random.Random) -> tuple[list[
     return comparisons, len(ids) - len(kept)
 
 
+def question(row: dict[str, Any]) -> str:
+    """What identifies the prompt of a comparison."""
+    return str(comparison_prompt(row)[-1]["content"])
+
+
 def main(cfg: Config) -> None:
     started = time.perf_counter()
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stage.json").unlink(missing_ok=True)  # the folder counts again once it is back
     rng = random.Random(cfg.seed)
     rows = read_rows(cfg.train_data)[: cfg.max_prompts]
     comparisons, left_out = sampled(cfg, rows, rng)
     people = [row.data for source in cfg.pairs for row in read_rows(source)]
-    rng.shuffle(comparisons)
-    rng.shuffle(people)
-    # Held out from both kinds alike, so that a few pairs of people's are not lost in the many of the machine's.
-    cuts = [max(1, round(len(part) * cfg.eval_fraction)) if part else 0 for part in (comparisons, people)]
-    write_jsonl(folder / "eval.jsonl", comparisons[: cuts[0]] + people[: cuts[1]])
-    write_jsonl(folder / "comparisons.jsonl", comparisons[cuts[0] :] + people[cuts[1] :])
+    # Held out by prompt, from both kinds alike: no prompt lies on both sides, and people's few pairs are not lost.
+    held: set[str] = set()
+    for part in (comparisons, people):
+        rng.shuffle(part)
+        prompts = list(dict.fromkeys(map(question, part)))
+        held |= set(prompts[: max(1, round(len(prompts) * cfg.eval_fraction))])
+    both = comparisons + people
+    write_jsonl(folder / "eval.jsonl", [row for row in both if question(row) in held])
+    write_jsonl(folder / "comparisons.jsonl", [row for row in both if question(row) not in held])
 
     answers = sum(len(row["answers"]) for row in comparisons)
     stopped = sum(sum(row["stopped"]) for row in comparisons) / max(1, answers)
     text = (
         f"{answers:,} answers to {len(comparisons):,} prompts ranked, {stopped:.0%} of them complete; {len(people)} pairs "
-        f"from people; {sum(cuts)} prompts held out; {left_out} prompts too long"
+        f"from people; {len(held)} prompts held out; {left_out} prompts too long"
     )
     passed = bool(comparisons or people)
     print(f"gate collect: {'PASS' if passed else 'FAIL'}  {text}")
     stage = {
         "stage": "collect",
+        "kind": "comparisons",
         **lineage(cfg.parent),
         "config": to_dict(cfg),
         "seed": cfg.seed,

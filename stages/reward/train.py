@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.chat import check_messages, prompt_ids
+from common.chat import comparison_prompt, prompt_ids
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
 from common.data import Row, batches, pad, read_rows, share
@@ -75,26 +75,6 @@ def side(value: Any) -> str:
     return value
 
 
-def prompt_messages(data: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The prompt of a comparison: `prompt` (text or messages), `conversations`, or `chosen` less its last message."""
-    roles = {"human": "user", "gpt": "assistant"}
-    prompt = data.get("prompt", data.get("conversations"))
-    if prompt is None and isinstance(data.get("chosen"), list):
-        prompt = data["chosen"][:-1]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
-        raise InputError(
-            f"columns {', '.join(sorted(data))}: need prompt (or conversations) and answers + ranks or chosen + rejected"
-        )
-    messages = [
-        {"role": roles.get(m["from"], m["from"]), "content": m.get("value")} if isinstance(m, Mapping) and "from" in m else m
-        for m in prompt
-    ]
-    check_messages(messages)
-    return messages
-
-
 def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Comparison], dict[str, int]]:
     """Comparisons as ids, and counts: comparisons, pairs, ties (no pair left), too long (left out), incomplete answers.
 
@@ -104,14 +84,16 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
     counts = {"comparisons": 0, "pairs": 0, "tied": 0, "too_long": 0, "identical": 0}
     for row in rows:
         try:
-            start = prompt_ids(tokenizer, prompt_messages(row.data))
+            start = prompt_ids(tokenizer, comparison_prompt(row.data))
             texts = [side(text) for text in row.data.get("answers") or (row.data["chosen"], row.data["rejected"])]
-            ranks = row.data.get("ranks", [0, 1])
-            stopped = row.data.get("stopped", [True] * len(texts))
-            if not len(texts) == len(ranks) == len(stopped):
-                raise InputError(
-                    f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped: as many are needed of each"
-                )
+            ranks = row.data.get("ranks") or [0, 1]
+            stopped = row.data.get("stopped") or [True] * len(texts)
+            sources = row.data.get("sources") or ["people"] * len(texts)
+            if not all(isinstance(rank, int | float) for rank in ranks):
+                raise InputError(f"ranks {ranks}: numbers are needed, 0 = best")
+            if not len(texts) == len(ranks) == len(stopped) == len(sources):
+                sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped, {len(sources)} sources"
+                raise InputError(f"{sizes}: as many are needed of each")
             ids = [
                 [*start, *tokenizer.encode(text), *([tokenizer.eot_id] if ended else [])]
                 for text, ended in zip(texts, stopped, strict=True)
@@ -120,7 +102,6 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
             raise InputError(f"{row.origin}: no column {error}; need answers + ranks or chosen + rejected") from None
         except InputError as error:
             raise InputError(f"{row.origin}: {error}") from None
-        sources = row.data.get("sources", ["people"] * len(texts))
         # An over-long answer cannot be cut: its score is read at its end.
         fits = [i for i, answer in enumerate(ids) if len(answer) <= max_length]
         counts["too_long"] += len(ids) - len(fits)
@@ -135,6 +116,17 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
     if not out:
         raise InputError(f"none of the {len(rows)} comparisons is usable ({counts}); raise max_length {max_length}?")
     return out, counts
+
+
+def split(rows: Sequence[Row], eval_fraction: float) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows, no prompt on both sides: held out are those of the last eval_fraction."""
+    try:
+        prompts = [str(comparison_prompt(row.data)) for row in rows]
+    except InputError:  # tokenize() names the row
+        return list(rows), list(rows)
+    held = set(prompts[-max(1, int(len(rows) * eval_fraction)) :])
+    sides = [[row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side] for side in (False, True)]
+    return sides[0], sides[1]
 
 
 def collate(comparisons: Sequence[Comparison], pad_id: int, device: torch.device) -> Batch:
@@ -155,6 +147,7 @@ def evaluate(
     """(score gap better - worse of every pair (P), comparison each belongs to (P), scores of the SFT model's answers)."""
     model.eval()
     gaps, groups, policy = [], [], []
+    own = any(comparison.policy for comparison in comparisons)
     for start in range(0, len(comparisons), batch_size):
         part = comparisons[start : start + batch_size]
         batch = collate(part, pad_id, run.device)
@@ -163,7 +156,8 @@ def evaluate(
         groups += [start + n for n, comparison in enumerate(part) for _ in comparison.pairs]
         first = 0
         for comparison in part:
-            policy += [float(scores[first + i]) for i in comparison.policy or range(len(comparison.rows))]
+            wanted = comparison.policy if own else range(len(comparison.rows))
+            policy += [float(scores[first + i]) for i in wanted]
             first += len(comparison.rows)
     model.train()
     return torch.cat(gaps), torch.tensor(groups), torch.tensor(policy)
@@ -184,7 +178,8 @@ def set_origin(model: RewardModel, scores: Tensor, normalize: bool) -> tuple[flo
     if normalize and std > 1e-6:
         # Dividing the head is exact; the shift is subtracted after it, so it shrinks alike.
         model.score.weight.div_(std)
-        mean, shift = mean, mean / std
+        model.shift.div_(std)
+        shift = mean / std
     else:
         shift = mean
     model.shift.add_(shift)
@@ -198,9 +193,7 @@ def main(cfg: Config) -> None:
         raise InputError(f"max_length {cfg.max_length}: the parent's context is {parent.config.max_length}")
     tokenizer = load_tokenizer(cfg.parent)
     rows = read_rows(cfg.train_data)
-    heldout_rows = read_rows(cfg.eval_data) if cfg.eval_data else rows[-max(1, int(len(rows) * cfg.eval_fraction)) :]
-    if not cfg.eval_data:
-        rows = rows[: len(rows) - len(heldout_rows)]
+    rows, heldout_rows = (rows, read_rows(cfg.eval_data)) if cfg.eval_data else split(rows, cfg.eval_fraction)
     comparisons, counts = tokenize(rows, tokenizer, cfg.max_length)
     heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
     run.say(f"training: {counts}; held out: {heldout_counts}")
@@ -249,7 +242,8 @@ def main(cfg: Config) -> None:
     _, _, scores = evaluate(run, model, comparisons[: max(200, len(heldout))], micro, tokenizer.pad_id)
     before, std = set_origin(raw, scores, cfg.normalize)
     run.log(steps, {"score_mean_before": before, "score_std_before": std})
-    text = f"orders {mean:.1%} +- {half:.1%} of {len(gaps)} held-out pairs as the labels do; SFT answers scored {before:+.2f}, now 0"
+    share_right = f"orders {mean:.1%} +- {half:.1%} of {len(gaps)} held-out pairs as the labels do"
+    text = f"{share_right}; SFT answers scored {before:+.2f} on average, now 0"
     margins = [dict(zip(("gap", "pairs", "accuracy", "claimed"), row, strict=True)) for row in accuracy_by_margin(gaps)]
     stage = run.finish(
         steps, (mean - half > 0.5, text), accuracy={"mean": mean, "ci95": [mean - half, mean + half], "n": len(gaps)},

@@ -48,8 +48,8 @@ def gae(
     The value behind the last token is 0: an answer is an episode that ends there. Returns are advantages + values,
     built before any whitening.
     """
+    rewards_BT, values_BT = (torch.where(mask_BT.bool(), x_BT, 0) for x_BT in (rewards_BT, values_BT))
     mask_BT = mask_BT.to(rewards_BT.dtype)
-    rewards_BT, values_BT = rewards_BT * mask_BT, values_BT * mask_BT
     advantages_BT = torch.zeros_like(rewards_BT)
     next_advantage_B = next_value_B = torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):

@@ -106,6 +106,22 @@ def test_cache_filled_in_pieces(tiny_gpt, settings):
     assert (torch.cat(pieces, 1) - model(ids)).abs().max() < 1e-4
 
 
+@shapes
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(tiny_gpt, settings):
+    model, row = tiny_gpt(**settings), ragged([15])[0]
+    documents = torch.tensor([[0] * 4 + [1] * 5 + [2] * 6])
+    packed = model(torch.tensor([row]), documents=documents)[0]
+    other = [(token + 1) % 300 for token in row]
+    for start, end in ((0, 4), (4, 9), (9, 15)):
+        mixed = torch.tensor([other[:start] + row[start:end] + other[end:]])
+        assert torch.allclose(model(mixed, documents=documents)[0, start:end], packed[start:end], atol=1e-5)
+        if settings["family"] == "llama":  # relative positions: the same as on its own
+            assert torch.allclose(model(torch.tensor([row[start:end]]))[0], packed[start:end], atol=1e-4)
+    assert torch.allclose(packed[:4], model(torch.tensor([row]))[0, :4], atol=1e-5)
+    assert (packed[4] - model(torch.tensor([row]))[0, 4]).abs().max() > 0.01
+
+
 @torch.no_grad()
 def test_keep_picks_rows_of_logits(tiny_gpt):
     model, ids = tiny_gpt("gpt2"), torch.tensor(ragged([5, 5]))

@@ -1,0 +1,168 @@
+"""Trajectory -> updated policy and critic: PPO epochs over one rollout, and what the log says of it.
+
+Shape legend: B episodes, T response tokens.
+"""
+
+import math
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.config import stage_config
+from common.data import share
+from common.ops import entropy, masked_mean, masked_moments, token_logprobs, whiten
+from common.optim import NonFiniteError, update
+from common.run import NonNegative, Positive, Run, TrainConfig
+from common.tokenizer import Tokenizer
+from stages.rl.ppo import explained_variance, kl_estimates, policy_loss, value_loss
+from stages.rl.rollout import ActorCritic, Trajectory
+
+
+@stage_config
+class PPOConfig(TrainConfig):
+    """Keys of the PPO update."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; policy and reference log-probs are taken at the same one."""
+    per_device_train_batch_size: Positive = 64
+    """Episodes in a micro-batch; a minibatch is this times gradient_accumulation_steps times processes."""
+    num_minibatches: Positive = 2
+    """Minibatches (optimizer updates) an epoch; a rollout is num_minibatches minibatches of episodes."""
+    num_ppo_epochs: Positive = 4
+    """Epochs over each rollout."""
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """Clip of the policy's ratio."""
+    clip_range_value: Annotated[float, Field(gt=0)] = 0.2
+    """Clip of the critic's change."""
+    vf_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    early_stop_kl: Annotated[float, Field(gt=0)] | None = None
+    """End a rollout's epochs when approx_kl passes 1.5 times this; null = off."""
+    ptx_coef: NonNegative = 0.0
+    """Weight of that loss, in nats a token."""
+
+
+class MicroBatch(NamedTuple):
+    episodes: Trajectory
+    advantages_BT: Tensor  # whitened over the rollout
+    ptx: Tensor | None  # (rows, length + 1) pretraining tokens
+
+
+def terms(model: ActorCritic, batch: MicroBatch, cfg: PPOConfig, stats: list[Tensor]) -> Tensor:
+    """(summed PPO loss over response tokens, summed PTX loss) of a micro-batch; its sums for the log go to `stats`."""
+    episodes = batch.episodes
+    mask_BT = episodes.mask_BT
+    logits, values = model(episodes.ids_BS, episodes.predicts_BS())
+    logprobs = token_logprobs(logits, episodes.targets_N(), cfg.temperature)
+    policy = policy_loss(logprobs, episodes.logprobs_BT[mask_BT], batch.advantages_BT[mask_BT], cfg.clip_range)
+    value = value_loss(values.float(), episodes.values_BT[mask_BT], episodes.returns_BT[mask_BT], cfg.clip_range_value)
+    with torch.no_grad():
+        stats.append(
+            torch.stack(
+                [mask_BT.sum(), policy.loss, value, policy.clipped, policy.approx_kl, entropy(logits, cfg.temperature).sum()]
+            )
+        )
+    ptx = torch.zeros((), device=logits.device)
+    if batch.ptx is not None:
+        everywhere = torch.ones_like(batch.ptx[:, :-1], dtype=torch.bool)
+        ptx_logits, _ = model(batch.ptx[:, :-1], everywhere)
+        ptx = -token_logprobs(ptx_logits, batch.ptx[:, 1:].flatten()).sum()
+    return torch.stack([policy.loss + cfg.vf_coef * value, cfg.ptx_coef * ptx])
+
+
+def learn(
+    run: Run,
+    model: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    batch: Trajectory,
+    ptx: Tensor | None,
+    cfg: PPOConfig,
+    step: int,
+) -> dict[str, float]:
+    """PPO epochs over one rollout (this process's part); returns means over all response tokens of all updates."""
+    moments = run.accelerator.reduce(masked_moments(batch.advantages_BT, batch.mask_BT), "sum")
+    advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, moments)
+    lengths = (batch.prompt_lengths_B + batch.mask_BT.sum(1)).tolist()
+    per_minibatch = math.ceil(len(lengths) / cfg.num_minibatches)
+    stats: list[Tensor] = []
+    norms: list[float] = []
+    for epoch in range(cfg.num_ppo_epochs):
+        # The order is that of a shuffled deck: which episodes share a minibatch is new in every epoch.
+        order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(lengths)).tolist()
+        for start in range(0, len(order), per_minibatch):
+            rows = sorted(order[start : start + per_minibatch], key=lambda row: lengths[row])
+            parts = list(share(rows, 0, 1, cfg.per_device_train_batch_size))
+            ptx_parts = [None] * len(parts) if ptx is None else [p if len(p) else None for p in ptx.tensor_split(len(parts))]
+            micro_batches = []
+            for part, ptx_part in zip(parts, ptx_parts, strict=True):
+                episodes = batch.rows(part)
+                micro_batches.append(MicroBatch(episodes, advantages_BT[part][:, : episodes.mask_BT.shape[1]], ptx_part))
+            tokens = sum(micro.episodes.mask_BT.sum() for micro in micro_batches)
+            counts = torch.tensor([float(tokens), float(0 if ptx is None else ptx[:, 1:].numel())])
+            done = update(
+                run.accelerator,
+                model,
+                [optimizer],
+                micro_batches,
+                lambda micro: terms(model, micro, cfg, stats),
+                counts,
+                cfg.max_grad_norm,
+            )
+            norms.append(done.grad_norm)
+            recent = run.accelerator.reduce(torch.stack(stats[-len(parts) :]).sum(0), "sum")
+            if cfg.early_stop_kl and float(recent[4] / recent[0]) > 1.5 * cfg.early_stop_kl:
+                return summarise(run, stats, norms, epoch + 1)
+    return summarise(run, stats, norms, cfg.num_ppo_epochs)
+
+
+def summarise(run: Run, stats: list[Tensor], norms: list[float], epochs: int) -> dict[str, float]:
+    tokens, *sums = run.accelerator.reduce(torch.stack(stats).sum(0), "sum").tolist()
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
+    means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
+    return means | {"grad_norm": sum(norms) / len(norms), "ppo_epochs": epochs}
+
+
+def describe(run: Run, batch: Trajectory, cfg: PPOConfig) -> dict[str, float]:
+    """Means over the episodes of a rollout, all processes; KL in nats an episode."""
+    k1_BT, _, _ = kl_estimates(batch.logprobs_BT, batch.ref_logprobs_BT)
+    episodes = torch.stack(
+        [
+            torch.ones_like(batch.scores_B),
+            batch.scores_B,
+            (batch.rewards_BT * batch.mask_BT).sum(1),
+            (k1_BT * batch.mask_BT).sum(1),
+            batch.mask_BT.sum(1).float(),
+            batch.stopped_B.float(),
+        ]
+    ).sum(1)
+    count, *sums = run.accelerator.reduce(episodes, "sum").tolist()
+    names = ("score", "reward", "kl", "length", "stop_rate")
+    metrics = {name: total / count for name, total in zip(names, sums, strict=True)}
+    if not all(map(math.isfinite, metrics.values())):
+        raise NonFiniteError(f"rollout statistics {metrics}; no update was applied")
+    mask = batch.mask_BT
+    metrics["explained_variance"] = float(explained_variance(batch.values_BT[mask], batch.returns_BT[mask]))
+    metrics["rollout_entropy"] = float(masked_mean(batch.entropy_BT, mask))
+    return metrics
+
+
+def episode_samples(batch: Trajectory, tokenizer: Tokenizer, count: int) -> list[dict]:
+    """The first episodes of a rollout as text, with score and KL."""
+    k1_B = ((batch.logprobs_BT - batch.ref_logprobs_BT) * batch.mask_BT).sum(1)
+    rows = []
+    for b in range(min(count, len(batch.scores_B))):
+        prompt, end = int(batch.prompt_lengths_B[b]), int(batch.prompt_lengths_B[b] + batch.mask_BT[b].sum())
+        ids = batch.ids_BS[b].tolist()
+        rows.append(
+            {
+                "prompt": tokenizer.decode(ids[:prompt]),
+                "answer": tokenizer.decode(ids[prompt:end]),
+                "score": round(float(batch.scores_B[b]), 4),
+                "kl": round(float(k1_B[b]), 4),
+                "stopped": bool(batch.stopped_B[b]),
+            }
+        )
+    return rows
