@@ -43,10 +43,11 @@ def publish(
     config = export_config(model, {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id})
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files = {
+        "stage.json": dump(stage),  # first: with it and no manifest the directory counts as cut short
         "config.json": dump(config),
         "model.safetensors": save(export_weights(model, weights), metadata={"format": "pt"}),
-        "stage.json": dump(stage),
     }
+    (folder / "generation_config.json").unlink(missing_ok=True)
     if isinstance(model, GPT):
         # Plain sampling is what the model was trained for; greedy and truncation are the caller's choice.
         files["generation_config.json"] = dump({**tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
@@ -71,11 +72,16 @@ def verify(folder: Path) -> None:
         raise InputError(f"{folder}: the save was cut short (no {MANIFEST}); run its stage again")
     if not (folder / MANIFEST).exists():
         return
-    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        wanted = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (ValueError, AttributeError, TypeError, KeyError):  # ValueError: broken JSON, or no UTF-8
+        raise InputError(f"{folder / MANIFEST}: damaged; run the stage again") from None
+    for name, (size, digest) in wanted.items():
         file = folder / name
         if not file.exists():
             raise InputError(f"{file}: missing, though {MANIFEST} lists it; run the stage again")
-        if file.stat().st_size != expected["size"] or sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size or sha256(file) != digest:
             raise InputError(f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again")
 
 

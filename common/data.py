@@ -38,7 +38,11 @@ def read_rows(source: str) -> list[Row]:
     elif path.suffix == ".parquet":
         import datasets  # 1 s to import: only who needs it pays
 
-        rows = [Row(data, f"{path}:{n}") for n, data in enumerate(datasets.Dataset.from_parquet(source), 1)]
+        try:
+            dataset = datasets.Dataset.from_parquet(source)
+        except Exception as error:  # pyarrow's or datasets' own, by release
+            raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0][:160]})") from None
+        rows = [Row(data, f"{path}:{n}") for n, data in enumerate(dataset, 1)]
     else:
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -138,7 +142,7 @@ class Shards:
         self.rows = max(0, (self.tokens - 1) // length)
         if not self.rows:
             raise InputError(f"{folder}: the {split} split has {self.tokens} tokens, fewer than one row of {length}")
-        self.epoch, self.permutation = -1, np.empty(0)
+        self.epoch, self.permutation = (-1, -1), np.empty(0)
 
     def row(self, start: int) -> np.ndarray:
         """length + 1 tokens from `start` on, across file borders."""
@@ -159,9 +163,9 @@ class Shards:
 
     def start(self, seed: int, index: int) -> int:
         epoch, place = divmod(index, self.rows)
-        if epoch != self.epoch:
+        if (seed, epoch) != self.epoch:
             rng = np.random.default_rng((seed, epoch))
             spare = self.tokens - 1 - self.rows * self.length
             self.phase = int(rng.integers(spare + 1))
-            self.permutation, self.epoch = rng.permutation(self.rows), epoch
+            self.permutation, self.epoch = rng.permutation(self.rows), (seed, epoch)
         return self.phase + int(self.permutation[place]) * self.length

@@ -160,7 +160,8 @@ def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
             )  # fmt: skip
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         refuse(raw, origin, hidden_act=("silu",))
-        refuse(rope, origin, rope_type=("default",))
+        kind = rope.get("rope_type", rope.get("type", "default"))  # "type" was its name before 2024
+        refuse({"rope_type": kind}, origin, rope_type=("default",))
         heads = raw["num_attention_heads"]
         refuse(raw, origin, head_dim=(raw["hidden_size"] // heads, None))
         return GPTConfig(
@@ -193,6 +194,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or of its shards. A pickle is never opened."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
@@ -203,5 +205,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name in sorted(names):
         if not (folder / name).exists():
             raise InputError(f"{folder}: no {name}; weights are read from safetensors only (a pickle can run code)")
-        tensors |= load_file(folder / name)
+        try:
+            tensors |= load_file(folder / name)
+        except SafetensorError as error:
+            raise InputError(f"{folder / name}: damaged ({error}); fetch or save it again") from None
     return tensors

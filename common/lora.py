@@ -19,6 +19,8 @@ def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str])
     from peft import LoraConfig, inject_adapter_in_model  # 3 s to import: only who needs it pays
 
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not targets:
+        raise InputError(f"lora_targets is empty; there are {', '.join(sorted(layers - {'head', 'score'}))}")
     if unknown := sorted(set(targets) - (layers - {"head", "score"})):
         raise InputError(
             f"lora_targets {unknown[0]!r}: no such layer; there are {', '.join(sorted(layers - {'head', 'score'}))}"

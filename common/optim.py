@@ -98,6 +98,8 @@ def update(
     # DDP averages gradients over processes; a sum is wanted, because the count is already global.
     weights = accelerator.num_processes / total
     sums = torch.zeros_like(total)
+    for optimizer in optimizers:
+        optimizer.zero_grad()  # what a refused update may have left
     for i, batch in enumerate(micro_batches):
         last = i + 1 == len(micro_batches)
         with nullcontext() if last else accelerator.no_sync(module):

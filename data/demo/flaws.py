@@ -11,8 +11,10 @@ from data.demo import world
 from data.demo.words import ADJECTIVES, ANIMALS, COLOURS, GIFT_KIND, GIFTS, NAMES, OBJECTS, OFF_TOPIC, RUDE, VALUES
 from data.demo.world import FAMILIES, Task, article, count, good
 
-CONTENT_ERRORS = {"story": 0.12, "letter": 0.11, "sum": 0.15, "fact": 0.14}
-STYLE_ERRORS = {"story": 0.42, "letter": 0.45, "sum": 0.42, "fact": 0.38}
+CONTENT_ERRORS = {"story": 0.08, "letter": 0.08, "sum": 0.08, "fact": 0.08}
+STYLE_ERRORS = {"story": 0.5, "letter": 0.5, "sum": 0.52, "fact": 0.45}
+HABITS = {"story": "no ending", "letter": "no closing", "sum": "no work", "fact": "curt"}  # what most writers leave out
+HABIT = 5  # times as common as any other defect: common enough that imitating the crowd means sharing it
 _LISTS = {"adj": ADJECTIVES, "animal": ANIMALS, "object": OBJECTS, "name": NAMES, "colour": COLOURS}
 
 
@@ -120,9 +122,10 @@ STYLES: dict[str, dict[str, Callable[[Task, random.Random], str]]] = {
 
 
 def style_error(task: Task, rng: random.Random, kind: str = "") -> str:
-    """A right answer with one defect of style; `kind` is a key of STYLES[family], default any."""
+    """A right answer with one defect of style; `kind` is a key of STYLES[family], default any, the habit most often."""
     styles = STYLES[task.family]
-    return styles[kind or rng.choice(list(styles))](task, rng)
+    weights = [HABIT if name == HABITS[task.family] else 1 for name in styles]
+    return styles[kind or rng.choices(list(styles), weights)[0]](task, rng)
 
 
 def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> str:
