@@ -53,9 +53,16 @@ def main(cfg: Config) -> None:
             continue
         by_prompt.setdefault(str(messages[:-1]), []).append({"messages": messages})
     prompts = sorted(by_prompt)
-    sizes = {"sft_eval": cfg.eval_rows, "collect": cfg.collect_rows, "rl_prompts": cfg.rl_rows, "heldout_prompts": cfg.heldout_rows}
+    sizes = {
+        "sft_eval": cfg.eval_rows,
+        "collect": cfg.collect_rows,
+        "rl_prompts": cfg.rl_rows,
+        "heldout_prompts": cfg.heldout_rows,
+    }
     if len(prompts) <= sum(sizes.values()):
-        raise InputError(f"{cfg.instructions}: {len(prompts)} usable prompts, but the splits besides sft take {sum(sizes.values())}")
+        raise InputError(
+            f"{cfg.instructions}: {len(prompts)} usable prompts, but the splits besides sft take {sum(sizes.values())}"
+        )
     order = [prompts[i] for i in np.random.default_rng(cfg.seed).permutation(len(prompts))]
     counts, start = {}, 0
     for name, size in [*sizes.items(), ("sft", len(order))]:
@@ -67,7 +74,13 @@ def main(cfg: Config) -> None:
         print(f"  left out: {line}")
     text = f"{len(rows)} rows, {len(bad)} left out, {len(prompts)} prompts: " + ", ".join(f"{k} {v}" for k, v in counts.items())
     print(f"gate data: PASS  {text}")
-    stage = {"stage": "data", "config": to_dict(cfg), "gate": {"passed": True, "text": text}, "metrics": counts, "left_out": bad}
+    stage = {
+        "stage": "data",
+        "config": to_dict(cfg),
+        "gate": {"passed": True, "text": text},
+        "metrics": counts,
+        "left_out": bad,
+    }
     stage |= {"seed": cfg.seed, "wall_time": round(time.perf_counter() - started, 2), **provenance()}
     write_atomically(folder / "stage.json", dump(stage))
 

@@ -35,9 +35,17 @@ _LETTER_LEADS = (
     "To {name}, about the {colour} {gift}\n\n",
     "{name} sent the {colour} {gift}. This was the answer.\n\n",
 )
-_SUM_LEADS = (
-    "This is about {name}, {A} and {b}.\n", "{name} had {A} and the number {b}.\n", "{name}: {A}, {op} {b}.\n",
-)  # fmt: skip
+_SUM_LEADS = {  # tells what happened, and asks nothing
+    "plus": (
+        "{name} has {A} and gets {b} more. ", "{name} has {A} and finds {b} more. ", "{name} picks {A} and then {b} more. ",
+        "{name} has {A} and buys {b} more. ", "{name} puts {A} on the table and adds {b} more. ",
+    ),
+    "minus": (
+        "{name} has {A} and gives {b} away. ", "{name} has {A} and loses {b} of them. ",
+        "{name} picks {A} and drops {b} of them. ",
+        "{name} has {A} and sells {b} of them. ", "{name} puts {A} on the table and takes {b} away. ",
+    ),
+}  # fmt: skip
 _FACT_LEADS = ("About the {first} and the {second}: ", "I read about the {first} and the {second}. ")
 _ECHOES = (  # one says what the other just said
     "I saw {x} with {y}.|{X} with {y}? I do not believe you.|Yes, it was {x} with {y}.",
@@ -58,7 +66,7 @@ def _note(rng: random.Random, task: Draw) -> str:
         title = f"The {animal.capitalize()}\n\n" if rng.random() < 0.5 else ""
         return title + " ".join(parts)
     pairs = [task(rng, "fact") for _ in range(rng.randint(1, 3))]
-    leads = [rng.choice(_FACT_LEADS).format(**t.slots) if rng.random() < 0.4 else "" for t in pairs]
+    leads = [rng.choice(_FACT_LEADS).format(**t.slots) if rng.random() < 0.7 else "" for t in pairs]
     stated = [rng.choice(STATED[t.kind]).format(**t.slots, **world.truth(t)) for t in pairs]
     return " ".join(lead + text for lead, text in zip(leads, stated, strict=True))
 
@@ -89,8 +97,8 @@ def _sums(rng: random.Random, task: Draw) -> str:
 
 
 def _sum(task: Task, rng: random.Random) -> str:
-    slots = task.slots | {"A": count(int(task.slots["a"]), task.slots["things"]), "op": task.kind}
-    return (rng.choice(_SUM_LEADS).format_map(slots) if rng.random() < 0.6 else "") + good(task, rng)
+    slots = task.slots | {"A": count(int(task.slots["a"]), task.slots["things"])}
+    return (rng.choice(_SUM_LEADS[task.kind]).format_map(slots) if rng.random() < 0.8 else "") + good(task, rng)
 
 
 def _echo(rng: random.Random, task: Draw) -> str:
@@ -136,12 +144,12 @@ KINDS = {"note": _note, "story": _story, "letter": _letter, "sums": _sums, "dial
 KINDS |= {"echo": _echo, "dictation": _dictation, "sheet": _sheet}
 SHARES = {
     "note": 0.2,
-    "story": 0.18,
-    "letter": 0.12,
-    "sums": 0.17,
+    "story": 0.17,
+    "letter": 0.11,
+    "sums": 0.24,
     "dialogue": 0.03,
-    "echo": 0.08,
-    "dictation": 0.1,
+    "echo": 0.06,
+    "dictation": 0.07,
     "sheet": 0.12,
 }
 

@@ -103,6 +103,11 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
             raise InputError(
                 f"{name}: its tokenizer is not that of {cfg.parent}; policy, reward model and critic must share one"
             )
+    sizes = [model.config.vocab_size for model in (actor_critic.policy, actor_critic.critic, reference, reward_model)]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"vocabularies of policy, critic, reference and reward model differ: {sizes}; use models of one lineage"
+        )
     needed = cfg.max_prompt_length + cfg.max_new_tokens
     context = min(model.config.max_length for model in (actor_critic.policy, reference, reward_model, actor_critic.critic))
     if needed > context:

@@ -118,10 +118,25 @@ def test_losses_equal_brute_force(setting, shards, tiny_gpt):
         for row in range(len(batch)):
             for t in range(32):
                 total += float(logits[row, t].logsumexp(0) - logits[row, t, batch[row, t + 1]])
-        assert float(next_token_loss(model, batch)) == pytest.approx(total, rel=1e-5)
+        assert float(next_token_loss(model, batch, None)) == pytest.approx(total, rel=1e-5)
     run = Run(cfg, "pretrain", "lm")
-    found = [evaluate(run, model, rows, 1000, size) for size in (1, 4, 100)]  # more rows than there are: all
+    found = [evaluate(run, model, rows, 1000, size, None) for size in (1, 4, 100)]  # more rows than there are: all
     assert found == pytest.approx([total / batch[:, 1:].numel()] * 3, rel=1e-5)
+
+
+def test_attention_stays_inside_a_document(tiny_gpt):
+    model = tiny_gpt(vocab_size=50)
+    one, other, third = [7, 8, 9], [0, 3, 4, 5], [0, 6, 7, 3, 2]  # 0 ends a document and opens the next
+    row = torch.tensor([[*one, *other, *third]])
+    expected = 0.0
+    with torch.no_grad():
+        for document, following in ((one, 0), (other, 0), (third, None)):
+            logits = model(torch.tensor([document]))[0].double()
+            for t, target in enumerate([*document[1:], following]):
+                if target is not None:
+                    expected += float(logits[t].logsumexp(0) - logits[t, target])
+        assert float(next_token_loss(model, row, eot_id=0)) == pytest.approx(expected, rel=1e-5)
+        assert float(next_token_loss(model, row, eot_id=None)) != pytest.approx(expected, rel=1e-3)
 
 
 def test_it_goes_on_from_a_parent(setting, tmp_path):

@@ -16,9 +16,11 @@ from common.config import InputError, load
 from common.data import Row
 from common.optim import adamw, parameter_groups
 from common.run import Run
+from stages.rl import learn as learning
 from stages.rl import train
+from stages.rl.learn import describe, learn
 from stages.rl.rollout import ActorCritic, Trajectory, rollout
-from stages.rl.train import Config, describe, learn, main, tokenize_prompts
+from stages.rl.train import Config, main, tokenize_prompts
 
 QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "The red fox and the blue bird", "Is it?", "Go on", "ok", "a"]
 
@@ -75,15 +77,16 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def spy(monkeypatch, name: str, note) -> None:
-    """Let train.<name> run as it is, and note(args, result) of each call."""
-    real = getattr(train, name)
+    """Let <name> run as it is where main() or learn() calls it, and note(args, result) of each call."""
+    module = train if name in ("rollout", "load_models") else learning
+    real = getattr(module, name)
 
     def watched(*args, **kwargs):
         result = real(*args, **kwargs)
         note(args, result, kwargs)
         return result
 
-    monkeypatch.setattr(train, name, watched)
+    monkeypatch.setattr(module, name, watched)
 
 
 @pytest.mark.parametrize(
@@ -326,13 +329,13 @@ def test_epochs_see_every_episode_once_in_new_company(setting, episodes, monkeyp
 
 @pytest.mark.parametrize(("approx_kl", "updates", "epochs"), [(0.014, 8, 4), (0.016, 1, 1)])
 def test_early_stop_at_one_and_a_half_times_the_target(setting, episodes, monkeypatch, approx_kl, updates, epochs):
-    real, count = train.policy_loss, []
+    real, count = learning.policy_loss, []
 
     def pretend(new, old, advantages, clip_range):
         result = real(new, old, advantages, clip_range)
         return result._replace(approx_kl=torch.tensor(approx_kl * len(new)))
 
-    monkeypatch.setattr(train, "policy_loss", pretend)
+    monkeypatch.setattr(learning, "policy_loss", pretend)
     spy(monkeypatch, "update", lambda args, result, kwargs: count.append(1))
     keys = {"num_ppo_epochs": 4, "num_minibatches": 2, "per_device_train_batch_size": 3}
     _, said = taught(setting, episodes, early_stop_kl=0.01, **keys)
@@ -368,9 +371,12 @@ def test_ptx_through_main(setting, tmp_path):
     np.random.default_rng(0).integers(0, 300, 400).astype(np.uint16).tofile(shards / "train-00000.bin")
     (shards / "shards.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 300}))
     plain, mixed = (
-        setting(output_dir=str(tmp_path / name), max_steps=1, max_length=16, ptx_data=str(shards), ptx_coef=coef)
-        for name, coef in (("plain", 0.0), ("mixed", 1.0))
+        setting(output_dir=str(tmp_path / name), max_steps=1, max_length=16, ptx_data=data, ptx_coef=coef)
+        for name, data, coef in (("plain", None, 0.0), ("mixed", str(shards), 1.0))
     )
+    for half in ({"ptx_data": str(shards)}, {"ptx_coef": 1.0}):
+        with pytest.raises(InputError, match="PTX needs both"):
+            main(setting(**half))
     main(plain)
     main(mixed)
     assert not same_weights(plain.output_dir, mixed.output_dir)
