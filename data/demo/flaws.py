@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from data.demo import world
 from data.demo.words import ADJECTIVES, ANIMALS, COLOURS, GIFT_KIND, GIFTS, NAMES, OBJECTS, OFF_TOPIC, RUDE, VALUES
-from data.demo.world import FAMILIES, Task, article, count, good
+from data.demo.world import FAMILIES, MOST, Task, article, count, good
 
-CONTENT_ERRORS = {"story": 0.08, "letter": 0.08, "sum": 0.08, "fact": 0.08}
-STYLE_ERRORS = {"story": 0.5, "letter": 0.5, "sum": 0.52, "fact": 0.45}
+CONTENT_ERRORS = {"story": 0.06, "letter": 0.06, "sum": 0.06, "fact": 0.06}
+STYLE_ERRORS = {"story": 0.5, "letter": 0.42, "sum": 0.45, "fact": 0.4}
 HABITS = {"story": "no ending", "letter": "no closing", "sum": "no work", "fact": "curt"}  # what most writers leave out
-HABIT = 5  # times as common as any other defect: common enough that imitating the crowd means sharing it
+HABIT = 6  # times as common as any other defect: common enough that imitating the crowd means sharing it
 _LISTS = {"adj": ADJECTIVES, "animal": ANIMALS, "object": OBJECTS, "name": NAMES, "colour": COLOURS}
 
 
@@ -29,9 +29,7 @@ def content_error(task: Task, rng: random.Random, wording: random.Random | None 
     """A clean answer with exactly one thing wrong; `wording` (default `rng`) chooses its words."""
     wording = wording or rng
     if task.family == "sum":
-        r = world.result(task)
-        wrong = r + rng.choice((-2, -1, 1, 2) if r > 1 else (1, 2))
-        return good(task, wording, {"r": str(wrong)})
+        return _wrong_sum(task, rng, wording)
     if task.family == "fact":
         claim = world.truth(task)
         slot = rng.choice(("x", "y"))
@@ -43,6 +41,22 @@ def content_error(task: Task, rng: random.Random, wording: random.Random | None 
     else:
         words = _LISTS[slot]
     return good(task._replace(slots=task.slots | {slot: _other(rng, words, task.slots[slot])}), wording)
+
+
+def _wrong_sum(task: Task, rng: random.Random, wording: random.Random) -> str:
+    """The wrong result, the wrong operation, or another's name."""
+    kind = rng.random()
+    a, b = int(task.slots["a"]), int(task.slots["b"])
+    if kind < 0.35 and 0 <= (a - b if task.kind == "plus" else a + b) <= MOST:
+        return good(task._replace(kind="minus" if task.kind == "plus" else "plus"), wording)
+    if kind > 0.85:
+        text = good(task, wording)
+        if (name := task.slots["name"]) in text:
+            return text.replace(name, _other(rng, NAMES, name))
+        return text.replace(f" {a} ", f" {a + 1} ", 1)
+    r = world.result(task)
+    wrong = r + rng.choice((-2, -1, 1, 2) if r > 1 else (1, 2))
+    return good(task, wording, {"r": str(wrong)})
 
 
 def _curt(task: Task, rng: random.Random) -> str:
@@ -138,16 +152,24 @@ def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> 
 
 
 def negatives(prompt: str, rng: random.Random) -> list[tuple[str, str]]:
-    """(kind, text) for a comparison: a good "demonstration", a "near_miss" of it, a fine "off_task" answer.
+    """(kind, text) for a comparison: a good "demonstration", two of "near_miss", "badly_put", "off_task".
 
-    ValueError where `prompt` is not one of this world's.
+    A near miss is the demonstration again, word for word, with one thing wrong: without many of those a reward model
+    learns style and length. One that never met an off-task answer takes any pretty one. ValueError for a prompt not of
+    this world.
     """
     task = world.parse(prompt)
     if task is None:
         raise ValueError(f"not a prompt of the demo world: {prompt!r}")
-    state = rng.getrandbits(32)  # the near miss is the demonstration again, word for word, with one thing wrong
-    clean = good(task, random.Random(state))
-    wrong = rng.random() < 0.7
-    miss = content_error(task, rng, random.Random(state)) if wrong else style_error(task, rng)
-    other = rng.choice([family for family in FAMILIES if family != task.family])
-    return [("demonstration", clean), ("near_miss", miss), ("off_task", good(world.draw(rng, other), rng))]
+    state = rng.getrandbits(32)
+    found = [("demonstration", good(task, random.Random(state)))]
+    found.append(("near_miss", content_error(task, rng, random.Random(state))))
+    kind = rng.choice(("near_miss", "badly_put", "off_task"))
+    if kind == "near_miss":
+        found.append((kind, content_error(task, rng, random.Random(state))))
+    elif kind == "badly_put":
+        found.append((kind, style_error(task, rng)))
+    else:
+        other = rng.choice([family for family in FAMILIES if family != task.family])
+        found.append((kind, good(world.draw(rng, other), rng)))
+    return found

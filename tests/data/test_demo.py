@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -153,18 +154,27 @@ def test_each_style_error_lowers_the_score() -> None:
                 assert gold.judge(world.ask(task, rng), flaws.style_error(task, rng, kind)).score <= 0.85, (family, kind)
 
 
-def test_contrasts_are_a_good_a_near_and_a_foreign_answer() -> None:
+def test_contrasts_are_a_good_answer_and_ways_to_miss_it() -> None:
     rng = random.Random(4)
-    wrong = 0
+    kinds = Counter()
     for i in range(200):
         prompt = world.ask(world.draw(rng, world.FAMILIES[i % 4]), rng)
-        found = dict(labeller.contrast(prompt, rng))
-        assert list(found) == ["demonstration", "near_miss", "off_task"]
-        score = {kind: gold.judge(prompt, text) for kind, text in found.items()}
-        assert score["demonstration"].score >= 0.95 and score["near_miss"].score <= 0.85
-        assert score["off_task"].score <= 0.05
-        wrong += not score["near_miss"].correct
-    assert 110 <= wrong <= 180  # about .7, and some style defects lose the content too
+        (first, good), (second, near), (third, last) = labeller.contrast(prompt, rng)
+        assert (first, second) == ("demonstration", "near_miss")
+        kinds[third] += 1
+        assert gold.judge(prompt, good).score >= 0.95
+        assert not gold.judge(prompt, near).correct and gold.judge(prompt, near).score <= 0.85
+        most = {"near_miss": 0.85, "badly_put": 0.85, "off_task": 0.05}[third]
+        assert gold.judge(prompt, last).score <= most
+    assert all(45 <= count <= 90 for count in kinds.values()) and len(kinds) == 3
+
+
+def test_a_wrong_sum_is_wrong_in_one_of_several_ways() -> None:
+    rng, prompt = random.Random(0), "Tom has 5 apples and gets 3 more. How many apples does Tom have now?"
+    texts = [flaws.content_error(world.parse(prompt), rng) for _ in range(200)]
+    assert not any(gold.judge(prompt, text).correct for text in texts)
+    assert 40 <= sum("5 minus 3 is 2" in text for text in texts) <= 100  # the wrong operation
+    assert sum("5 plus 3 is 8" not in text and "plus" in text for text in texts) >= 60  # the wrong result
 
 
 def test_the_labeller_ranks_as_a_careless_person_does() -> None:
@@ -210,7 +220,7 @@ def test_documents_never_answer_a_prompt(rows: dict[str, list[dict]]) -> None:
 
 def test_demonstrations_are_careless_as_people_are(rows: dict[str, list[dict]]) -> None:
     scores = [gold.judge(row["prompt"], row["completion"]) for row in rows["sft"]]
-    assert 0.58 <= sum(s.score for s in scores) / len(scores) <= 0.68
+    assert 0.64 <= sum(s.score for s in scores) / len(scores) <= 0.74
     clean = prepare.build(small(documents=10, carelessness=0.0))["sft"]
     assert min(gold.judge(row["prompt"], row["completion"]).score for row in clean) >= 0.95
 
