@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from common.config import InputError
@@ -78,9 +77,3 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-
-
-def load_merged(model: GPT | RewardModel, plain: GPT | RewardModel) -> None:
-    """Copy `model`'s merged weights into `plain`, a model of the same shape without adapters (for sampling)."""
-    with torch.no_grad():
-        plain.load_state_dict(merged_state(model))

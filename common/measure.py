@@ -210,8 +210,13 @@ def best_of_table(answers: Sequence[Answer], size: int) -> dict[str, dict[str, A
         if answers[0].gold is not None:
             golds = np.array([answer.gold for answer in answers]).reshape(-1, size)
             figures["gold"] = interval(best_of_n(rewards, golds, n))
-        table[str(n)] = figures | {"kl": round(math.log(n) - (n - 1) / n, 6)}
+        table[str(n)] = figures | {"kl": round(best_of_n_kl(n), 6)}
     return table
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best-of-n || policy) in nats an episode (Stiennon 2020, appendix G.3): ln n - (n - 1) / n."""
+    return math.log(n) - (n - 1) / n
 
 
 def reward_accuracy(reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Sequence[Row]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Shape legend: B episodes, T response tokens; mask_BT is 1 on response tokens up 
 Sources: Z Ziegler 2019, S Stiennon 2020, IG InstructGPT 2022, N+ "N implementation details of RLHF with PPO".
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -88,8 +87,3 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episo
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over response tokens (N): 1 is a perfect critic, 0 a constant one."""
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL(best-of-n || policy) in nats an episode (S, appendix G.3): ln n - (n - 1) / n."""
-    return math.log(n) - (n - 1) / n

@@ -167,7 +167,7 @@ def main(cfg: Config) -> None:
         if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
             eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
             run.log(step + 1, {"eval_loss": eval_loss})
-            if run.main and cfg.samples and not cfg.lora_r:
+            if run.main and cfg.samples:
                 run.log_samples(step + 1, sample_answers(cfg, raw, tokenizer, heldout_rows[: cfg.samples]))
             clock = time.perf_counter()
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from common.checkpoint import load_model, publish
 from common.config import InputError
 from common.hf import theirs
-from common.lora import add_lora, load_merged, merged_state, save_adapter
+from common.lora import add_lora, merged_state, save_adapter
 
 ALL = ["qkv", "out", "up", "down"]
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -62,14 +62,14 @@ def test_merged_equals_injected(tiny_gpt, tiny_reward, tokenizer, tmp_path, fami
     model, plain = with_adapters(tiny_gpt(family), targets), tiny_gpt(family, seed=7)
     expected = model(IDS)
     assert merged_state(model).keys() == plain.state_dict().keys()
-    load_merged(model, plain)
+    plain.load_state_dict(merged_state(model))
     assert (plain(IDS) - expected).abs().max() < 1e-3 * expected.abs().max()
     publish(tmp_path, model, tokenizer, {}, weights=merged_state(model))
     assert torch.equal(load_model(str(tmp_path))(IDS), plain(IDS))
     assert torch.equal(model(IDS), expected)  # the model itself was not touched
     reward = with_adapters(tiny_reward(family, shift=0.5), targets)
     again = tiny_reward(family, seed=7)
-    load_merged(reward, again)
+    again.load_state_dict(merged_state(reward))
     assert (again(IDS, LENGTHS) - reward(IDS, LENGTHS)).abs().max() < 1e-3
 
 

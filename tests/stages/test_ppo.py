@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from common.measure import best_of_n_kl
 from stages.rl.ppo import (
-    best_of_n_kl,
     explained_variance,
     gae,
     kl_estimates,
