@@ -152,24 +152,15 @@ def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> 
 
 
 def negatives(prompt: str, rng: random.Random) -> list[tuple[str, str]]:
-    """(kind, text) for a comparison: a good "demonstration", two of "near_miss", "badly_put", "off_task".
+    """(kind, text) for a comparison: a good "demonstration", a "near_miss" of it, a fine "off_task" answer.
 
-    A near miss is the demonstration again, word for word, with one thing wrong: without many of those a reward model
-    learns style and length. One that never met an off-task answer takes any pretty one. ValueError for a prompt not of
-    this world.
+    The near miss is the demonstration again, word for word, with one thing wrong: without it a reward model learns style
+    and length alone. One that never met an off-task answer takes any pretty one. ValueError for a prompt not of this world.
     """
     task = world.parse(prompt)
     if task is None:
         raise ValueError(f"not a prompt of the demo world: {prompt!r}")
     state = rng.getrandbits(32)
-    found = [("demonstration", good(task, random.Random(state)))]
-    found.append(("near_miss", content_error(task, rng, random.Random(state))))
-    kind = rng.choice(("near_miss", "badly_put", "off_task"))
-    if kind == "near_miss":
-        found.append((kind, content_error(task, rng, random.Random(state))))
-    elif kind == "badly_put":
-        found.append((kind, style_error(task, rng)))
-    else:
-        other = rng.choice([family for family in FAMILIES if family != task.family])
-        found.append((kind, good(world.draw(rng, other), rng)))
-    return found
+    clean, miss = good(task, random.Random(state)), content_error(task, rng, random.Random(state))
+    other = rng.choice([family for family in FAMILIES if family != task.family])
+    return [("demonstration", clean), ("near_miss", miss), ("off_task", good(world.draw(rng, other), rng))]

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -131,11 +130,11 @@ def test_asking_on_or_answering_something_else_is_worth_nothing(prompt: str) -> 
 
 def test_judging_is_fast_and_refuses_foreign_prompts() -> None:
     gold.judge(STORY, TALE)
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(500):
         for prompt, answer in GOOD.items():
             gold.judge(prompt, answer)
-    assert (time.perf_counter() - begin) / 2000 < 0.3e-3
+    assert (time.process_time() - begin) / 2000 < 0.3e-3
     with pytest.raises(ValueError, match="not a prompt"):
         gold.judge("What is love?", "Baby.")
 
@@ -154,19 +153,15 @@ def test_each_style_error_lowers_the_score() -> None:
                 assert gold.judge(world.ask(task, rng), flaws.style_error(task, rng, kind)).score <= 0.85, (family, kind)
 
 
-def test_contrasts_are_a_good_answer_and_ways_to_miss_it() -> None:
+def test_contrasts_are_a_good_a_near_and_a_foreign_answer() -> None:
     rng = random.Random(4)
-    kinds = Counter()
     for i in range(200):
         prompt = world.ask(world.draw(rng, world.FAMILIES[i % 4]), rng)
-        (first, good), (second, near), (third, last) = labeller.contrast(prompt, rng)
-        assert (first, second) == ("demonstration", "near_miss")
-        kinds[third] += 1
+        (first, good), (second, near), (third, foreign) = labeller.contrast(prompt, rng)
+        assert (first, second, third) == ("demonstration", "near_miss", "off_task")
         assert gold.judge(prompt, good).score >= 0.95
         assert not gold.judge(prompt, near).correct and gold.judge(prompt, near).score <= 0.85
-        most = {"near_miss": 0.85, "badly_put": 0.85, "off_task": 0.05}[third]
-        assert gold.judge(prompt, last).score <= most
-    assert all(45 <= count <= 90 for count in kinds.values()) and len(kinds) == 3
+        assert gold.judge(prompt, foreign).score <= 0.05
 
 
 def test_a_wrong_sum_is_wrong_in_one_of_several_ways() -> None:
