@@ -25,7 +25,8 @@ CPU_INDEX := $(shell command -v nvidia-smi > /dev/null || echo --extra-index-url
 PIP := $(BIN)/pip install --disable-pip-version-check --retries 1 -c constraints.txt
 
 .venv/.installed: pyproject.toml constraints.txt
-	test -d .venv || $(PYTHON) -m venv .venv
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv --clear .venv
 	$(PIP) torch $(CPU_INDEX)
 	$(PIP) ".[dev]"
 	touch $@

@@ -139,6 +139,10 @@ class Shards:
         self.starts = np.cumsum([0, *map(len, self.maps)])  # of each file in the stream
         self.length = length
         self.tokens = int(self.starts[-1])
+        if self.tokens != (noted := self.meta.get("tokens", {}).get(split, self.tokens)):
+            raise InputError(
+                f"{folder}: {self.tokens} {split} tokens, shards.json notes {noted}; run stages.pretrain.prepare again"
+            )
         self.rows = max(0, (self.tokens - 1) // length)
         if not self.rows:
             raise InputError(f"{folder}: the {split} split has {self.tokens} tokens, fewer than one row of {length}")

@@ -135,13 +135,18 @@ def stream(
 
 
 def check(model: GPT, prompts: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float) -> None:
+    check_prompts(model, prompts)
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 0, 0 < top_p <= 1")
+
+
+def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
+    """InputError for a prompt that is empty or fills the model's context."""
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {row} is empty: a model needs at least one token to go on from")
         if len(prompt) >= model.config.max_length:
             raise InputError(f"prompt {row} has {len(prompt)} tokens, the model's context is {model.config.max_length}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 0, and 0 < top_p <= 1")
 
 
 def pick(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ It lends tools and owns no loop.
 """
 
 import json
+import shutil
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -115,6 +116,7 @@ class Run:
         self.bar: tqdm | None = None
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of an earlier run, perhaps with LoRA
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.folder / name).write_text("")
         if cfg.report_to:

@@ -17,10 +17,11 @@ from common.chat import prompt_ids
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
 from common.data import Shards
-from common.generate import sample
+from common.generate import check_prompts, sample
 from common.model import GPT, GPTConfig
 from common.optim import adamw, muon, parameter_groups, schedule, set_learning_rate, split_for_muon, steps_for, update
 from common.run import Run, TrainConfig, peak_flops
+from common.scoring import same_ids
 
 
 @stage_config
@@ -63,12 +64,12 @@ class Config(TrainConfig):
 
 def build_model(cfg: Config, vocab_size: int) -> GPT:
     if cfg.parent:
-        model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
-        if model.config.vocab_size < vocab_size:
-            size = model.config.vocab_size
+        if not same_ids(load_tokenizer(cfg.parent), load_tokenizer(cfg.train_data)):
             raise InputError(
-                f"{cfg.train_data}: token ids up to {vocab_size}, but {cfg.parent} has {size}; prepare with its tokenizer"
+                f"{cfg.train_data}: its ids are not those of {cfg.parent}; prepare it with `tokenizer: {cfg.parent}`"
             )
+        model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
+        model.resize_vocabulary(vocab_size)
         return model
     return GPT(
         GPTConfig(
@@ -106,6 +107,8 @@ def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | N
 
 
 def main(cfg: Config) -> None:
+    if cfg.lora_r:
+        raise InputError(f"lora_r {cfg.lora_r}: pretraining trains all weights; LoRA is for sft, reward and rl")
     run = Run(cfg, "pretrain", "lm")
     tokenizer = load_tokenizer(cfg.train_data)
     shards = Shards(cfg.train_data, "train", cfg.max_length)
@@ -122,6 +125,8 @@ def main(cfg: Config) -> None:
         optimizers = [adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)]
     model, *optimizers = run.accelerator.prepare(raw, *optimizers)
 
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]
+    check_prompts(raw, prompts)  # now, not after hours of training
     micro, accumulation = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
     batch_rows = micro * accumulation * run.processes
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, shards.rows, batch_rows)
@@ -161,8 +166,7 @@ def main(cfg: Config) -> None:
         if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
             eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
             run.log(step + 1, {"eval_loss": eval_loss})
-            if cfg.sample_prompts and run.main:
-                prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]
+            if prompts and run.main:
                 answers = sample(raw, prompts, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=[tokenizer.eot_id])
                 texts = [tokenizer.decode(answer.ids) for answer in answers]
                 run.log_samples(step + 1, [{"prompt": p, "sample": t} for p, t in zip(cfg.sample_prompts, texts, strict=True)])

@@ -120,6 +120,17 @@ def question(row: dict[str, Any]) -> str:
     return str(comparison_prompt(row)[-1]["content"])
 
 
+def read_pairs(sources: Sequence[str]) -> list[dict[str, Any]]:
+    """People's comparisons, each checked to have a prompt. Raises InputError naming file and line."""
+    rows = [row for source in sources for row in read_rows(source)]
+    for row in rows:
+        try:
+            question(row.data)
+        except InputError as error:
+            raise InputError(f"{row.origin}: {error}") from None
+    return [row.data for row in rows]
+
+
 def main(cfg: Config) -> None:
     started = time.perf_counter()
     folder = Path(cfg.output_dir)
@@ -127,8 +138,8 @@ def main(cfg: Config) -> None:
     (folder / "stage.json").unlink(missing_ok=True)  # the folder counts again once it is back
     rng = random.Random(cfg.seed)
     rows = read_rows(cfg.train_data)[: cfg.max_prompts]
+    people = read_pairs(cfg.pairs)  # before the sampling, so that a bad row costs no minutes
     comparisons, left_out = sampled(cfg, rows, rng)
-    people = [row.data for source in cfg.pairs for row in read_rows(source)]
     # Held out by prompt, from both kinds alike: no prompt lies on both sides, and people's few pairs are not lost.
     held: set[str] = set()
     for part in (comparisons, people):

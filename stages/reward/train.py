@@ -76,7 +76,7 @@ def side(value: Any) -> str:
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Comparison], dict[str, int]]:
-    """Comparisons as ids, and counts: comparisons, pairs, ties (no pair left), too long (left out), incomplete answers.
+    """Comparisons as ids, and counts: comparisons, pairs, ties (no pair left), answers too long (left out), identical answers.
 
     An answer ends with the end token unless `stopped` says that it was cut off. Raises InputError naming file and line.
     """
@@ -192,6 +192,7 @@ def main(cfg: Config) -> None:
     if cfg.max_length > parent.config.max_length:
         raise InputError(f"max_length {cfg.max_length}: the parent's context is {parent.config.max_length}")
     tokenizer = load_tokenizer(cfg.parent)
+    parent.resize_vocabulary(tokenizer.vocab_size)
     rows = read_rows(cfg.train_data)
     rows, heldout_rows = (rows, read_rows(cfg.eval_data)) if cfg.eval_data else split(rows, cfg.eval_fraction)
     comparisons, counts = tokenize(rows, tokenizer, cfg.max_length)
@@ -243,7 +244,8 @@ def main(cfg: Config) -> None:
     before, std = set_origin(raw, scores, cfg.normalize)
     run.log(steps, {"score_mean_before": before, "score_std_before": std})
     share_right = f"orders {mean:.1%} +- {half:.1%} of {len(gaps)} held-out pairs as the labels do"
-    text = f"{share_right}; SFT answers scored {before:+.2f} on average, now 0"
+    whose = "SFT answers" if any(comparison.policy for comparison in comparisons) else "all answers"
+    text = f"{share_right}; {whose} scored {before:+.2f} on average, now 0"
     margins = [dict(zip(("gap", "pairs", "accuracy", "claimed"), row, strict=True)) for row in accuracy_by_margin(gaps)]
     stage = run.finish(
         steps, (mean - half > 0.5, text), accuracy={"mean": mean, "ci95": [mean - half, mean + half], "n": len(gaps)},

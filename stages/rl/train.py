@@ -108,6 +108,10 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
         raise InputError(
             f"vocabularies of policy, critic, reference and reward model differ: {sizes}; use models of one lineage"
         )
+    if sizes[0] < load_tokenizer(cfg.parent).vocab_size:
+        raise InputError(
+            f"{cfg.parent}: its embeddings lack our control tokens; start from a model that went through stages.sft"
+        )
     needed = cfg.max_prompt_length + cfg.max_new_tokens
     context = min(model.config.max_length for model in (actor_critic.policy, reference, reward_model, actor_critic.critic))
     if needed > context:
@@ -118,6 +122,8 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
 def main(cfg: Config) -> None:
     if bool(cfg.ptx_data) != (cfg.ptx_coef > 0):
         raise InputError(f"ptx_data {cfg.ptx_data}, ptx_coef {cfg.ptx_coef}: PTX needs both, or neither")
+    if cfg.eval_steps:
+        raise InputError(f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; compare.py judges the result")
     run = Run(cfg, "rl", "lm")
     tokenizer = load_tokenizer(cfg.parent)
     raw, reference, reward_model = load_models(cfg, run)
@@ -137,9 +143,9 @@ def main(cfg: Config) -> None:
     episodes = minibatch * cfg.num_minibatches
     if episodes > len(prompts):
         raise InputError(f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches")
-    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(prompts), episodes)
     shards = Shards(cfg.ptx_data, "train", cfg.max_length) if cfg.ptx_data else None
     per_epoch = len(prompts) // episodes
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, per_epoch * episodes, episodes)
     kl_coef, history = cfg.kl_coef, []
     bar = run.progress(steps, unit="rollout")
     for step in range(steps):

@@ -8,6 +8,7 @@ text and its end token (InstructGPT, appendix C.1); a row too long for max_lengt
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, NamedTuple
 
 import torch
@@ -98,7 +99,10 @@ def evaluate(run: Run, model: torch.nn.Module, examples: Sequence[Example], batc
 
 def sample_answers(cfg: Config, raw: torch.nn.Module, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[dict]:
     """What the model answers to the prompts of `rows`, for the log."""
-    prompts = [rows_to_prompt(row.data) for row in rows]
+    prompts = []
+    for row in rows:
+        with suppress(InputError):  # a conversation may train without having a prompt that could be answered
+            prompts.append(rows_to_prompt(row.data))
     ids = [prompt_ids(tokenizer, prompt)[-cfg.max_length // 2 :] for prompt in prompts]
     answers = sample(raw, ids, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=[tokenizer.eot_id])
     return [
