@@ -152,7 +152,7 @@ def test_it_goes_on_from_a_parent(setting, tmp_path):
 def test_mistakes_are_told(setting, stage_dir, tiny_gpt, tmp_path):
     with pytest.raises(InputError, match=r"shards\.json|tokenizer"):
         main(setting(train_data=str(tmp_path)))
-    with pytest.raises(InputError, match="its ids are not those of .*tokenizer"):
+    with pytest.raises(InputError, match=r"its ids are not those of .*tokenizer"):
         main(setting(parent=stage_dir(tiny_gpt(vocab_size=280))))
     with pytest.raises(InputError, match="eval split"):
         main(setting(max_length=2000))
