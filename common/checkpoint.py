@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +62,12 @@ def vouch(folder: Path) -> None:
     """Write the manifest over every file that a hand-off consists of; from here on the directory counts."""
     names = {"config.json", "generation_config.json", "model.safetensors", "stage.json", "shards.json", "chat_template.jinja"}
     names |= {file.name for file in folder.glob("tokenizer*.json")} | {f"adapter/{f.name}" for f in folder.glob("adapter/*")}
-    files = sorted(name for name in names if (folder / name).exists())
-    manifest = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
+    write_manifest(folder, [folder / name for name in sorted(names) if (folder / name).exists()])
+
+
+def write_manifest(folder: Path, files: Sequence[Path]) -> None:
+    """Size and sha256 of each file, by its path inside `folder`."""
+    manifest = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
     write_atomically(folder / MANIFEST, dump(manifest))
 
 

@@ -33,6 +33,7 @@ import yaml
 from common.strict_yaml import InputError, Loader, load_yaml, read_yaml  # noqa: F401  (load_yaml is for importers)
 
 T = TypeVar("T")
+INTERRUPTED = 75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
 CLI = "command line"
 
 
@@ -216,13 +217,21 @@ def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = Non
     guard(program)
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+
 def guard(main: Callable[[], int | None]) -> None:
-    """Run main() as a program: exits with the int that it returns, 2 and one line for an InputError, 130 for Ctrl-C."""
+    """Run main() as a program: exits with the int that it returns, 2 and one line for an InputError, 75 when interrupted
+    with all saved, 130 for Ctrl-C where there was nothing to save."""
     try:
         code = main() or 0
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        code = INTERRUPTED
     except KeyboardInterrupt:
         code = 130
     if code:

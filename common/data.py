@@ -4,7 +4,7 @@ Nothing here has a position to save: a run that starts again at step s sees what
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +116,39 @@ def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, wind
     short = [batch for batch in whole if len(batch) < batch_size]
     full = [batch for batch in whole if len(batch) == batch_size]
     return [full[i] for i in rng.permutation(len(full))] + short
+
+
+class Order:
+    """Which rows make up the global batch of a step: a pure function of (seed, step). Epochs follow each other."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, drop_last: bool = False) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.per_epoch = len(lengths) // batch_size if drop_last else -(-len(lengths) // batch_size)
+        self.epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def rows(self, step: int) -> list[int]:
+        epoch, place = divmod(step, self.per_epoch)
+        if self.epoch[0] != epoch:
+            self.epoch = (epoch, batches(self.lengths, self.batch_size, self.seed, epoch))
+        return self.epoch[1][place]
+
+
+def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str, Any]], Any]) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows, no prompt on both sides: held out are the prompts of the last `fraction`.
+
+    Raises InputError when that leaves nothing to train on.
+    """
+    prompts = []
+    for row in rows:
+        try:
+            prompts.append(str(prompt_of(row.data)))
+        except InputError:  # whoever tokenizes the row names it
+            prompts.append(row.origin)
+    held = set(prompts[-max(1, int(len(rows) * fraction)) :])
+    sides = [[row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side] for side in (False, True)]
+    if not sides[0]:
+        raise InputError(f"{rows[0].origin}: all {len(rows)} rows share the held-out prompts; give eval_data and more prompts")
+    return sides[0], sides[1]
 
 
 def share(rows: Sequence[Any], rank: int, processes: int, micro_batch: int) -> Iterator[Sequence[Any]]:

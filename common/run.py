@@ -1,79 +1,33 @@
-"""What every stage's main() starts with: shared config keys, Accelerator, seeds, metrics, progress bar, gate.
+"""What every stage's main() starts with: Accelerator, seeds, metrics, progress bar, interruption, gate.
 
 It lends tools and owns no loop.
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import Field
 from tqdm import tqdm
 
 from common.checkpoint import lineage, provenance
-from common.config import InputError, stage_config, to_dict
-from common.optim import SchedulerType
+from common.config import InputError, Interrupted, to_dict
+from common.state import check_same_run, newest_state, save_state
+from common.train_config import TrainConfig
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Precision = Literal["auto", "no", "bf16", "fp16"]
-
-
-@stage_config
-class TrainConfig:
-    """Keys that all four stages share."""
-
-    output_dir: str
-    """Where the stage publishes its directory."""
-    parent: str | None = None
-    """Directory (or Hub id) of the model to start from; null = from scratch, where that makes sense."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of weights, data order and sampling."""
-    max_steps: Positive | None = None
-    """Number of optimizer updates (null: use num_train_epochs)."""
-    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows (null: use max_steps)."""
-    per_device_train_batch_size: Positive = 16
-    """Rows in one micro-batch on one process."""
-    gradient_accumulation_steps: Positive = 1
-    """Micro-batches an update; the global batch is this times per_device_train_batch_size times processes."""
-    max_length: Positive = 128
-    """Tokens in a training row."""
-    learning_rate: NonNegative = 1e-3
-    """Peak learning rate (AdamW)."""
-    lr_scheduler_type: SchedulerType = "cosine"
-    """Shape after the warm-up."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate at the end, as a share of the peak."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates of linear warm-up."""
-    weight_decay: NonNegative = 0.0
-    """AdamW weight decay, on matrices only."""
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """Second AdamW beta."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this L2 norm."""
-    mixed_precision: Precision = "auto"
-    """auto = bf16 where GPU or CPU computes in it, else no (fp32). Weights and optimizer stay fp32."""
-    logging_steps: Positive = 25
-    """Updates between two lines of metrics."""
-    eval_steps: Positive | None = None
-    """Updates between two evaluations (null: at the end only)."""
-    report_to: list[str] = []
-    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
-    lora_r: Annotated[int, Field(ge=0)] = 0
-    """Rank of LoRA adapters (0 = full finetuning); published merged, the adapter beside it."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
-    """LoRA scale is lora_alpha / lora_r."""
-    lora_targets: list[str] = ["qkv", "out", "up", "down"]
-    """Linear layers that get an adapter."""
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# Keys that may change between an interrupted run and the one that goes on: they say where it writes and how it reports.
+FREE = {"output_dir", "save_steps", "save_total_limit", "report_to"}
 
 
 def has_bf16() -> bool:
@@ -114,24 +68,94 @@ class Run:
         self.started = time.perf_counter()
         self.last: dict[str, Any] = {}  # newest metrics, by name
         self.bar: tqdm | None = None
+        self.stop: int | None = None  # number of the signal that asked for the end
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of an earlier run, perhaps with LoRA
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (self.folder / name).write_text("")
         if cfg.report_to:
             flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in to_dict(cfg).items()}
             self.accelerator.init_trackers(f"state-of-gpt-{stage}", flat)
+
+    def resume(self, **kept: Any) -> tuple[int, dict[str, Any]]:
+        """-> (updates already done, values of the loop): those last given to `checkpoint`, or 0 and `kept`.
+
+        Call it when everything is prepared, right before the loop: weights, optimizers, random generators and log files
+        are then as they were. From here on SIGTERM and SIGINT ask for a save (a second one ends the run at once).
+        Raises InputError when the state there is of another run.
+        """
+        step, found = 0, newest_state(self.state)
+        if found is None:
+            if self.main:
+                shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of an earlier run, perhaps with LoRA
+                for name in LOGS:
+                    (self.folder / name).write_text("")
+        else:
+            path, loop = found
+            check_same_run(path, loop["run"], self.identity())
+            self.accelerator.load_state(str(path))
+            step, kept, self.last = loop["step"], loop["kept"], loop["last"]
+            self.started -= loop["seconds"]
+            if self.main:
+                for name, size in loop["logs"].items():  # lines written after the save are about to be written again
+                    os.truncate(self.folder / name, size)
+            self.say(f"{self.stage}: going on from {path}")
+        if threading.current_thread() is threading.main_thread():
+            for kind in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(kind, self.ask_to_stop)
+        self.first_step = step
+        return step, kept
+
+    def ask_to_stop(self, number: int, _: Any) -> None:
+        self.stop = number
+        release_signals()
+
+    def checkpoint(self, step: int, kept: Mapping[str, Any] | None = None) -> None:
+        """Before update number `step` (from 0): save if it is time, with the loop's own values (JSON) for `resume`.
+
+        Raises Interrupted after the save when a signal asked for the end.
+        """
+        stop = torch.tensor(float(self.stop is not None), device=self.device)
+        stopping = bool(self.accelerator.reduce(stop, "sum"))  # all processes save, or none
+        due = self.cfg.save_steps and step % self.cfg.save_steps == 0
+        if (stopping or due) and step > self.first_step:
+            logs = {name: (self.folder / name).stat().st_size for name in LOGS} if self.main else {}
+            loop = {"step": step, "kept": dict(kept or {}), "last": self.last, "logs": logs, "run": self.identity()}
+            loop["seconds"] = round(time.perf_counter() - self.started, 2)
+            save_state(self.accelerator, self.state, step, loop, self.cfg.save_total_limit)
+        if stopping:
+            if self.bar is not None:
+                self.bar.close()
+            saved = f"saved in {self.state}" if step else "not begun"
+            raise Interrupted(f"{self.stage} after step {step}, {saved}; the same command goes on from there")
+
+    def forget(self) -> None:
+        """The stage is published: drop what a resume would have needed."""
+        if self.main:
+            shutil.rmtree(self.state, ignore_errors=True)
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one that left the state."""
+        config = {key: value for key, value in to_dict(self.cfg).items() if key not in FREE}
+        return {**config, "parent_hash": lineage(self.cfg.parent).get("parent_hash"), "processes": self.processes}
 
     def autocast(self) -> AbstractContextManager:
         """The precision that prepared modules train in, for modules used outside `prepare`."""
         return self.accelerator.autocast()
 
-    def progress(self, total: int, unit: str = "step", label: str | None = None) -> tqdm:
+    def progress(self, total: int, done: int = 0, unit: str = "step", label: str | None = None) -> tqdm:
         """A progress bar on the main process, where someone watches; log lines appear above it, or alone in a file."""
         watched = self.main and sys.stderr.isatty()
         self.bar = tqdm(
-            total=total, unit=unit, desc=label or self.stage, disable=not watched, dynamic_ncols=True, mininterval=0.5
+            total=total,
+            initial=done,
+            unit=unit,
+            desc=label or self.stage,
+            disable=not watched,
+            dynamic_ncols=True,
+            mininterval=0.5,
         )
         return self.bar
 
@@ -168,6 +192,7 @@ class Run:
         """The content of stage.json; prints the gate: one line on whether the stage learned what it should."""
         if self.bar is not None:
             self.bar.close()
+        release_signals()
         passed, text = gate
         self.say(f"gate {self.stage}: {'PASS' if passed else 'FAIL'}  {text}")
         if self.cfg.report_to:
@@ -189,26 +214,14 @@ class Run:
         }
 
 
+def release_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def number(value: float) -> str:
     """Short and aligned enough to read in a log line."""
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
     return f"{value:.2e}" if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that MFU is a share of: the data sheet's figure for a known GPU (dense bf16), else a GEMM timed here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        sheet = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "V100": 125e12}
-        known = [flops for part, flops in sheet.items() if part in name]
-        if known:
-            return known[0]
-    dtype = torch.float32 if precision == "no" else torch.bfloat16
-    a = torch.randn(1024, 1024, device=device).to(dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, a).sum().item()
-        times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times)

@@ -20,8 +20,9 @@ from common.data import Shards
 from common.generate import check_prompts, sample
 from common.model import GPT, GPTConfig
 from common.optim import adamw, muon, parameter_groups, schedule, set_learning_rate, split_for_muon, steps_for, update
-from common.run import Run, TrainConfig, peak_flops
+from common.run import Run
 from common.scoring import same_ids
+from common.train_config import TrainConfig
 
 
 @stage_config
@@ -80,6 +81,24 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     )  # fmt: skip
 
 
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s that MFU is a share of: the data sheet's figure for a known GPU (dense bf16), else a GEMM timed here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        sheet = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "V100": 125e12}
+        known = [flops for part, flops in sheet.items() if part in name]
+        if known:
+            return known[0]
+    dtype = torch.float32 if precision == "no" else torch.bfloat16
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, a).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
 @torch.no_grad()
 def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_size: int, eot_id: int | None) -> float:
     """Mean next-token loss in nats over the first `rows` rows of the held-out split (the same ones every time)."""
@@ -124,6 +143,7 @@ def main(cfg: Config) -> None:
     else:
         optimizers = [adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)]
     model, *optimizers = run.accelerator.prepare(raw, *optimizers)
+    model.train()
 
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]
     check_prompts(raw, prompts)  # now, not after hours of training
@@ -139,10 +159,13 @@ def main(cfg: Config) -> None:
     )
 
     eot_id = tokenizer.eot_id if cfg.document_mask else None
-    initial = eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
-    run.log(0, {"eval_loss": eval_loss, "ln_vocab": math.log(tokenizer.vocab_size)})
-    bar, clock, clock_step = run.progress(steps), time.perf_counter(), 0
-    for step in range(steps):
+    first_step, kept = run.resume()
+    if not kept:
+        kept = {"initial": evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)}
+        run.log(0, {"eval_loss": kept["initial"], "ln_vocab": math.log(tokenizer.vocab_size)})
+    bar, clock, clock_step = run.progress(steps, first_step), time.perf_counter(), first_step
+    for step in range(first_step, steps):
+        run.checkpoint(step, kept)
         first = step * batch_rows + run.rank * micro * accumulation
         micro_batches = [shards.batch(cfg.seed, first + i * micro, micro).to(run.device) for i in range(accumulation)]
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
@@ -173,14 +196,15 @@ def main(cfg: Config) -> None:
             clock, clock_step = time.perf_counter(), step + 1
 
     text = (
-        f"held-out loss {initial:.2f} -> {eval_loss:.3f} nats a token (uniform guessing: {math.log(tokenizer.vocab_size):.2f})"
+        f"held-out loss {kept['initial']:.2f} -> {eval_loss:.3f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
     )
     stage = run.finish(
-        steps, (eval_loss < initial - 0.5, text), parameters=parameters, tokens_seen=steps * tokens_per_step,
+        steps, (eval_loss < kept["initial"] - 0.5, text), parameters=parameters, tokens_seen=steps * tokens_per_step,
         data={"train": shards.meta["fingerprint"]},
     )  # fmt: skip
     if run.main:
         publish(run.folder, raw, tokenizer, stage)
+    run.forget()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Bradley-Terry over all pairs of a prompt's answers (InstructGPT, eq. 1). At the 
 model's own answers average 0, and scaled so that they deviate by 1.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -19,27 +18,22 @@ from torch import Tensor
 from common.chat import comparison_prompt, prompt_ids
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
-from common.data import Row, batches, pad, read_rows, share
+from common.data import Order, Row, pad, share
 from common.lora import add_lora, merged_state, save_adapter
 from common.model import RewardModel
 from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
-from common.run import NonNegative, Run, TrainConfig
+from common.run import Run
 from common.tokenizer import Tokenizer
+from common.train_config import NonNegative, RowsConfig
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
 
 
 @stage_config
-class Config(TrainConfig):
+class Config(RowsConfig):
     """Train a reward model on comparisons."""
 
     parent: str
     """The SFT model whose trunk the reward model starts from."""
-    train_data: str
-    """Comparisons: .jsonl, .json, .parquet or a Hub data set."""
-    eval_data: str | None = None
-    """Held-out comparisons; null = the last eval_fraction of train_data."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of train_data held out when there is no eval_data."""
     per_device_train_batch_size: Annotated[int, Field(gt=0)] = 16
     """Prompts in a micro-batch; all answers of a prompt stay together."""
     margin: NonNegative = 0.0
@@ -118,17 +112,6 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
     return out, counts
 
 
-def split(rows: Sequence[Row], eval_fraction: float) -> tuple[list[Row], list[Row]]:
-    """(training, held-out) rows, no prompt on both sides: held out are those of the last eval_fraction."""
-    try:
-        prompts = [str(comparison_prompt(row.data)) for row in rows]
-    except InputError:  # tokenize() names the row
-        return list(rows), list(rows)
-    held = set(prompts[-max(1, int(len(rows) * eval_fraction)) :])
-    sides = [[row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side] for side in (False, True)]
-    return sides[0], sides[1]
-
-
 def collate(comparisons: Sequence[Comparison], pad_id: int, device: torch.device) -> Batch:
     rows, better, worse, weights = [], [], [], []
     for comparison in comparisons:
@@ -193,8 +176,7 @@ def main(cfg: Config) -> None:
         raise InputError(f"max_length {cfg.max_length}: the parent's context is {parent.config.max_length}")
     tokenizer = load_tokenizer(cfg.parent)
     parent.resize_vocabulary(tokenizer.vocab_size)
-    rows = read_rows(cfg.train_data)
-    rows, heldout_rows = (rows, read_rows(cfg.eval_data)) if cfg.eval_data else split(rows, cfg.eval_fraction)
+    rows, heldout_rows = cfg.read(comparison_prompt)
     comparisons, counts = tokenize(rows, tokenizer, cfg.max_length)
     heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
     run.say(f"training: {counts}; held out: {heldout_counts}")
@@ -204,21 +186,21 @@ def main(cfg: Config) -> None:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
     model, optimizer = run.accelerator.prepare(raw, optimizer)
+    model.train()
     micro = cfg.per_device_train_batch_size
     batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(comparisons), batch_rows)
-    lengths = [sum(map(len, comparison.rows)) for comparison in comparisons]
-    per_epoch = math.ceil(len(comparisons) / batch_rows)
+    order = Order([sum(map(len, comparison.rows)) for comparison in comparisons], batch_rows, cfg.seed)
 
     def loss(batch: Batch) -> Tensor:
         scores = model(batch.ids, batch.lengths)
         return comparison_loss(scores.float(), batch.better, batch.worse, batch.weights, cfg.margin, cfg.centering)[None]
 
-    bar, clock, tokens = run.progress(steps), time.perf_counter(), 0
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = batches(lengths, batch_rows, cfg.seed, step // per_epoch)
-        chosen = [comparisons[row] for row in order[step % per_epoch]]
+    first_step, _ = run.resume()
+    bar, clock, tokens = run.progress(steps, first_step), time.perf_counter(), 0
+    for step in range(first_step, steps):
+        run.checkpoint(step)
+        chosen = [comparisons[row] for row in order.rows(step)]
         parts = list(share(chosen, run.rank, run.processes, micro))
         counted = torch.tensor([float(sum(map(len, parts)))])
         micro_batches = [collate(part, tokenizer.pad_id, run.device) for part in parts]
@@ -255,6 +237,7 @@ def main(cfg: Config) -> None:
         if cfg.lora_r:
             save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
         publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
+    run.forget()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from common.config import stage_config
 from common.data import share
 from common.ops import entropy, masked_mean, masked_moments, token_logprobs, whiten
 from common.optim import NonFiniteError, update
-from common.run import NonNegative, Positive, Run, TrainConfig
+from common.run import Run
 from common.tokenizer import Tokenizer
+from common.train_config import NonNegative, Positive, TrainConfig
 from stages.rl.ppo import explained_variance, kl_estimates, policy_loss, value_loss
 from stages.rl.rollout import ActorCritic, Trajectory
 

@@ -16,12 +16,13 @@ from pydantic import Field
 from common.chat import prompt_ids, rows_to_prompt
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
-from common.data import Row, Shards, batches, read_rows
+from common.data import Order, Row, Shards, read_rows
 from common.lora import add_lora, merged_state, save_adapter
 from common.optim import SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.run import NonNegative, Positive, Run
+from common.run import Run
 from common.scoring import same_ids
 from common.tokenizer import Tokenizer
+from common.train_config import NonNegative, Positive
 from stages.rl.learn import PPOConfig, describe, episode_samples, learn
 from stages.rl.ppo import next_kl_coef
 from stages.rl.rollout import ActorCritic, rollout
@@ -144,14 +145,14 @@ def main(cfg: Config) -> None:
     if episodes > len(prompts):
         raise InputError(f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches")
     shards = Shards(cfg.ptx_data, "train", cfg.max_length) if cfg.ptx_data else None
-    per_epoch = len(prompts) // episodes
-    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, per_epoch * episodes, episodes)
-    kl_coef, history = cfg.kl_coef, []
-    bar = run.progress(steps, unit="rollout")
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = batches([1] * len(prompts), episodes, cfg.seed, step // per_epoch)
-        chosen = [prompts[row] for row in order[step % per_epoch]][run.rank :: run.processes]
+    order = Order([1] * len(prompts), episodes, cfg.seed, drop_last=True)
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, order.per_epoch * episodes, episodes)
+    first_step, kept = run.resume(kl_coef=cfg.kl_coef, history=[])
+    bar = run.progress(steps, first_step, unit="rollout")
+    for step in range(first_step, steps):
+        run.checkpoint(step, kept)
+        kl_coef, history = kept["kl_coef"], kept["history"]
+        chosen = [prompts[row] for row in order.rows(step)][run.rank :: run.processes]
         with run.autocast():
             batch = rollout(
                 raw,
@@ -185,7 +186,7 @@ def main(cfg: Config) -> None:
         metrics |= learn(run, model, optimizer, batch, ptx, cfg, step)
         metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate}
         if cfg.target_kl:
-            kl_coef = next_kl_coef(kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes)
+            kept["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes)
         bar.update()
         if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
             run.log(step + 1, metrics)
@@ -203,6 +204,7 @@ def main(cfg: Config) -> None:
         publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
         critic = merged_state(raw.critic) if cfg.lora_r else None
         publish(run.folder / "critic", raw.critic, tokenizer, {**stage, "kind": "reward"}, weights=critic)
+    run.forget()
 
 
 if __name__ == "__main__":

@@ -18,27 +18,22 @@ from torch import Tensor
 from common.chat import colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
-from common.data import Row, batches, pad, read_rows, share
+from common.data import Order, Row, pad, share
 from common.generate import sample
 from common.lora import add_lora, merged_state, save_adapter
 from common.ops import token_logprobs
 from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
-from common.run import Run, TrainConfig
+from common.run import Run
 from common.tokenizer import Tokenizer
+from common.train_config import RowsConfig
 
 
 @stage_config
-class Config(TrainConfig):
+class Config(RowsConfig):
     """Finetune a base model on demonstrations."""
 
     parent: str
     """Base model: a stage directory, a transformers directory, or a Hub id."""
-    train_data: str
-    """Demonstrations: .jsonl, .json, .parquet or a Hub data set."""
-    eval_data: str | None = None
-    """Held-out demonstrations; null = the last eval_fraction of train_data."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of train_data held out when there is no eval_data."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout while finetuning."""
     samples: Annotated[int, Field(ge=0)] = 4
@@ -119,10 +114,7 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.parent).with_chat()
     raw.resize_vocabulary(tokenizer.vocab_size)
 
-    rows = read_rows(cfg.train_data)
-    heldout_rows = read_rows(cfg.eval_data) if cfg.eval_data else rows[-max(1, int(len(rows) * cfg.eval_fraction)) :]
-    if not cfg.eval_data:
-        rows = rows[: len(rows) - len(heldout_rows)]
+    rows, heldout_rows = cfg.read(rows_to_prompt)
     examples, counts = tokenize(rows, tokenizer, cfg.max_length)
     heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
     run.say("first example; the model learns the green part:")
@@ -136,19 +128,20 @@ def main(cfg: Config) -> None:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
     model, optimizer = run.accelerator.prepare(raw, optimizer)
+    model.train()
     micro = cfg.per_device_train_batch_size
     batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), batch_rows)
-    lengths = [len(example.ids) for example in examples]
+    order = Order([len(example.ids) for example in examples], batch_rows, cfg.seed)
 
-    initial = eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
-    run.log(0, {"eval_loss": eval_loss})
-    bar, clock, tokens, seen = run.progress(steps), time.perf_counter(), 0, 0
-    per_epoch = -(-len(examples) // batch_rows)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = batches(lengths, batch_rows, cfg.seed, step // per_epoch)
-        chosen = [examples[row] for row in order[step % per_epoch]]
+    first_step, kept = run.resume()
+    if not kept:
+        kept = {"initial": evaluate(run, model, heldout, micro, tokenizer.pad_id), "tokens_seen": 0}
+        run.log(0, {"eval_loss": kept["initial"]})
+    bar, clock, tokens = run.progress(steps, first_step), time.perf_counter(), 0
+    for step in range(first_step, steps):
+        run.checkpoint(step, kept)
+        chosen = [examples[row] for row in order.rows(step)]
         micro_batches = list(share(chosen, run.rank, run.processes, micro))
         counted = torch.tensor([sum(sum(example.mask[1:]) for batch in micro_batches for example in batch)])
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
@@ -162,12 +155,13 @@ def main(cfg: Config) -> None:
             counted,
             cfg.max_grad_norm,
         )
-        tokens += sum(len(example.ids) for example in chosen)
+        new = sum(len(example.ids) for example in chosen)
+        tokens, kept["tokens_seen"] = tokens + new, kept["tokens_seen"] + new
         bar.update()
         if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
             metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
             run.log(step + 1, metrics | {"tokens/s": round(tokens / (time.perf_counter() - clock))})
-            clock, tokens, seen = time.perf_counter(), 0, seen + tokens
+            clock, tokens = time.perf_counter(), 0
         if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
             eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
             run.log(step + 1, {"eval_loss": eval_loss})
@@ -175,12 +169,18 @@ def main(cfg: Config) -> None:
                 run.log_samples(step + 1, sample_answers(cfg, raw, tokenizer, heldout_rows[: cfg.samples]))
             clock = time.perf_counter()
 
-    text = f"held-out loss on answers {initial:.2f} -> {eval_loss:.3f} nats a token; {counts['truncated']} rows truncated"
-    stage = run.finish(steps, (eval_loss < initial, text), tokens_seen=seen, data={"train": counts, "eval": heldout_counts})
+    text = (
+        f"held-out loss on answers {kept['initial']:.2f} -> {eval_loss:.3f} nats a token; {counts['truncated']} rows truncated"
+    )
+    stage = run.finish(
+        steps, (eval_loss < kept["initial"], text), tokens_seen=kept["tokens_seen"],
+        data={"train": counts, "eval": heldout_counts},
+    )  # fmt: skip
     if run.main:
         if cfg.lora_r:
             save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
         publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
+    run.forget()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""The keys that stages share: what each is called, what it may be, what it means."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from common.config import stage_config
+from common.data import Row, hold_out, read_rows
+from common.optim import SchedulerType
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+
+
+@stage_config
+class TrainConfig:
+    """Keys that all four stages share."""
+
+    output_dir: str
+    """Where the stage publishes its directory."""
+    parent: str | None = None
+    """Directory (or Hub id) of the model to start from; null = from scratch, where that makes sense."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, data order and sampling."""
+    max_steps: Positive | None = None
+    """Number of optimizer updates (null: use num_train_epochs)."""
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows (null: use max_steps)."""
+    per_device_train_batch_size: Positive = 16
+    """Rows in one micro-batch on one process."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches an update; the global batch is this times per_device_train_batch_size times processes."""
+    max_length: Positive = 128
+    """Tokens in a training row."""
+    learning_rate: NonNegative = 1e-3
+    """Peak learning rate (AdamW)."""
+    lr_scheduler_type: SchedulerType = "cosine"
+    """Shape after the warm-up."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates of linear warm-up."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay, on matrices only."""
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Second AdamW beta."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this L2 norm."""
+    mixed_precision: Precision = "auto"
+    """auto = bf16 where GPU or CPU computes in it, else no (fp32). Weights and optimizer stay fp32."""
+    logging_steps: Positive = 25
+    """Updates between two lines of metrics."""
+    eval_steps: Positive | None = None
+    """Updates between two evaluations (null: at the end only)."""
+    save_steps: Positive | None = 500
+    """Updates between two saves of what a resume needs (null: only when told to stop). The same command goes on from it."""
+    save_total_limit: Positive = 2
+    """Saved states that are kept; all go when the stage is done."""
+    report_to: list[str] = []
+    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
+    lora_r: Annotated[int, Field(ge=0)] = 0
+    """Rank of LoRA adapters (0 = full finetuning); published merged, the adapter beside it."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """LoRA scale is lora_alpha / lora_r."""
+    lora_targets: list[str] = ["qkv", "out", "up", "down"]
+    """Linear layers that get an adapter."""
+
+
+@stage_config
+class RowsConfig(TrainConfig):
+    """Keys of the stages that train on rows and hold some out."""
+
+    train_data: str
+    """Rows: .jsonl, .json, .parquet, a folder of these, or a Hub data set."""
+    eval_data: str | None = None
+    """Held-out rows; null = the prompts of the last eval_fraction of train_data."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of train_data held out when there is no eval_data."""
+
+    def read(self, prompt_of: Callable[[dict[str, Any]], Any]) -> tuple[list[Row], list[Row]]:
+        """(training, held-out) rows; prompt_of(row) tells what may not lie on both sides."""
+        rows = read_rows(self.train_data)
+        return (rows, read_rows(self.eval_data)) if self.eval_data else hold_out(rows, self.eval_fraction, prompt_of)

@@ -1,0 +1,209 @@
+"""RLHF.md's invariant 7: a run that was interrupted, by a crash or by a signal, ends bit for bit as one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+from common.config import InputError
+from stages.pretrain import prepare
+from stages.pretrain import train as pretrain
+from stages.reward import train as reward
+from stages.rl import train as rl
+from stages.sft import train as sft
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
+TIMES = {"tokens/s", "mfu"}  # what a clock says, and no seed can repeat
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    texts = [f"The fox number {n % 10} met the bird number {n % 7} by the river." for n in range(200)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare.main(prepare.Config(train_data=[str(folder)], output_dir=str(folder / "shards"), vocab_size=290, eval_fraction=0.1))
+    return str(folder / "shards")
+
+
+@pytest.fixture
+def setting(tmp_path, shards, tiny_gpt, tiny_reward, stage_dir):
+    """setting(stage, **keys) -> keys of a run of 7 updates over more than one epoch, saved every 2, with dropout."""
+    answers = ["Yes.", "No, it is not.", "The fox."]
+    rows = {
+        "sft": [{"prompt": f"Is it {n}?", "completion": answers[n % 3]} for n in range(20)],
+        "reward": [{"prompt": f"Is it {n}?", "answers": answers, "ranks": [n % 2, 1, 2]} for n in range(20)],
+        "rl": [{"prompt": f"Is it {n}?"} for n in range(20)],
+    }
+    for name, group in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
+    parent = stage_dir(tiny_gpt("llama", seed=1))
+    shared = {"mixed_precision": "no", "max_steps": 7, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    trained = {"parent": parent, "eval_fraction": 0.2, "eval_steps": 3, "per_device_train_batch_size": 4, "max_length": 48}
+    own = {
+        "pretrain": {
+            "train_data": shards, "n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 32, "dropout": 0.2,
+            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "eval_steps": 3, "eval_rows": 8,
+            "optimizer": "muon", "sample_prompts": ["Who?"], "sample_tokens": 4,
+        },
+        "sft": {"train_data": str(tmp_path / "sft.jsonl"), "dropout": 0.2, "samples": 1, "sample_tokens": 4, **trained},
+        "reward": {"train_data": str(tmp_path / "reward.jsonl"), **trained},
+        "rl": {
+            "parent": parent, "reward_model": stage_dir(tiny_reward("llama", seed=2)), "train_data": str(tmp_path / "rl.jsonl"),
+            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2, "target_kl": 1.0,
+            "kl_horizon": 20, "critic_warmup_steps": 1,
+        },
+    }  # fmt: skip
+    return lambda stage, **keys: {**shared, **own[stage], **keys}
+
+
+def run(stage: str, keys: dict) -> None:
+    AcceleratorState._reset_state(True)
+    module = STAGES[stage]
+    module.main(module.Config(**keys))
+
+
+def results(folder: str) -> dict[str, object]:
+    """What must be equal: every weight file byte for byte, every log line but its clock, and stage.json's figures."""
+    found: dict[str, object] = {}
+    for file in sorted(Path(folder).rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            found[name] = file.read_bytes()
+        elif file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            found[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+        elif name == "stage.json":
+            stage = json.loads(file.read_text())
+            found[name] = {key: stage.get(key) for key in ("step", "gate", "accuracy", "tokens_seen", "episodes")}
+            found[name]["metrics"] = {key: value for key, value in stage["metrics"].items() if key not in TIMES}
+    return found
+
+
+def crash_in_update(monkeypatch, number: int) -> None:
+    """The next run dies in its update number `number` (from 0), without a chance to clean up."""
+    calls = []
+    module = sys.modules["common.optim"]
+    real = module.update
+
+    def update(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > number:
+            raise Crash
+        return real(*args, **kwargs)
+
+    for name in ("stages.pretrain.train", "stages.sft.train", "stages.reward.train", "stages.rl.learn"):
+        monkeypatch.setattr(sys.modules[name], "update", update)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_crashed_run_ends_as_one_that_did_not_crash(stage, lora_r, setting, tmp_path, monkeypatch, capsys):
+    if lora_r and stage == "pretrain":
+        pytest.skip("pretraining has no LoRA")
+    updates = 4 if stage == "rl" else 1  # of a step
+    run(stage, setting(stage, output_dir=str(tmp_path / "whole"), lora_r=lora_r))
+    keys = setting(stage, output_dir=str(tmp_path / "cut"), lora_r=lora_r)
+    for crash_after, saved in ((3, 2), (2, 4)):  # steps; the second time counted from step 2
+        with monkeypatch.context() as patch:
+            crash_in_update(patch, crash_after * updates)
+            with pytest.raises(Crash):
+                run(stage, keys)
+        assert (tmp_path / "cut" / "state" / f"step-{saved}" / "manifest.json").exists()
+        assert not (tmp_path / "cut" / "model.safetensors").exists()
+    capsys.readouterr()
+    run(stage, keys)
+    assert f"{stage}: going on from {tmp_path / 'cut' / 'state' / 'step-4'}" in capsys.readouterr().out
+    cut, whole = results(str(tmp_path / "cut")), results(str(tmp_path / "whole"))
+    assert cut.keys() == whole.keys()
+    assert len(whole["metrics.jsonl"]) >= 7
+    for name in whole:
+        assert cut[name] == whole[name], name
+    assert not (tmp_path / "cut" / "state").exists()  # done: nothing to go on from
+
+
+def test_dropout_and_random_generators_matter_here(setting, tmp_path):
+    """What the comparison above would miss if nothing depended on the generators."""
+    run("pretrain", setting("pretrain", output_dir=str(tmp_path / "a"), max_steps=2))
+    run("pretrain", setting("pretrain", output_dir=str(tmp_path / "b"), max_steps=2, dropout=0.0))
+    assert results(str(tmp_path / "a"))["model.safetensors"] != results(str(tmp_path / "b"))["model.safetensors"]
+
+
+def interrupted(keys: dict, tmp_path, monkeypatch, after: int = 5) -> None:
+    with monkeypatch.context() as patch:
+        crash_in_update(patch, after)
+        with pytest.raises(Crash):
+            run("pretrain", keys)
+
+
+def test_a_state_of_another_run_is_refused_by_name(setting, tmp_path, monkeypatch):
+    keys = setting("pretrain", output_dir=str(tmp_path / "cut"))
+    interrupted(keys, tmp_path, monkeypatch)
+    before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"step-4: is of a run with learning_rate = 0\.01, this one has 0\.5; give it back"):
+        run("pretrain", keys | {"learning_rate": 0.5})
+    assert {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()} == before
+    run("pretrain", keys | {"save_steps": 3, "save_total_limit": 1})  # how often it saves is free
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(setting, tmp_path, monkeypatch, capsys):
+    run("pretrain", setting("pretrain", output_dir=str(tmp_path / "whole")))
+    keys = setting("pretrain", output_dir=str(tmp_path / "cut"))
+    interrupted(keys, tmp_path, monkeypatch)
+    file = tmp_path / "cut" / "state" / "step-4" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "cut" / "state" / "step-6.tmp").mkdir()  # a save that was cut short
+    with pytest.warns(UserWarning, match=r"step-4.model\.safetensors: damaged"):
+        run("pretrain", keys)
+    assert "step-2" in capsys.readouterr().out
+    assert results(str(tmp_path / "cut")) == results(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_it_saved_and_the_same_command_goes_on(kind, setting, tmp_path):
+    keys = setting("rl", output_dir=str(tmp_path / "cut"), max_steps=12, save_steps=1 if kind == signal.SIGKILL else None)
+    config = tmp_path / "rl.yaml"
+    config.write_text(yaml.safe_dump(keys))
+    command = [sys.executable, "-m", "stages.rl.train", "--config", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 100
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    job.send_signal(kind)
+    _, err = job.communicate(timeout=60)
+    if kind == signal.SIGKILL:
+        assert job.returncode == -kind
+    else:
+        assert job.returncode == 75
+        assert "the same command goes on from there" in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    again = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert "rl: going on from" in again.stdout
+    whole = [*command, "--output_dir", str(tmp_path / "whole")]
+    assert subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, timeout=100).returncode == 0
+    assert results(str(tmp_path / "cut")) == results(str(tmp_path / "whole"))
