@@ -29,15 +29,14 @@ from common.data import read_rows
 from common.gate import checks, verdict
 from common.measure import (
     Answer,
-    Judges,
     answer_prompts,
     best_of_table,
     families,
     load_judges,
     read_prompts,
-    reward_accuracy,
     summarise,
 )
+from common.ranking import beside, reward_accuracy
 from common.terminal import chat, show_figures, show_samples
 
 
@@ -72,7 +71,8 @@ class Config:
     gold: str | None = None
     """Module with judge(prompt, answer, stopped), the ground truth, e.g. data.demo.gold."""
     comparisons: str | None = None
-    """Held-out comparisons on which the reward model's accuracy against gold is measured."""
+    """Rows of answers to held-out prompts, on which the reward model's accuracy against gold is measured. With best_of:
+    rows of its prompts, and the reference's first four answers to each beside them."""
     best_of: Annotated[int, Field(ge=0)] = 0
     """Also report the best of 1, 2, 4 .. best_of answers of the reference, by reward; 0 = off."""
     best_of_prompts: Annotated[int, Field(gt=0)] = 200
@@ -170,10 +170,11 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
     """Let every model answer every prompt, and judge the answers."""
     judges = load_judges(cfg.reward, cfg.reference, cfg.gold, device)
     kinds = families(judges.gold, prompts) if judges.gold else None
+    rows = read_rows(cfg.comparisons) if cfg.comparisons else []
     modes = {"greedy": 0.0} if cfg.temperature == 0 else {"sampled": cfg.temperature}
     modes |= {"greedy": 0.0} if cfg.output_dir else {}
     options = {"max_new_tokens": shared_budget(cfg, prompts), "seed": cfg.seed, "batch_size": cfg.batch_size}
-    few = prompts[: cfg.best_of_prompts]
+    few = prompts[: cfg.best_of_prompts] if cfg.best_of else []
     total = len(prompts) * len(modes) * len(names) + len(few) * cfg.best_of
     answers: dict[str, dict[str, list[Answer]]] = {mode: {} for mode in modes}
     result: dict[str, Any] = {"models": {}, "reference": cfg.reference, "reward": cfg.reward, "gold": cfg.gold}
@@ -196,17 +197,14 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
             result[mode] = {name: summarise(found, kinds) for name, found in answers[mode].items()}
         if cfg.best_of:
             bar.set_description(f"best of {cfg.best_of}", refresh=False)
-            result |= {"best_of_n": best_of(cfg, few, judges, options, bar), "best_of_prompts": len(few)}
+            # At temperature 1: what the formula of its KL holds for.
+            many = [messages for messages in few for _ in range(cfg.best_of)]
+            drawn = answer_prompts(*judges.reference, many, judges, is_reference=True, progress=bar.update, **options)
+            result |= {"best_of_n": best_of_table(drawn, cfg.best_of), "best_of_prompts": len(few)}
     if cfg.comparisons:
-        result["reward_model"] = reward_accuracy(judges.reward, judges.gold, read_rows(cfg.comparisons))
+        rows = beside(rows, few, drawn) if cfg.best_of else rows
+        result["reward_model"] = reward_accuracy(judges.reward, judges.gold, rows)
     return Findings(answers, kinds, result)
-
-
-def best_of(cfg: Config, prompts: Sequence[list[Message]], judges: Judges, options: dict[str, Any], bar: tqdm) -> dict:
-    """Best-of-n from the reference, at temperature 1: what its KL formula holds for."""
-    many = [messages for messages in prompts for _ in range(cfg.best_of)]
-    found = answer_prompts(*judges.reference, many, judges, is_reference=True, progress=bar.update, **options)
-    return best_of_table(found, cfg.best_of)
 
 
 def samples_of(findings: Findings, prompts: Sequence[list[Message]], count: int | None) -> list[dict[str, Any]]:

@@ -70,11 +70,16 @@ class Job:
     def state_file(self) -> Path:
         return self.folder / (".pipeline.json" if self.step.output is None else f".pipeline.{self.name}.json")
 
+    def note(self) -> dict[str, Any]:
+        """What the pipeline noted: `started`, a fingerprint, when the step began; a `state` when it ended well."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.state_file.read_text())
+        return {}
+
     def state(self) -> dict[str, Any] | None:
-        """What the pipeline noted when the step ended well; None when it did not, or when a file that it made is gone."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads(self.state_file.read_text())
-            return state if all((self.folder / name).exists() for name in state["files"]) else None
+        """The note of a step that ended well; None when it did not, or when a file that it made is gone."""
+        note = self.note()
+        return note if "files" in note and all((self.folder / name).exists() for name in note["files"]) else None
 
 
 def parse(argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
@@ -236,16 +241,18 @@ def execute(job: Job, key: str, options: argparse.Namespace, lock: int) -> tuple
     """Run one step; when it ends well, note its fingerprint, the files that it made, and its own verdict."""
     verdict_file, clock = job.folder / "stage.json", time.perf_counter()
     old = verdict_file.stat().st_mtime_ns if verdict_file.exists() else None
-    job.state_file.unlink(missing_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if options.force or job.note().get("started") != key:  # what an interrupted run left goes on only where nothing has changed
+        shutil.rmtree(job.folder / "state", ignore_errors=True)
+    job.state_file.write_text(json.dumps({"started": key}))
     code, stopped = run(command(job, options), lock, Path(options.output_dir, ".exit_code"))
-    state = {"fingerprint": key, "run": uuid.uuid4().hex, "seconds": round(time.perf_counter() - clock, 1), "gate": ""}
     if code:
-        return code, state
+        return code, {}
+    state = {"fingerprint": key, "run": uuid.uuid4().hex, "seconds": round(time.perf_counter() - clock, 1), "gate": ""}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if verdict_file.stat().st_mtime_ns != old:
             verdict = json.loads(verdict_file.read_text())["gate"]
             state["gate"] = f"{'PASS' if verdict['passed'] else 'FAIL'}  {verdict['text']}"
-    job.folder.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in job.folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     job.state_file.write_text(json.dumps(state | {"files": sorted(names) if job.step.output is None else []}))
     return (130 if stopped else 0), state

@@ -1,4 +1,4 @@
-"""How good answers are: reward, ground truth, KL, means with 95 % intervals, best-of-n, accuracy of a reward model.
+"""How good answers are: reward, ground truth, KL, means with 95 % intervals, best-of-n.
 
 The ground truth ("gold") is a module that the caller names, with `judge(prompt, answer, stopped)` -> an object with
 `score` (0..1), `correct` and `family`. No stage may look at it: a proxy always improves, whether answers do is shown here.
@@ -16,7 +16,7 @@ import torch
 from common.chat import Message, prompt_ids, rows_to_prompt
 from common.checkpoint import load_model, load_tokenizer
 from common.config import InputError
-from common.data import Row, read_rows
+from common.data import read_rows
 from common.generate import Sample, sample
 from common.model import GPT, RewardModel
 from common.scoring import logprobs_of, reward_scores, same_ids, translate
@@ -24,7 +24,6 @@ from common.tokenizer import Tokenizer
 
 Gold = Callable[[str, str, bool], Any]
 RESAMPLES = 2000
-MINIMUM_GAP = 0.05  # answers whose gold scores are closer are equally good to a reader
 
 
 class Answer(NamedTuple):
@@ -217,72 +216,3 @@ def best_of_table(answers: Sequence[Answer], size: int) -> dict[str, dict[str, A
 def best_of_n_kl(n: int) -> float:
     """KL(best-of-n || policy) in nats an episode (Stiennon 2020, appendix G.3): ln n - (n - 1) / n."""
     return math.log(n) - (n - 1) / n
-
-
-def reward_accuracy(reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Sequence[Row]) -> dict[str, Any]:
-    """How often the reward model orders two answers to a prompt as the ground truth does; equal scores count one half.
-
-    Rows of comparisons with `prompt`, `answers` and, if known, `sources` and `stopped`; rows without `answers` (people's
-    pairs) are left out. Pairs count from a gold difference of MINIMUM_GAP on; "all" counts every difference. Intervals by
-    bootstrap over prompts. Raises InputError naming file and line.
-    """
-    model, tokenizer = reward
-    ids: list[list[int]] = []
-    kept: list[dict[str, Any]] = []
-    for row in rows:
-        if not (texts := row.data.get("answers")):
-            continue
-        stopped = row.data.get("stopped") or [True] * len(texts)
-        try:
-            messages = rows_to_prompt({"prompt": row.data.get("prompt")})
-            prompt = prompt_ids(tokenizer, messages)
-            verdicts = [gold(question(messages), text, end) for text, end in zip(texts, stopped, strict=True)]
-        except (InputError, ValueError) as error:
-            raise InputError(f"{row.origin}: {error}") from None
-        new = [[*prompt, *tokenizer.encode(t), *[tokenizer.eot_id] * end] for t, end in zip(texts, stopped, strict=True)]
-        if (longest := max(map(len, new))) > model.config.max_length:
-            raise InputError(f"{row.origin}: {longest} tokens, the reward model's context is {model.config.max_length}")
-        sources = row.data.get("sources") or ["answer"] * len(texts)
-        kept.append({"gold": [v.score for v in verdicts], "family": verdicts[0].family, "sources": sources})
-        ids += new
-    if not kept:
-        raise InputError("comparisons: no row has `answers`, so there is nothing to measure the reward model on")
-    scores = iter(reward_scores(model, ids))
-    return order_statistics([(row, [next(scores) for _ in row["gold"]]) for row in kept])
-
-
-def order_statistics(judged: Sequence[tuple[dict[str, Any], Sequence[float]]]) -> dict[str, Any]:
-    """`reward_accuracy` from (gold, sources and family of a prompt's answers; their rewards)."""
-    groups: dict[str, dict[int, list[float]]] = {}  # name of a subset: prompt: 1 right, 0 wrong, 1/2 equal
-    for prompt, (row, rewards) in enumerate(judged):
-        for i in range(len(rewards)):
-            for j in range(i):
-                gap = row["gold"][i] - row["gold"][j]
-                if abs(gap) <= 1e-6:
-                    continue
-                hit = 0.5 if rewards[i] == rewards[j] else float((rewards[i] > rewards[j]) == (gap > 0))
-                names = ["all"]
-                if abs(gap) >= MINIMUM_GAP:
-                    pair = " / ".join(sorted((row["sources"][i], row["sources"][j])))
-                    names += ["counted", f"source {pair}", f"family {row['family']}"]
-                for name in names:
-                    groups.setdefault(name, {}).setdefault(prompt, []).append(hit)
-
-    def accuracy(name: str) -> dict[str, Any]:
-        hits = list(groups.get(name, {}).values())
-        found = interval([sum(prompt) for prompt in hits], [len(prompt) for prompt in hits])
-        return {"accuracy": found["mean"], "ci95": found["ci95"], "n": found["n"]}
-
-    def part(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): accuracy(name) for name in sorted(groups) if name.startswith(prefix)}
-
-    own = accuracy("source policy / policy")
-    return {
-        **accuracy("counted"),
-        "prompts": len(judged),
-        "minimum_gap": MINIMUM_GAP,
-        "all": accuracy("all"),
-        "policy_pairs": own,
-        "by_source": part("source "),
-        "by_family": part("family "),
-    }

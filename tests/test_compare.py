@@ -110,8 +110,9 @@ def test_report_structure(full):
     assert set(result["best_of_n"]) == {"1", "2", "4"} and result["best_of_prompts"] == 3
     assert result["best_of_n"]["4"]["reward"]["mean"] > result["best_of_n"]["1"]["reward"]["mean"]
     assert result["best_of_n"]["1"]["kl"] == 0 and result["best_of_n"]["4"]["kl"] == pytest.approx(0.636294, abs=1e-6)
-    assert result["reward_model"]["n"] == 5 * 5  # golds 1, .5, 0, 0: five of six pairs differ
-    assert result["reward_model"]["policy_pairs"]["n"] == 5 and result["reward_model"]["prompts"] == 5
+    # The rows of the 3 prompts that best-of answered: golds 1, .5, 0, 0 and four samples of the reference, all of gold 0.
+    assert result["reward_model"]["n"] == 3 * (1 + 6 + 6) and result["reward_model"]["prompts"] == 3
+    assert result["reward_model"]["by_source"]["bad / policy"]["n"] == 3 * 4
     assert [row["family"] for row in result["samples"]] == ["blue", "red", "blue", "red"]  # families in turn
     stage = json.loads((folder / "stage.json").read_text())
     assert stage["gate"]["passed"] is False and "sampled gold of sft is" in stage["gate"]["text"]

@@ -25,7 +25,7 @@ with (here / "log").open("a") as log:
 if (here / f"fail_{name}").exists():
     sys.exit(f"{name}: the stage's own words")
 if (here / f"wait_{name}").exists():
-    signal.signal(signal.SIGTERM, lambda *_: (out.mkdir(parents=True), (out / "saved").write_text("x"), sys.exit(75)))
+    signal.signal(signal.SIGTERM, lambda *_: ((out / "state").mkdir(), (out / "state" / "saved").write_text("x"), sys.exit(75)))
     (here / "waiting").write_text("x")
     time.sleep(30)
 out.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,6 @@ def test_a_failing_stage_ends_the_pipeline_with_its_code(project, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert lines[-2] == "pretrain: the stage's own words"
     assert lines[-1].startswith("step pretrain ended with exit code 1; to go on from it: python pipeline.py ")
-    assert not (Path(project.base) / "pretrain" / ".pipeline.json").exists()  # the old one no longer counts
     (project.root / "fail_pretrain").unlink()
     assert pipeline.main(lines[-1].partition("pipeline.py ")[2].split()) == 0
     assert project.ran() == ["data", "pretrain", "pretrain", "sft", "compare"]
@@ -295,6 +294,22 @@ def test_signals_are_forwarded_and_a_second_pipeline_is_refused(project):
     finally:
         first.kill()
     assert first.returncode == 75 and "step sft ended with exit code 75" in error
-    assert Path(project.base, "sft", "saved").exists()  # the stage was waited for
+    saved = Path(project.base, "sft", "state", "saved")
+    assert saved.exists()  # the stage was waited for
     (project.root / "wait_sft").unlink()
     assert project.run() == 0 and project.ran() == ["sft", "compare"]  # and the lock is gone
+    assert saved.exists()  # the same step goes on from it
+
+
+def test_a_saved_state_goes_when_its_step_has_changed(project):
+    state = Path(project.base, "sft", "state")
+    for change in ("none", "input", "none", "force"):
+        (project.root / "fail_sft").write_text("")
+        assert project.run(*["--force"] * (change == "force")) == 1
+        state.mkdir(exist_ok=True)
+        (project.root / "fail_sft").unlink()
+        if change == "input":
+            (project.root / "texts" / "a.txt").write_text("twice")
+        assert project.run(*["--force"] * (change == "force")) == 0
+        assert state.exists() == (change == "none")
+        project.write("sft", parent=f"{project.base}/pretrain", train_data=change)

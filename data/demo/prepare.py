@@ -103,6 +103,16 @@ def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> floa
     return agree / max(total, 1)
 
 
+def answers_to(prompt: str) -> dict:
+    """A good answer, a near miss of it, a right one badly put, for the exam of the reward model: a function of the prompt
+    alone, whatever the comparisons that the reward model is trained on."""
+    task, rng = world.parse(prompt), random.Random(f"exam {prompt}")
+    state = rng.getrandbits(32)
+    clean, miss = world.good(task, random.Random(state)), flaws.content_error(task, rng, random.Random(state))
+    answers = {"good": clean, "near_miss": miss, "badly_put": flaws.style_error(task, rng)}
+    return {"prompt": prompt, "answers": list(answers.values()), "sources": list(answers)}
+
+
 def build(cfg: Config) -> dict[str, list[dict]]:
     """The rows of each file, by name. RuntimeError where a held-out prompt is found in training text."""
     rng = random.Random(f"demo world {cfg.seed}")  # a string is hashed with sha512, the same everywhere
@@ -110,6 +120,7 @@ def build(cfg: Config) -> dict[str, list[dict]]:
     keys: set[tuple[str, ...]] = set()
     heldout = prompts(rng, cfg.heldout_prompts, used, keys, hold=True)
     rows = {"heldout_prompts": [{"prompt": prompt, "family": family} for prompt, family in heldout]}
+    rows["heldout_comparisons"] = [answers_to(prompt) for prompt, _ in heldout]
     for name, number in (("sft", cfg.demonstrations), ("sft_eval", cfg.eval_demonstrations)):
         rows[name] = []
         for prompt, _ in prompts(rng, number, used, keys):
@@ -118,7 +129,7 @@ def build(cfg: Config) -> dict[str, list[dict]]:
     for name, number in (("collect_prompts", cfg.collect_prompts), ("rl_prompts", cfg.rl_prompts)):
         rows[name] = [{"prompt": p, "family": family} for p, family in prompts(rng, number, used, keys)]
     rows["documents"] = [{"text": text} for text in documents(rng, cfg.documents, keys)]
-    trained = (text for name, group in rows.items() if name != "heldout_prompts" for r in group for text in r.values())
+    trained = (text for name, group in rows.items() if not name.startswith("heldout") for r in group for text in r.values())
     if leaks := find_leaks([prompt for prompt, _ in heldout], trained):
         raise RuntimeError(f"{len(leaks)} held-out prompts occur in training text, first {leaks[0]!r}")
     return rows

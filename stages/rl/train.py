@@ -76,6 +76,8 @@ class Config(PPOConfig):
     """Shards whose language-model loss is mixed in (InstructGPT's PPO-ptx)."""
     logging_steps: Positive = 1
     """Rollouts between two lines of metrics."""
+    save_steps: Positive | None = 10
+    """Rollouts between two saves of what a resume needs (null: only when told to stop)."""
     samples: Annotated[int, Field(ge=0)] = 16
     """Episodes of each rollout kept in samples.jsonl."""
 

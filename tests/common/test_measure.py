@@ -10,8 +10,9 @@ import torch
 from common.config import InputError
 from common.data import Row
 from common.measure import Answer as A
-from common.measure import best_of_n, best_of_table, interval, order_statistics, read_prompts, reward_accuracy
+from common.measure import best_of_n, best_of_table, interval, read_prompts
 from common.model import GPT, GPTConfig, RewardModel
+from common.ranking import beside, order_statistics, reward_accuracy
 from common.scoring import by_length, logprobs_of, reward_scores, same_ids, translate
 from common.tokenizer import Tokenizer
 
@@ -132,3 +133,27 @@ def test_prompt_files(tmp_path):
     assert read_prompts(str(tmp_path / "p.jsonl"), 1) == [[{"role": "user", "content": "one"}]]
     with pytest.raises(InputError, match=r"p.jsonl:2: columns found: question"):
         read_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_held_out_rows_get_the_first_answers_of_their_own_prompt():
+    def drawn(text):
+        return A(text, 1, text != "cut", None, None, None, None)
+
+    prompts = [[{"role": "user", "content": name}] for name in ("p", "q")]
+    answers = [drawn(f"{name}{n}") for name in "pq" for n in range(5)]
+    answers[1] = drawn("cut")
+    rows = [
+        Row({"prompt": "q", "answers": ["good"], "sources": ["good"]}, "f:1"),
+        Row({"prompt": "p", "answers": ["good", "bad"]}, "f:2"),
+        Row({"prompt": "not asked", "answers": ["good"]}, "f:3"),
+        Row({"prompt": "p", "chosen": "a", "rejected": "b"}, "f:4"),
+    ]
+    q, p = beside(rows, prompts, answers)
+    assert (q.origin, p.origin) == ("f:1", "f:2")
+    assert q.data["answers"] == ["q0", "q1", "q2", "q3", "good"]
+    assert q.data["sources"] == ["policy"] * 4 + ["good"]
+    assert p.data["answers"] == ["p0", "cut", "p2", "p3", "good", "bad"]
+    assert p.data["stopped"] == [True, False, True, True, True, True]
+    assert p.data["sources"] == ["policy"] * 4 + ["answer"] * 2
+    with pytest.raises(InputError, match="no row is about a prompt that best_of answered"):
+        beside(rows[2:], prompts, answers)

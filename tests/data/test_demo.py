@@ -188,12 +188,23 @@ def test_heldout_prompts_are_in_no_training_text_and_the_stages_share_none(rows:
     heldout = [row["prompt"] for row in rows["heldout_prompts"]]
     assert len(set(heldout)) == 200
     assert [sum(row["family"] == f for row in rows["heldout_prompts"]) for f in world.FAMILIES] == [50] * 4
-    trained = "\n".join(t for name, group in rows.items() if name != "heldout_prompts" for r in group for t in r.values())
+    trained = "\n".join(t for name, group in rows.items() if not name.startswith("heldout") for r in group for t in r.values())
     assert not [prompt for prompt in heldout if prompt in trained]  # plain search, not the one under test
     stages = [{row["prompt"] for row in rows[n]} for n in ("sft", "sft_eval", "collect_prompts", "rl_prompts")]
     assert len(set.union(*stages)) == sum(map(len, stages)) == 2040
     keys = {world.parse(prompt).key for prompt in heldout}  # nor the same question in other words
     assert not keys & {world.parse(prompt).key for stage in stages for prompt in stage}
+
+
+def test_the_reward_models_exam_depends_on_the_prompts_alone(rows: dict[str, list[dict]]) -> None:
+    assert [row["prompt"] for row in rows["heldout_comparisons"]] == [row["prompt"] for row in rows["heldout_prompts"]]
+    for row in rows["heldout_comparisons"]:
+        assert row == prepare.answers_to(row["prompt"])
+        assert row["sources"] == ["good", "near_miss", "badly_put"]
+        good, miss, bad = (gold.judge(row["prompt"], answer) for answer in row["answers"])
+        assert good.correct and good.score >= 0.95
+        assert not miss.correct and miss.score < good.score - 0.05
+        assert bad.score < good.score - 0.05
 
 
 def test_a_leak_is_found() -> None:
@@ -241,6 +252,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Pa
         "collect_prompts",
         "rl_prompts",
         "heldout_prompts",
+        "heldout_comparisons",
     }
     assert files == {f.name: f.read_bytes() for f in (tmp_path / "b").iterdir() if f.name != "stage.json"}
     assert files["documents.jsonl"] != (tmp_path / "c" / "documents.jsonl").read_bytes()

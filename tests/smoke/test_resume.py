@@ -68,8 +68,8 @@ def setting(tmp_path, shards, tiny_gpt, tiny_reward, stage_dir):
         "reward": {"train_data": str(tmp_path / "reward.jsonl"), **trained},
         "rl": {
             "parent": parent, "reward_model": stage_dir(tiny_reward("llama", seed=2)), "train_data": str(tmp_path / "rl.jsonl"),
-            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2, "target_kl": 1.0,
-            "kl_horizon": 20, "critic_warmup_steps": 1,
+            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
+            "target_kl": 1.0, "kl_horizon": 20, "critic_warmup_steps": 1,
         },
     }  # fmt: skip
     return lambda stage, **keys: {**shared, **own[stage], **keys}
