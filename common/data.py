@@ -134,7 +134,7 @@ class Order:
 
 
 def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str, Any]], Any]) -> tuple[list[Row], list[Row]]:
-    """(training, held-out) rows, no prompt on both sides: held out are the prompts of the last `fraction`.
+    """(training, held-out) rows, no prompt on both sides: held out is the last `fraction` of the different prompts.
 
     Raises InputError when that leaves nothing to train on.
     """
@@ -144,7 +144,8 @@ def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str
             prompts.append(str(prompt_of(row.data)))
         except InputError:  # whoever tokenizes the row names it
             prompts.append(row.origin)
-    held = set(prompts[-max(1, int(len(rows) * fraction)) :])
+    different = list(dict.fromkeys(prompts))
+    held = set(different[-max(1, int(len(different) * fraction)) :])
     sides = [[row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side] for side in (False, True)]
     if not sides[0]:
         raise InputError(f"{rows[0].origin}: all {len(rows)} rows share the held-out prompts; give eval_data and more prompts")

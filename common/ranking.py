@@ -12,7 +12,7 @@ from common.scoring import reward_scores
 from common.tokenizer import Tokenizer
 
 MINIMUM_GAP = 0.05  # answers whose gold scores are closer are equally good to a reader
-POLICY_ANSWERS = 4  # of the reference, beside the answers of each held-out row
+POLICY_ANSWERS = 8  # of the reference, beside the answers of each held-out row
 
 
 def beside(rows: Sequence[Row], prompts: Sequence[list[Message]], drawn: Sequence[Answer]) -> list[Row]:
@@ -40,8 +40,9 @@ def reward_accuracy(reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Seq
     """How often the reward model orders two answers to a prompt as the ground truth does; equal scores count one half.
 
     Rows of comparisons with `prompt`, `answers` and, if known, `sources` and `stopped`; rows without `answers` (people's
-    pairs) are left out. Pairs count from a gold difference of MINIMUM_GAP on; "all" counts every difference. Intervals by
-    bootstrap over prompts. Raises InputError naming file and line.
+    pairs) are left out. The headline is over pairs of the policy's own answers, which best-of-n and PPO choose among (over all
+    pairs where no source is `policy`). Pairs count from a gold difference of MINIMUM_GAP on. Intervals by bootstrap over
+    prompts. Raises InputError naming file and line.
     """
     model, tokenizer = reward
     ids: list[list[int]] = []
@@ -75,14 +76,11 @@ def order_statistics(judged: Sequence[tuple[dict[str, Any], Sequence[float]]]) -
         for i in range(len(rewards)):
             for j in range(i):
                 gap = row["gold"][i] - row["gold"][j]
-                if abs(gap) <= 1e-6:
+                if abs(gap) < MINIMUM_GAP:
                     continue
                 hit = 0.5 if rewards[i] == rewards[j] else float((rewards[i] > rewards[j]) == (gap > 0))
-                names = ["all"]
-                if abs(gap) >= MINIMUM_GAP:
-                    pair = " / ".join(sorted((row["sources"][i], row["sources"][j])))
-                    names += ["counted", f"source {pair}", f"family {row['family']}"]
-                for name in names:
+                pair = " / ".join(sorted((row["sources"][i], row["sources"][j])))
+                for name in ("all", f"source {pair}", f"family {row['family']}"):
                     groups.setdefault(name, {}).setdefault(prompt, []).append(hit)
 
     def accuracy(name: str) -> dict[str, Any]:
@@ -93,13 +91,13 @@ def order_statistics(judged: Sequence[tuple[dict[str, Any], Sequence[float]]]) -
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): accuracy(name) for name in sorted(groups) if name.startswith(prefix)}
 
-    own = accuracy("source policy / policy")
+    everything, own = accuracy("all"), accuracy("source policy / policy")
     return {
-        **accuracy("counted"),
+        **(own if own["n"] else everything),
+        "pairs": "the policy's own answers" if own["n"] else "all answers",
         "prompts": len(judged),
         "minimum_gap": MINIMUM_GAP,
-        "all": accuracy("all"),
-        "policy_pairs": own,
+        "all": everything,
         "by_source": part("source "),
         "by_family": part("family "),
     }

@@ -109,8 +109,7 @@ def accuracy(found: dict[str, Any]) -> list[str]:
         return [name, cell({"mean": row["accuracy"], "ci95": row["ci95"]}), f"{row['n']:,}"]
 
     about = f"answer pairs of {found['prompts']} held-out prompts, gold scores at least {found['minimum_gap']:g} apart"
-    rows = [line("all such pairs", found), line("the policy's own answers", found["policy_pairs"])]
-    rows.append(line("any difference in gold", found["all"]))
+    rows = [line(found["pairs"], found), line("all such pairs", found["all"])]
     more = [line(name, row) for kind in ("by_family", "by_source") for name, row in found[kind].items()]
     header = ["pairs", "ordered as gold does", "n"]
     return [page.table(header, rows, about), page.details("by family and source", [page.table(header, more)])]

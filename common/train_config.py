@@ -75,9 +75,9 @@ class RowsConfig(TrainConfig):
     train_data: str
     """Rows: .jsonl, .json, .parquet, a folder of these, or a Hub data set."""
     eval_data: str | None = None
-    """Held-out rows; null = the prompts of the last eval_fraction of train_data."""
+    """Held-out rows; null = rows of the last eval_fraction of the prompts in train_data."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of train_data held out when there is no eval_data."""
+    """Share of the prompts held out when there is no eval_data."""
 
     def read(self, prompt_of: Callable[[dict[str, Any]], Any]) -> tuple[list[Row], list[Row]]:
         """(training, held-out) rows; prompt_of(row) tells what may not lie on both sides."""

@@ -111,7 +111,7 @@ def test_report_structure(full):
     assert result["best_of_n"]["4"]["reward"]["mean"] > result["best_of_n"]["1"]["reward"]["mean"]
     assert result["best_of_n"]["1"]["kl"] == 0 and result["best_of_n"]["4"]["kl"] == pytest.approx(0.636294, abs=1e-6)
     # The rows of the 3 prompts that best-of answered: golds 1, .5, 0, 0 and four samples of the reference, all of gold 0.
-    assert result["reward_model"]["n"] == 3 * (1 + 6 + 6) and result["reward_model"]["prompts"] == 3
+    assert result["reward_model"]["all"]["n"] == 3 * (1 + 6 + 6) and result["reward_model"]["prompts"] == 3
     assert result["reward_model"]["by_source"]["bad / policy"]["n"] == 3 * 4
     assert [row["family"] for row in result["samples"]] == ["blue", "red", "blue", "red"]  # families in turn
     stage = json.loads((folder / "stage.json").read_text())

@@ -151,10 +151,11 @@ def main(cfg: Config) -> None:
     write_jsonl(folder / "comparisons.jsonl", [row for row in both if question(row) not in held])
 
     answers = sum(len(row["answers"]) for row in comparisons)
-    stopped = sum(sum(row["stopped"]) for row in comparisons) / max(1, answers)
+    ends = [end for row in comparisons for end, who in zip(row["stopped"], row["sources"], strict=True) if who == "policy"]
+    complete = sum(ends) / max(1, len(ends))
     text = (
-        f"{answers:,} answers to {len(comparisons):,} prompts ranked, {stopped:.0%} of them complete; {len(people)} pairs "
-        f"from people; {len(held)} prompts held out; {left_out} prompts too long"
+        f"{answers:,} answers to {len(comparisons):,} prompts ranked, {len(ends):,} of them sampled ({complete:.0%} complete); "
+        f"{len(people)} pairs from people; {len(held)} prompts held out; {left_out} prompts too long"
     )
     passed = bool(comparisons or people)
     print(f"gate collect: {'PASS' if passed else 'FAIL'}  {text}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import InputError
-from common.data import Shards, batches, pad, read_rows, share, write_jsonl
+from common.data import Order, Row, Shards, batches, hold_out, pad, read_rows, share, write_jsonl
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -261,3 +261,29 @@ def test_shards_that_are_none(tmp_path):
         Shards(str(tmp_path), "train", 10)
     with pytest.raises(InputError, match="eval split has 0 tokens"):
         Shards(str(tmp_path), "eval", 5)
+
+
+def test_held_out_prompts_are_on_one_side_only():
+    rows = [Row({"prompt": f"p{n % 10}", "n": n}, f"f:{n}") for n in range(40)]
+    train, heldout = hold_out(rows, 0.25, lambda data: data["prompt"])
+    assert {row.data["prompt"] for row in heldout} == {"p8", "p9"}
+    assert [row.data["n"] for row in heldout] == [8, 9, 18, 19, 28, 29, 38, 39]
+    assert [row.data["n"] for row in train] == [n for n in range(40) if n % 10 < 8]
+
+    def unreadable(data):
+        raise InputError("no prompt")
+
+    assert len(hold_out(rows, 0.25, unreadable)[1]) == 10  # each stands for itself; whoever tokenizes it says what is wrong
+    with pytest.raises(InputError, match="f:0: all 40 rows share the held-out prompts"):
+        hold_out(rows, 0.25, lambda data: "same")
+
+
+def test_the_rows_of_a_step_need_no_steps_before_it():
+    lengths = np.random.default_rng(1).integers(1, 50, 45).tolist()
+    one, other = Order(lengths, 8, 3), Order(lengths, 8, 3)
+    assert one.per_epoch == 6
+    assert [one.rows(step) for step in range(14)] == [other.rows(step) for step in reversed(range(14))][::-1]
+    assert sorted(row for step in range(6) for row in one.rows(step)) == list(range(45))
+    whole = Order(lengths, 8, 3, drop_last=True)
+    assert whole.per_epoch == 5
+    assert {len(whole.rows(step)) for step in range(10)} == {8}

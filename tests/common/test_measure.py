@@ -96,12 +96,12 @@ def test_interval_of_groups_is_wider_than_of_independent_items():
 
 def test_accuracy_by_hand():
     row = {"gold": [0.9, 0.5, 0.48, 0.1], "sources": ["policy", "policy", "near_miss", "policy"], "family": "sum"}
-    # pairs: 0>1 right, 0>2 right, 0>3 wrong, 1>2 (gap .02) right, 1>3 equal, 2>3 wrong
+    # pairs: 0>1 right, 0>2 right, 0>3 right, 1>2 (gap .02) left out, 1>3 equal, 2>3 wrong
     found = order_statistics([(row, [2.0, 1.0, 0.5, 1.0]), ({**row, "gold": [0.3, 0.3, 0.3, 0.3]}, [1.0, 2.0, 3.0, 4.0])])
-    found_all = order_statistics([(row, [2.0, 1.0, 0.5, 1.0])])["all"]
-    assert found["accuracy"] == pytest.approx((1 + 1 + 1 + 0.5 + 0) / 5, abs=1e-6) and found["n"] == 5
-    assert found["all"]["accuracy"] == found_all["accuracy"] == pytest.approx((1 + 1 + 1 + 1 + 0.5 + 0) / 6, abs=1e-6)
-    assert found["policy_pairs"]["accuracy"] == pytest.approx(2.5 / 3, abs=1e-6) and found["policy_pairs"]["n"] == 3
+    assert found["accuracy"] == pytest.approx(2.5 / 3, abs=1e-6) and found["n"] == 3  # the policy's own
+    assert found["all"]["accuracy"] == pytest.approx((1 + 1 + 1 + 0.5 + 0) / 5, abs=1e-6) and found["all"]["n"] == 5
+    others = order_statistics([({**row, "sources": ["answer"] * 4}, [2.0, 1.0, 0.5, 1.0])])
+    assert {key: others[key] for key in ("accuracy", "ci95", "n")} == others["all"] and others["n"] == 5
     assert {name: kind["n"] for name, kind in found["by_source"].items()} == {"near_miss / policy": 2, "policy / policy": 3}
     assert found["by_family"]["sum"]["n"] == 5
 
@@ -140,7 +140,7 @@ def test_held_out_rows_get_the_first_answers_of_their_own_prompt():
         return A(text, 1, text != "cut", None, None, None, None)
 
     prompts = [[{"role": "user", "content": name}] for name in ("p", "q")]
-    answers = [drawn(f"{name}{n}") for name in "pq" for n in range(5)]
+    answers = [drawn(f"{name}{n}") for name in "pq" for n in range(9)]
     answers[1] = drawn("cut")
     rows = [
         Row({"prompt": "q", "answers": ["good"], "sources": ["good"]}, "f:1"),
@@ -150,10 +150,10 @@ def test_held_out_rows_get_the_first_answers_of_their_own_prompt():
     ]
     q, p = beside(rows, prompts, answers)
     assert (q.origin, p.origin) == ("f:1", "f:2")
-    assert q.data["answers"] == ["q0", "q1", "q2", "q3", "good"]
-    assert q.data["sources"] == ["policy"] * 4 + ["good"]
-    assert p.data["answers"] == ["p0", "cut", "p2", "p3", "good", "bad"]
-    assert p.data["stopped"] == [True, False, True, True, True, True]
-    assert p.data["sources"] == ["policy"] * 4 + ["answer"] * 2
+    assert q.data["answers"] == [*(f"q{n}" for n in range(8)), "good"]
+    assert q.data["sources"] == ["policy"] * 8 + ["good"]
+    assert p.data["answers"] == ["p0", "cut", *(f"p{n}" for n in range(2, 8)), "good", "bad"]
+    assert p.data["stopped"] == [True, False, *[True] * 8]
+    assert p.data["sources"] == ["policy"] * 8 + ["answer"] * 2
     with pytest.raises(InputError, match="no row is about a prompt that best_of answered"):
         beside(rows[2:], prompts, answers)
