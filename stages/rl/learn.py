@@ -4,6 +4,7 @@ Shape legend: B episodes, T response tokens.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from common.config import stage_config
 from common.data import share
 from common.ops import entropy, masked_mean, masked_moments, token_logprobs, whiten
-from common.optim import NonFiniteError, update
+from common.optim import NonFiniteError, Update, update
 from common.run import Run
 from common.tokenizer import Tokenizer
 from common.train_config import NonNegative, Positive, TrainConfig
@@ -43,20 +44,24 @@ class PPOConfig(TrainConfig):
     early_stop_kl: Annotated[float, Field(gt=0)] | None = None
     """End a rollout's epochs when approx_kl passes 1.5 times this; null = off."""
     ptx_coef: NonNegative = 0.0
-    """Weight of that loss, in nats a token."""
+    """Weight of the loss on ptx_data, in nats a token."""
+    ptx_batch_size: Positive = 16
+    """Rows of ptx_data, of max_length tokens, in each update on one process."""
 
 
 class MicroBatch(NamedTuple):
     episodes: Trajectory
     advantages_BT: Tensor  # whitened over the rollout
-    ptx: Tensor | None  # (rows, length + 1) pretraining tokens
+    texts: Tensor | None  # (rows, length + 1) pretraining tokens
 
 
-def terms(model: ActorCritic, batch: MicroBatch, cfg: PPOConfig, stats: list[Tensor]) -> Tensor:
+def terms(model: ActorCritic, batch: MicroBatch, cfg: PPOConfig, stats: list[Tensor], eot_id: int) -> Tensor:
     """(summed PPO loss over response tokens, summed PTX loss) of a micro-batch; its sums for the log go to `stats`."""
     episodes = batch.episodes
     mask_BT = episodes.mask_BT
-    logits, values = model(episodes.ids_BS, episodes.predicts_BS())
+    texts = None if batch.texts is None else batch.texts[:, :-1]
+    documents = None if texts is None else (texts == eot_id).cumsum(1)  # attention stays inside each, as in pretraining
+    logits, values, text_logits = model(episodes.ids_BS, episodes.predicts_BS(), texts, documents)
     logprobs = token_logprobs(logits, episodes.targets_N(), cfg.temperature)
     policy = policy_loss(logprobs, episodes.logprobs_BT[mask_BT], batch.advantages_BT[mask_BT], cfg.clip_range)
     value = value_loss(values.float(), episodes.values_BT[mask_BT], episodes.returns_BT[mask_BT], cfg.clip_range_value)
@@ -67,10 +72,8 @@ def terms(model: ActorCritic, batch: MicroBatch, cfg: PPOConfig, stats: list[Ten
             )
         )
     ptx = torch.zeros((), device=logits.device)
-    if batch.ptx is not None:
-        everywhere = torch.ones_like(batch.ptx[:, :-1], dtype=torch.bool)
-        ptx_logits, _ = model(batch.ptx[:, :-1], everywhere)
-        ptx = -token_logprobs(ptx_logits, batch.ptx[:, 1:].flatten()).sum()
+    if text_logits is not None:
+        ptx = -token_logprobs(text_logits.flatten(0, 1), batch.texts[:, 1:].flatten()).sum()
     return torch.stack([policy.loss + cfg.vf_coef * value, cfg.ptx_coef * ptx])
 
 
@@ -79,23 +82,28 @@ def learn(
     model: ActorCritic,
     optimizer: torch.optim.Optimizer,
     batch: Trajectory,
-    ptx: Tensor | None,
+    texts: Callable[[int], Tensor] | None,
+    eot_id: int,
     cfg: PPOConfig,
     step: int,
 ) -> dict[str, float]:
-    """PPO epochs over one rollout (this process's part); returns means over all response tokens of all updates."""
+    """PPO epochs over one rollout (this process's part); returns means over all response tokens of all updates.
+
+    texts(n): pretraining rows (rows, length + 1) for the rollout's update number n, whose loss PTX adds.
+    """
     moments = run.accelerator.reduce(masked_moments(batch.advantages_BT, batch.mask_BT), "sum")
     advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, moments)
     lengths = (batch.prompt_lengths_B + batch.mask_BT.sum(1)).tolist()
     per_minibatch = math.ceil(len(lengths) / cfg.num_minibatches)
     stats: list[Tensor] = []
-    norms: list[float] = []
+    updates: list[Update] = []
     for epoch in range(cfg.num_ppo_epochs):
         # The order is that of a shuffled deck: which episodes share a minibatch is new in every epoch.
         order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(lengths)).tolist()
         for start in range(0, len(order), per_minibatch):
             rows = sorted(order[start : start + per_minibatch], key=lambda row: lengths[row])
             parts = list(share(rows, 0, 1, cfg.per_device_train_batch_size))
+            ptx = None if texts is None else texts(len(updates))
             ptx_parts = [None] * len(parts) if ptx is None else [p if len(p) else None for p in ptx.tensor_split(len(parts))]
             micro_batches = []
             for part, ptx_part in zip(parts, ptx_parts, strict=True):
@@ -108,22 +116,25 @@ def learn(
                 model,
                 [optimizer],
                 micro_batches,
-                lambda micro: terms(model, micro, cfg, stats),
+                lambda micro: terms(model, micro, cfg, stats, eot_id),
                 counts,
                 cfg.max_grad_norm,
             )
-            norms.append(done.grad_norm)
+            updates.append(done)
             recent = run.accelerator.reduce(torch.stack(stats[-len(parts) :]).sum(0), "sum")
             if cfg.early_stop_kl and float(recent[4] / recent[0]) > 1.5 * cfg.early_stop_kl:
-                return summarise(run, stats, norms, epoch + 1)
-    return summarise(run, stats, norms, cfg.num_ppo_epochs)
+                return summarise(run, cfg, stats, updates, epoch + 1)
+    return summarise(run, cfg, stats, updates, cfg.num_ppo_epochs)
 
 
-def summarise(run: Run, stats: list[Tensor], norms: list[float], epochs: int) -> dict[str, float]:
+def summarise(run: Run, cfg: PPOConfig, stats: list[Tensor], updates: list[Update], epochs: int) -> dict[str, float]:
     tokens, *sums = run.accelerator.reduce(torch.stack(stats).sum(0), "sum").tolist()
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
     means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
-    return means | {"grad_norm": sum(norms) / len(norms), "ppo_epochs": epochs}
+    means |= {"grad_norm": sum(done.grad_norm for done in updates) / len(updates), "ppo_epochs": epochs}
+    if cfg.ptx_coef:
+        means["ptx_loss"] = sum(done.losses[1] for done in updates) / len(updates) / cfg.ptx_coef
+    return means
 
 
 def describe(run: Run, batch: Trajectory, cfg: PPOConfig) -> dict[str, float]:

@@ -23,9 +23,15 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
 
-    def forward(self, ids_BS: Tensor, predicts_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) and values (N) where predicts_BS is set: at the position one left of each response token."""
-        return self.policy(ids_BS, keep=predicts_BS), self.critic.values(ids_BS)[predicts_BS]
+    def forward(
+        self, ids_BS: Tensor, predicts_BS: Tensor, texts: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (N, V) and values (N) where predicts_BS is set: at the position one left of each response token.
+
+        And the policy's logits on `texts` (B, T), pretraining rows of several documents, in the same pass (which DDP needs).
+        """
+        text_logits = None if texts is None else self.policy(texts, documents=documents)
+        return self.policy(ids_BS, keep=predicts_BS), self.critic.values(ids_BS)[predicts_BS], text_logits
 
 
 class Trajectory(NamedTuple):
@@ -138,7 +144,7 @@ def evaluate(
         rows = order[start : start + batch_size]
         part = trajectory.rows(rows)
         predicts, targets = part.predicts_BS(), part.targets_N()
-        logits, values = model(part.ids_BS, predicts)
+        logits, values, _ = model(part.ids_BS, predicts)
         ref_logits = reference(part.ids_BS, keep=predicts)
         # A boolean mask would fill rows in their own order, not in the sorted one: name each place by row and column.
         columns = torch.nonzero(part.mask_BT)

@@ -8,6 +8,7 @@ starts from the SFT model, the critic from the reward model (Stiennon 2020, Inst
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -82,6 +83,12 @@ class Config(PPOConfig):
     """Episodes of each rollout kept in samples.jsonl."""
 
 
+def texts(run: Run, shards: Shards, cfg: Config, step: int, update: int) -> torch.Tensor:
+    """This process's rows of pretraining text for one update of a rollout: a pure function of both numbers."""
+    rows, updates = cfg.ptx_batch_size, cfg.num_ppo_epochs * cfg.num_minibatches
+    return shards.batch(cfg.seed, ((step * updates + update) * run.processes + run.rank) * rows, rows).to(run.device)
+
+
 def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, max_prompt_length: int) -> tuple[list[list[int]], int]:
     """Prompt ids, and how many rows were left out as too long. Raises InputError naming file and line."""
     prompts = []
@@ -147,6 +154,8 @@ def main(cfg: Config) -> None:
     if episodes > len(prompts):
         raise InputError(f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches")
     shards = Shards(cfg.ptx_data, "train", cfg.max_length) if cfg.ptx_data else None
+    if shards and not same_ids(load_tokenizer(cfg.ptx_data), tokenizer):
+        raise InputError(f"ptx_data {cfg.ptx_data}: its ids are not those of {cfg.parent}; prepare it with that tokenizer")
     order = Order([1] * len(prompts), episodes, cfg.seed, drop_last=True)
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, order.per_epoch * episodes, episodes)
     first_step, kept = run.resume(kl_coef=cfg.kl_coef, history=[])
@@ -181,11 +190,9 @@ def main(cfg: Config) -> None:
         if step < cfg.critic_warmup_steps:
             for group in optimizer.param_groups[:policy_groups]:
                 group["lr"] = 0.0
-        ptx = None
-        if shards:
-            rows = cfg.per_device_train_batch_size
-            ptx = shards.batch(cfg.seed, (step * run.processes + run.rank) * rows, rows).to(run.device)
-        metrics |= learn(run, model, optimizer, batch, ptx, cfg, step)
+        metrics |= learn(
+            run, model, optimizer, batch, shards and partial(texts, run, shards, cfg, step), tokenizer.eot_id, cfg, step
+        )
         metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate}
         if cfg.target_kl:
             kept["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes)

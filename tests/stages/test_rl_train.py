@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,15 +14,17 @@ from torch.nn import functional as F
 
 from common.checkpoint import load_model
 from common.config import InputError, load
-from common.data import Row
+from common.data import Row, Shards
 from common.optim import adamw, parameter_groups
 from common.run import Run
+from common.tokenizer import Tokenizer
 from stages.rl import learn as learning
 from stages.rl import train
 from stages.rl.learn import describe, learn
 from stages.rl.rollout import ActorCritic, Trajectory, rollout
 from stages.rl.train import Config, main, tokenize_prompts
 
+EOT = 7  # an id that separates the documents in these tests' pretraining rows
 QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "The red fox and the blue bird", "Is it?", "Go on", "ok", "a"]
 
 
@@ -223,7 +226,7 @@ def taught(setting, episodes, ptx=None, optimizer=None, **keys) -> tuple[ActorCr
     cfg = setting(**defaults | keys)
     model, batch = copy.deepcopy(episodes[0]), episodes[1]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer(model)
-    return model, learn(Run(cfg, "rl", "lm"), model, optimizer, batch, ptx, cfg, step=0)
+    return model, learn(Run(cfg, "rl", "lm"), model, optimizer, batch, ptx, EOT, cfg, step=0)
 
 
 def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[float]:
@@ -350,13 +353,16 @@ def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_r
     """With flat advantages and no value loss, one step of plain descent is -lr * coef * gradient of the mean loss."""
     model, batch = episodes
     flat = batch._replace(advantages_BT=torch.zeros_like(batch.advantages_BT))
-    tokens = torch.randint(0, 300, (ptx_rows, 13), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(8, 300, (ptx_rows, 13), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = tokens[:, 5] = EOT  # two documents a row, which must not see each other
     keys = {"vf_coef": 0.0, "ptx_coef": 0.3, "per_device_train_batch_size": 4}
-    moved, _ = taught(setting, (model, flat), ptx=tokens, **keys)
+    moved, said = taught(setting, (model, flat), ptx=lambda n: tokens, **keys)
 
     expected = copy.deepcopy(model.policy)
-    logits = expected(tokens[:, :-1])
-    (0.3 * F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())).backward()
+    logits = torch.cat([expected(tokens[:, :5]), expected(tokens[:, 5:-1])], dim=1)  # each document alone
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert said["ptx_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    (0.3 * loss).backward()
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter -= 0.1 * parameter.grad
@@ -365,7 +371,7 @@ def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_r
     assert max(differences(moved.critic, model.critic)) == 0
 
 
-def test_ptx_through_main(setting, tmp_path):
+def test_ptx_through_main(setting, tokenizer, tmp_path, monkeypatch):
     shards = tmp_path / "shards"
     shards.mkdir()
     np.random.default_rng(0).integers(0, 300, 400).astype(np.uint16).tofile(shards / "train-00000.bin")
@@ -377,9 +383,23 @@ def test_ptx_through_main(setting, tmp_path):
     for half in ({"ptx_data": str(shards)}, {"ptx_coef": 1.0}):
         with pytest.raises(InputError, match="PTX needs both"):
             main(setting(**half))
+    with pytest.raises(InputError, match="its ids are not those of"):
+        other = tmp_path / "other"
+        other.mkdir()
+        Tokenizer.train_bpe(["other words"], 261).save(other)
+        for file in shards.iterdir():
+            shutil.copy(file, other)
+        main(setting(max_length=16, ptx_data=str(other), ptx_coef=1.0))
+    tokenizer.save(shards)
+    seen = []
+    real = Shards.batch
+    monkeypatch.setattr(Shards, "batch", lambda self, *at: (seen.append(at), real(self, *at))[1])
     main(plain)
     main(mixed)
     assert not same_weights(plain.output_dir, mixed.output_dir)
+    assert seen == [(0, 16 * n, 16) for n in range(4)]  # new rows for each of the 2 x 2 updates
+    assert metrics(mixed)[0]["ptx_loss"] > 0
+    assert "ptx_loss" not in metrics(plain)[0]
 
 
 def test_describe_counts_episodes_and_real_tokens(setting):
