@@ -78,19 +78,21 @@ def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]
     """The ids a model is asked to go on from; `messages` must end with the user's.
 
     With a chat tokenizer they end with <|assistant|>. A base model knows no roles: it gets <|endoftext|> (a document
-    starts), the last message as plain text and a newline.
+    starts), the last message as plain text and a newline; without control tokens the message alone.
     """
     check_messages(messages)
     if messages[-1]["role"] != "user":
         raise InputError(f"a prompt must end with the user's message, not the {messages[-1]['role']}'s")
+    if not tokenizer.has_control:
+        return tokenizer.encode(messages[-1]["content"])
     if not tokenizer.chat:
         return [tokenizer.eot_id, *tokenizer.encode(messages[-1]["content"] + "\n")]
     return [*render(tokenizer, messages).ids, tokenizer.role_ids["assistant"]]
 
 
 def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """The ids that end an answer: <|endoftext|> alone."""
-    return (tokenizer.eot_id,)
+    """The ids that end an answer: <|endoftext|> alone, or none for a tokenizer without control tokens."""
+    return (tokenizer.eot_id,) if tokenizer.has_control else ()
 
 
 def rows_to_messages(row: Mapping) -> list[Message]:

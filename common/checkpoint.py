@@ -41,7 +41,8 @@ def publish(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    config = export_config(model, {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id})
+    end, padding = (tokenizer.eot_id, tokenizer.pad_id) if tokenizer.has_control else (None, None)
+    config = export_config(model, {"eos_token_id": end, "pad_token_id": padding})
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files = {
         "stage.json": dump(stage),  # first: with it and no manifest the directory counts as cut short

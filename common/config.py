@@ -208,11 +208,13 @@ def load(cls: type[T], argv: Sequence[str]) -> T:
     return _build(cls, values | given, where | dict.fromkeys(given, CLI))
 
 
-def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = None) -> None:
-    """Run main(config from the command line) as a program."""
+def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = None, words: str | None = None) -> None:
+    """Run main(config from the command line) as a program. `words`: the key that takes what stands before the first option."""
 
     def program() -> None:
-        main(load(cls, sys.argv[1:] if argv is None else argv))
+        given = list(sys.argv[1:] if argv is None else argv)
+        named = [f"--{words}"] if words and given and not given[0].startswith("-") else []
+        main(load(cls, [*named, *given]))
 
     guard(program)
 

@@ -6,86 +6,16 @@ Nothing here has a position to save: a run that starts again at step s sees what
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.config import InputError
+from common.sources import Row, read_rows  # noqa: F401  (read_rows is for importers)
 
 SHARD_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
-
-
-class Row(NamedTuple):
-    """One record, and where it came from: what an error message calls it (`file:line`)."""
-
-    data: dict[str, Any]
-    origin: str
-
-
-def read_rows(source: str) -> list[Row]:
-    """All records of a .jsonl, .json (a list), .parquet or .txt file, a folder of such, or a Hub data set's train split.
-
-    A .txt file is one record {"text": ...}. Raises InputError naming file and line of anything that cannot be read.
-    """
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".json", ".parquet", ".txt"))
-        rows = [row for file in files for row in read_rows(str(file))]
-    elif not path.exists():
-        rows = read_hub(source)
-    elif path.suffix == ".parquet":
-        import datasets  # 1 s to import: only who needs it pays
-
-        try:
-            dataset = datasets.Dataset.from_parquet(source)
-        except Exception as error:  # pyarrow's or datasets' own, by release
-            raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0][:160]})") from None
-        rows = [Row(data, f"{path}:{n}") for n, data in enumerate(dataset, 1)]
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it first (iconv -t utf-8)") from None
-        if path.suffix == ".txt":
-            rows = [Row({"text": text}, str(path))]
-        elif path.suffix == ".json":
-            rows = [Row(data, f"{path}:row {n}") for n, data in enumerate(parse_json(text, str(path), list), 1)]
-        else:
-            # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
-            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-            rows = [Row(parse_json(line, f"{path}:{n}", dict), f"{path}:{n}") for n, line in lines]
-    for row in rows:
-        if not isinstance(row.data, dict):
-            raise InputError(f"{row.origin}: a row must be a JSON object, this is {str(row.data)[:60]!r}")
-    if not rows:
-        raise InputError(f"{source}: no rows")
-    return rows
-
-
-def parse_json(text: str, origin: str, kind: type) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{origin}: broken JSON at column {error.colno}: {error.msg}") from None
-    if not isinstance(value, kind):
-        wanted = "list of rows" if kind is list else "object"
-        raise InputError(f"{origin}: expected a JSON {wanted}, found {type(value).__name__}")
-    return value
-
-
-def read_hub(name: str) -> list[Row]:
-    if name.count("/") > 1 or name.startswith((".", "/")) or Path(name).suffix in (".jsonl", ".json", ".parquet", ".txt"):
-        raise InputError(f"{name}: no such file")
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library's own errors differ from release to release
-        reason = str(error).splitlines()[0][:160]
-        raise InputError(f"{name}: neither a file here nor a data set that the Hub would give ({reason})") from None
-    return [Row(data, f"{name}:{n}") for n, data in enumerate(dataset, 1)]
 
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
@@ -159,30 +89,18 @@ def share(rows: Sequence[Any], rank: int, processes: int, micro_batch: int) -> I
         yield mine[start : start + micro_batch]
 
 
-class Shards:
-    """A folder of memory-mapped token files `{split}-NNNNN.bin`, seen as one stream cut into rows of length + 1."""
+class Stream:
+    """Token files, memory-mapped and seen as one stream that is cut into rows of length + 1, one every `stride` tokens."""
 
-    def __init__(self, folder: str, split: str, length: int) -> None:
-        meta = Path(folder) / "shards.json"
-        if not meta.exists():
-            raise InputError(f"{folder}: no shards.json there; make it with python -m stages.pretrain.prepare")
-        self.meta = json.loads(meta.read_text())
-        dtype = SHARD_DTYPES[self.meta["dtype"]]
-        files = sorted(Path(folder).glob(f"{split}-*.bin"))
-        self.maps = [np.memmap(file, dtype=dtype, mode="r") for file in files]
+    def __init__(self, files: Sequence[Path], dtype: str, length: int, stride: int) -> None:
+        self.maps = [np.memmap(file, dtype=SHARD_DTYPES[dtype], mode="r") for file in files]
         self.starts = np.cumsum([0, *map(len, self.maps)])  # of each file in the stream
-        self.length = length
+        self.length, self.stride = length, stride
         self.tokens = int(self.starts[-1])
-        if self.tokens != (noted := self.meta.get("tokens", {}).get(split, self.tokens)):
-            raise InputError(
-                f"{folder}: {self.tokens} {split} tokens, shards.json notes {noted}; run stages.pretrain.prepare again"
-            )
-        self.rows = max(0, (self.tokens - 1) // length)
-        if not self.rows:
-            raise InputError(f"{folder}: the {split} split has {self.tokens} tokens, fewer than one row of {length}")
+        self.rows = max(0, (self.tokens - 1 - length) // stride + 1)
         self.epoch, self.permutation = (-1, -1), np.empty(0)
 
-    def row(self, start: int) -> np.ndarray:
+    def tokens_from(self, start: int) -> np.ndarray:
         """length + 1 tokens from `start` on, across file borders."""
         end, parts = start + self.length + 1, []
         file = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -192,18 +110,91 @@ class Shards:
             start, file = start + len(parts[-1]), file + 1
         return np.concatenate(parts).astype(np.int64)
 
-    def batch(self, seed: int, first: int, count: int) -> Tensor:
-        """Rows first .. first + count - 1 of the endless shuffled stream: (count, length + 1).
+    def row(self, seed: int, index: int) -> np.ndarray:
+        """Row `index` of the endless shuffled stream: (length + 1,).
 
         Each epoch visits every row once, in an order and at a phase of its own: a pure function of (seed, index).
         """
-        return torch.from_numpy(np.stack([self.row(self.start(seed, first + i)) for i in range(count)]))
-
-    def start(self, seed: int, index: int) -> int:
         epoch, place = divmod(index, self.rows)
         if (seed, epoch) != self.epoch:
             rng = np.random.default_rng((seed, epoch))
-            spare = self.tokens - 1 - self.rows * self.length
+            spare = self.tokens - 1 - self.length - (self.rows - 1) * self.stride
             self.phase = int(rng.integers(spare + 1))
             self.permutation, self.epoch = rng.permutation(self.rows), (seed, epoch)
-        return self.phase + int(self.permutation[place]) * self.length
+        return self.tokens_from(self.phase + int(self.permutation[place]) * self.stride)
+
+
+class Mixture:
+    """Which source gives row `index` of a mixture: a pure function of (seed, index), with no run to replay.
+
+    Indices come in blocks, and in each a source has the same number of draws, its share. It is spread evenly: one draw,
+    at a random place, in each of as many equal stretches of the block. So after any number of rows a source has had its
+    share of them, give or take 1 + share x sources.
+    """
+
+    BLOCK = 100_000  # rows; a share is rounded to a multiple of 1 / BLOCK
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        exact = np.array(shares) / sum(shares) * self.BLOCK
+        self.counts = exact.astype(int)
+        largest = np.argsort(self.counts - exact, kind="stable")  # remainders, the largest first
+        self.counts[largest[: self.BLOCK - self.counts.sum()]] += 1
+        self.block = (-1, -1)
+
+    def place(self, seed: int, index: int) -> tuple[int, int]:
+        """-> (source, how many earlier indices it has had): the next row of that source."""
+        block, at = divmod(index, self.BLOCK)
+        if (seed, block) != self.block:
+            rng = np.random.default_rng((seed, block, 1))
+            order = np.argsort(np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.counts]), kind="stable")
+            self.source = np.repeat(np.arange(len(self.counts)), self.counts)[order]
+            self.number = np.concatenate([np.arange(n) for n in self.counts])[order]
+            self.block = (seed, block)
+        source = int(self.source[at])
+        return source, block * int(self.counts[source]) + int(self.number[at])
+
+
+class Shards:
+    """A folder made by stages.pretrain.prepare: rows of length + 1 tokens of a split, from one stream or a mixture of them.
+
+    A row starts every `stride` tokens; None: every `length`, so that an epoch predicts each token once.
+    """
+
+    def __init__(self, folder: str, split: str, length: int, stride: int | None = None) -> None:
+        path = Path(folder)
+        if stride and stride > length:
+            raise InputError(f"row_stride {stride}: longer than a row (max_length {length}), so text would be left out")
+        if not (path / "shards.json").exists():
+            raise InputError(f"{folder}: no shards.json there; make it with python -m stages.pretrain.prepare")
+        self.meta = json.loads((path / "shards.json").read_text())
+        shares = {source["source"]: source["share"] for source in self.meta.get("sources", ()) if "share" in source}
+        self.shares, self.stride = shares or {folder: 1.0}, stride or length
+        names = [f"{split}-{n:02d}-*.bin" for n in range(len(shares))] or [f"{split}-*.bin"]
+        self.streams = [Stream(sorted(path.glob(name)), self.meta["dtype"], length, self.stride) for name in names]
+        self.mixture = Mixture(list(self.shares.values()))
+        self.tokens = sum(stream.tokens for stream in self.streams)
+        if self.tokens != (noted := self.meta.get("tokens", {}).get(split, self.tokens)):
+            raise InputError(
+                f"{folder}: {self.tokens} {split} tokens, shards.json notes {noted}; run stages.pretrain.prepare again"
+            )
+        self.rows = sum(stream.rows for stream in self.streams)
+        for name, stream in zip(self.shares, self.streams, strict=True):
+            if not stream.rows:
+                of = f" of {name}" if shares else ""
+                text = f"the {split} split{of} has {stream.tokens} tokens, fewer than one row of {length}"
+                raise InputError(f"{folder}: {text}")
+
+    def batch(self, seed: int, first: int, count: int) -> Tensor:
+        """Rows first .. first + count - 1 of the endless shuffled stream: (count, length + 1).
+
+        Each is a pure function of (seed, index): the source by the mixture, then the next row of that source, which
+        shows all its rows once before any of them twice.
+        """
+        places = (self.mixture.place(seed, index) for index in range(first, first + count))
+        return torch.from_numpy(np.stack([self.streams[source].row(seed, index) for source, index in places]))
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """Tokens of each source seen in a run of `rows` rows over those that it has; without a mixture of the whole folder."""
+        draws = {name: rows * share / sum(self.shares.values()) for name, share in self.shares.items()}
+        streams = zip(draws, self.streams, strict=True)
+        return {name: draws[name] * stream.length / stream.tokens for name, stream in streams}

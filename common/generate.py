@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.cache import KVCache
 from common.config import InputError
 from common.data import pad
-from common.model import GPT, KVCache
+from common.model import GPT
 from common.ops import token_logprobs
 
 

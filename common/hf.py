@@ -1,10 +1,16 @@
-"""Weight-name maps: our models <-> transformers' own directories (gpt2 and llama), bit-exact both ways.
+"""Weight-name maps: our models <-> transformers' own directories, bit-exact both ways.
 
-Our `qkv` and `up` hold what the llama family stores as separate matrices; concatenation and splitting lose nothing.
-transformers' GPT-2 stores its matrices transposed (Conv1D).
+    ours                                          theirs
+    gpt2                                          gpt2 (matrices transposed: Conv1D; a bias that ours lacks is stored as zeros)
+    gpt2 with local layers, no attention_bias     gpt_neo (does not divide by sqrt(D): its queries are stored divided)
+    llama                                         llama
+    llama with local layers, no biases            ministral
+
+Our `qkv` and `up` hold what most of them store as separate matrices; concatenation and splitting lose nothing.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,8 @@ GPT2_BLOCK = {
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+QKV = ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj")
+NEO_BLOCK = {**GPT2_BLOCK, "attn.qkv": QKV, "attn.out": "attn.attention.out_proj"}
 OUTER = {
     "llama": {"trunk.wte": "model.embed_tokens", "trunk.norm": "model.norm", "head": "lm_head", "score": "score"},
     "gpt2": {
@@ -43,24 +51,41 @@ OUTER = {
 }
 
 
+def layout(config: GPTConfig) -> str:
+    """transformers' model_type for such a model."""
+    return {"gpt2": ("gpt2", "gpt_neo"), "llama": ("llama", "ministral")}[config.family][config.has_local_layers]
+
+
 def theirs(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
     """Their module names for our module `name`, and the output sizes of the parts (None: not split)."""
     if not name.startswith("trunk.blocks."):
         return [OUTER[config.family][name]], None
     layer, part = name.removeprefix("trunk.blocks.").split(".", 1)
-    if config.family == "gpt2":
-        return [f"transformer.h.{layer}.{GPT2_BLOCK[part]}"], None
-    names = LLAMA_BLOCK[part]
+    kind = layout(config)
+    prefix = f"transformer.h.{layer}." if config.family == "gpt2" else f"model.layers.{layer}."
+    names = {"gpt2": GPT2_BLOCK, "gpt_neo": NEO_BLOCK}.get(kind, LLAMA_BLOCK)[part]
     if isinstance(names, str):
-        return [f"model.layers.{layer}.{names}"], None
+        return [prefix + names], None
     sizes = [config.n_inner] * 2
     if part == "attn.qkv":
         sizes = [n * config.head_width for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [f"model.layers.{layer}.{name}" for name in names], sizes
+    return [prefix + name for name in names], sizes
 
 
 def is_transposed(name: str, config: GPTConfig) -> bool:
-    return config.family == "gpt2" and name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+    return layout(config) == "gpt2" and name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+
+
+def absent_biases(config: GPTConfig) -> dict[str, int]:
+    """Biases that their layout has and our model lacks: name -> size. They are zeros."""
+    if config.family != "gpt2":
+        return {}
+    sizes = {} if config.attention_bias else {"attn.out": config.n_embd}
+    if not config.attention_bias and layout(config) == "gpt2":
+        sizes["attn.qkv"] = 3 * config.n_embd
+    sizes |= {} if config.mlp_bias else {"mlp.up": config.n_inner, "mlp.down": config.n_embd}
+    modules = [(f"trunk.blocks.{layer}.{part}", size) for layer in range(config.n_layer) for part, size in sizes.items()]
+    return {f"{theirs(module, config)[0][0]}.bias": size for module, size in modules}
 
 
 def export_weights(model: GPT | RewardModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -72,9 +97,11 @@ def export_weights(model: GPT | RewardModel, state: dict[str, Tensor] | None = N
         module, kind = name.rsplit(".", 1)
         names, sizes = theirs(module, config)
         tensor = tensor.detach().cpu()
-        parts = tensor.split(sizes) if sizes else [tensor.t() if is_transposed(name, config) else tensor]
+        parts = list(tensor.split(sizes)) if sizes else [tensor.t() if is_transposed(name, config) else tensor]
+        if layout(config) == "gpt_neo" and name.endswith("qkv.weight"):
+            parts[0] = parts[0] / math.sqrt(config.head_width)
         out |= {f"{their}.{kind}": part.contiguous() for their, part in zip(names, parts, strict=True)}
-    return out
+    return out | {name: torch.zeros(size) for name, size in absent_biases(config).items()}
 
 
 def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin: str) -> None:
@@ -86,8 +113,11 @@ def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin:
     tensors = {
         (prefix + name if bare and not name.startswith(("lm_head", "score")) else name): tensor
         for name, tensor in tensors.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
+        if not name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))
     }
+    for name in absent_biases(config):
+        if name in tensors and tensors.pop(name).any():
+            raise InputError(f"{origin}: {name} is not zero, though config.json says that this model has no such bias")
     state = {}
     for name, parameter in model.state_dict().items():
         if name == "shift":
@@ -101,6 +131,8 @@ def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin:
         if missing:
             raise InputError(f"{origin}: no tensor {missing[0]} in the weights; a {config.family} directory has one")
         parts = [tensors.pop(their) for their in their_names]
+        if layout(config) == "gpt_neo" and name.endswith("qkv.weight"):
+            parts[0] = parts[0] * math.sqrt(config.head_width)
         tensor = parts[0].t() if is_transposed(name, config) else torch.cat(parts)
         if tensor.shape != parameter.shape:
             shapes = f"{tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}"
@@ -126,16 +158,31 @@ def export_config(model: GPT | RewardModel, tokenizer_ids: dict[str, int]) -> di
     if isinstance(model, RewardModel):
         common |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         common |= {"score_shift": float(model.shift)}
-    if c.family == "gpt2":
+    form = layout(c)
+    if form == "gpt_neo":
+        layers = ["local" if layer == "local" else "global" for layer in c.attention_pattern]
+        return common | {
+            "architectures": ["GPTNeo" + kind], "model_type": form, "max_position_embeddings": c.max_length,
+            "hidden_size": c.n_embd, "num_layers": c.n_layer, "num_heads": c.n_head, "intermediate_size": c.n_inner,
+            "attention_types": [[layers, 1]], "attention_layers": layers, "window_size": c.window,
+            "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new",
+            "resid_dropout": c.dropout, "embed_dropout": c.dropout, "attention_dropout": c.dropout,
+            "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias,
+        }  # fmt: skip
+    if form == "gpt2":
         kind = "LMHeadModel" if isinstance(model, GPT) else kind
         return common | {
+            "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias,
             "architectures": ["GPT2" + kind], "model_type": "gpt2", "n_positions": c.max_length, "n_embd": c.n_embd,
             "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner, "layer_norm_epsilon": c.norm_eps,
             "activation_function": "gelu_new",
             "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
         }  # fmt: skip
+    if form == "ministral":
+        types = {"full": "full_attention", "local": "sliding_attention"}
+        common |= {"layer_types": [types[layer] for layer in c.attention_pattern], "sliding_window": c.window}
     return common | {
-        "architectures": ["Llama" + kind], "model_type": "llama", "max_position_embeddings": c.max_length,
+        "architectures": [form.capitalize() + kind], "model_type": form, "max_position_embeddings": c.max_length,
         "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
         "num_key_value_heads": c.n_kv_head, "head_dim": c.head_width, "intermediate_size": c.n_inner,
         "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
@@ -146,18 +193,35 @@ def export_config(model: GPT | RewardModel, tokenizer_ids: dict[str, int]) -> di
 
 def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
     """GPTConfig from transformers' config.json; what our GPT cannot compute is refused by name."""
-    family = raw.get("model_type")
-    if family not in ("gpt2", "llama"):
-        raise InputError(f"{origin}: model_type {family!r}; this GPT reads gpt2 and llama")
+    form = raw.get("model_type")
+    if form not in ("gpt2", "gpt_neo", "llama", "ministral"):
+        raise InputError(f"{origin}: model_type {form!r}; this GPT reads gpt2, gpt_neo, llama and ministral")
     try:
-        if family == "gpt2":
+        if form == "gpt_neo":
+            refuse(raw, origin, activation_function=("gelu_new",))
+            refuse({"attention_bias": raw.get("attention_bias")}, origin, attention_bias=(False,))
+            kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
+            return GPTConfig(
+                family="gpt2", vocab_size=raw["vocab_size"], max_length=raw["max_position_embeddings"],
+                n_layer=raw["num_layers"], n_head=raw["num_heads"], n_embd=raw["hidden_size"],
+                n_inner=raw.get("intermediate_size"), norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+                tie_embeddings=raw.get("tie_word_embeddings", True), attention_bias=False, mlp_bias=raw.get("mlp_bias", True),
+                attention_pattern=tuple("local" if kind == "local" else "full" for kind in kinds), window=raw["window_size"],
+            )  # fmt: skip
+        if form == "gpt2":
             refuse(raw, origin, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,))
             refuse(raw, origin, scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False, True))
             return GPTConfig(
                 family="gpt2", vocab_size=raw["vocab_size"], max_length=raw["n_positions"], n_layer=raw["n_layer"],
                 n_head=raw["n_head"], n_embd=raw["n_embd"], n_inner=raw.get("n_inner"),
                 norm_eps=raw.get("layer_norm_epsilon", 1e-5), tie_embeddings=raw.get("tie_word_embeddings", True),
+                attention_bias=raw.get("attention_bias", True), mlp_bias=raw.get("mlp_bias", True),
             )  # fmt: skip
+        local = {}
+        if form == "ministral":
+            kinds = raw.get("layer_types") or ["sliding_attention"] * raw["num_hidden_layers"]
+            local = {"attention_pattern": tuple("local" if kind == "sliding_attention" else "full" for kind in kinds)}
+            local["window"] = raw["sliding_window"]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         refuse(raw, origin, hidden_act=("silu",))
         kind = rope.get("rope_type", rope.get("type", "default"))  # "type" was its name before 2024
@@ -171,6 +235,7 @@ def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
             rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)), norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_embeddings=raw.get("tie_word_embeddings", False),
             attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
+            **local,
         )  # fmt: skip
     except KeyError as error:
         raise InputError(f"{origin}: key {error} is missing") from None

@@ -1,12 +1,13 @@
 """LoRA (Hu 2021) through peft: inject adapters, merge them into the weights, save them beside under transformers' names."""
 
 import json
+import math
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from common.config import InputError
-from common.hf import theirs
+from common.hf import layout, theirs
 from common.model import GPT, RewardModel
 
 
@@ -55,7 +56,9 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
             continue
         module, side = name.removesuffix(".default.weight").rsplit(".", 1)
         names, sizes = theirs(module, model.config)
-        parts = tensor.split(sizes) if sizes and side == "lora_B" else [tensor] * len(names)
+        parts = list(tensor.split(sizes)) if sizes and side == "lora_B" else [tensor] * len(names)
+        if layout(model.config) == "gpt_neo" and module.endswith("qkv") and side == "lora_B":
+            parts[0] = parts[0] / math.sqrt(model.config.head_width)  # as hf.py stores its queries
         for their, part in zip(names, parts, strict=True):
             tensors[f"base_model.model.{their}.{side}.weight"] = part.detach().cpu().clone().contiguous()
             modules.add(their.rsplit(".", 1)[-1] if model.config.family == "llama" else ".".join(their.split(".")[-2:]))
@@ -72,7 +75,7 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
         "lora_dropout": 0.0,
         "target_modules": sorted(modules),
         "modules_to_save": ["score"] if isinstance(model, RewardModel) else None,
-        "fan_in_fan_out": model.config.family == "gpt2",
+        "fan_in_fan_out": layout(model.config) == "gpt2",
         "bias": "none",
         "inference_mode": True,
     }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.chat import Message, prompt_ids, rows_to_prompt
+from common.chat import Message, prompt_ids, rows_to_prompt, stop_ids
 from common.checkpoint import load_model, load_tokenizer
 from common.config import InputError
 from common.data import read_rows
@@ -111,7 +111,7 @@ def answer_prompts(
     said, not what it is measured by. Each model sees the prompt in its own form (chat tokens, or plain text for a base).
     """
     own = [prompt_ids(tokenizer, messages) for messages in prompts]
-    drawn = sample(model, own, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=[tokenizer.eot_id], **options)
+    drawn = sample(model, own, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stop_ids(tokenizer), **options)
     texts = [tokenizer.decode(answer.ids) for answer in drawn]
 
     def seen_by(other: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:

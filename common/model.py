@@ -3,6 +3,7 @@
 Read bottom-up: Attention, MLP, Block, Trunk, GPT. Family "gpt2": learned positions, LayerNorm, GELU, biases
 (Radford 2019). Family "llama": rotary positions (Su 2021), RMSNorm, SwiGLU, grouped heads (Touvron 2023).
 
+Either may alternate full attention with local layers, which see a window of positions (Child 2019; GPT-3).
 Rows are right-padded and contiguous, so causal attention alone keeps padding out: no padding mask anywhere.
 Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads, D head width, C width, V vocabulary.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.cache import KVCache
 from common.config import InputError
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, 1, T, D/2) each
@@ -32,8 +34,10 @@ class GPTConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    attention_bias: bool = False  # llama; gpt2 always has biases
-    mlp_bias: bool = False
+    attention_bias: bool | None = None  # of qkv and out; None = gpt2 yes (unless it has local layers), llama no
+    mlp_bias: bool | None = None  # None = gpt2 yes, llama no
+    attention_pattern: tuple[str, ...] = ("full",)  # of the layers, repeated: "full" or "local" (GPT-3, section 2.1)
+    window: int | None = None  # positions that a local layer sees, its own among them
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -46,61 +50,43 @@ class GPTConfig:
         set_default(self, "n_kv_head", self.n_kv_head or self.n_head)
         default_inner = 4 * self.n_embd if gpt2 else 32 * math.ceil(self.n_embd * 8 / 3 / 32)
         set_default(self, "n_inner", self.n_inner or default_inner)
-        if gpt2:
-            set_default(self, "attention_bias", True)
-            set_default(self, "mlp_bias", True)
+        pattern = tuple(self.attention_pattern[i % len(self.attention_pattern)] for i in range(self.n_layer))
+        set_default(self, "attention_pattern", pattern)
+        default_bias = gpt2 and not self.has_local_layers
+        set_default(self, "attention_bias", default_bias if self.attention_bias is None else self.attention_bias)
+        set_default(self, "mlp_bias", gpt2 if self.mlp_bias is None else self.mlp_bias)
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if gpt2 and self.n_kv_head != self.n_head:
             raise InputError(f"n_kv_head {self.n_kv_head}: grouped heads exist in the llama family only")
+        if unknown := set(pattern) - {"full", "local"}:
+            raise InputError(f"attention_pattern {unknown.pop()!r}: a layer is full or local")
+        if self.has_local_layers and not self.window:
+            raise InputError("attention_pattern has local layers: give the window, in positions, that they see")
+        if self.has_local_layers and (self.attention_bias or (self.mlp_bias and not gpt2)):
+            wanted = "attention_bias: false" if gpt2 else "attention_bias: false and mlp_bias: false"
+            raise InputError(
+                f"local layers with such biases exist in no family of transformers, to hand them on to: set {wanted}"
+            )
         if self.family == "llama" and self.head_width % 2:
             raise InputError(f"n_embd / n_head = {self.head_width}: rotary positions need an even head width")
+
+    @property
+    def has_local_layers(self) -> bool:
+        return "local" in self.attention_pattern
 
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of one forward and backward pass, a token (PaLM, appendix B): 6 N + 12 L C T, embeddings as matrix."""
+        """FLOPs of one forward and backward pass, a token (PaLM, appendix B): 6 N + 12 L C T, embeddings as matrix; a local
+        layer counts its window for T."""
         attention = self.n_embd * (self.n_head + 2 * self.n_kv_head) * self.head_width + self.n_embd**2
         mlp = self.n_embd * self.n_inner * (2 if self.family == "gpt2" else 3)
         matrices = self.n_layer * (attention + mlp) + self.n_embd * self.vocab_size
-        return 6 * matrices + 12 * self.n_layer * self.n_embd * length
-
-
-class KVCache:
-    """Keys and values of every layer, with a length of its own for each row.
-
-    A row's next token is written right behind its last one; slots past a row's length hold whatever padding or a
-    finished neighbour left there and are never seen, because a query at position p sees the slots 0..p only.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor) -> None:
-        shape = (config.n_layer, 2, batch, config.n_kv_head, size, config.head_width)
-        self.entries = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (L, 2, B, K, S, D)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
-
-    def place(self, tokens: int) -> Tensor:
-        """Positions of the next `tokens` tokens of each row (B, T); also sets the mask that attention uses."""
-        positions = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
-        self.used = int(positions.max()) + 1
-        self.positions = positions
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
-        slots = torch.arange(self.used, device=positions.device)
-        self.mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
-        return positions
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) at the placed positions; return all that is stored, (B, K, S, D) each."""
-        for kind, new in enumerate((k, v)):
-            self.entries[layer, kind].transpose(1, 2)[self.rows, self.positions] = new.transpose(1, 2)
-        keys, values = self.entries[layer, :, :, :, : self.used]
-        return keys, values
-
-    def keep(self, rows: Tensor) -> None:
-        """Only the given rows (indices) stay in the batch."""
-        self.entries = self.entries[:, :, rows]
-        self.lengths = self.lengths[rows]
+        seen = sum(min(length, self.window) if kind == "local" else length for kind in self.attention_pattern)
+        return 6 * matrices + 12 * self.n_embd * seen
 
 
 class Attention(nn.Module):
@@ -214,8 +200,14 @@ class Trunk(nn.Module):
             rope = (self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
         x = self.dropout(x)
         mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+        local = None
+        if self.config.has_local_layers:
+            slots = torch.arange(T if cache is None else cache.used, device=ids.device)
+            back = positions[:, :, None] - slots  # (B or 1, T, S)
+            local = ((back >= 0) & (back < self.config.window))[:, None]
+            local = local if mask is None else local & mask
+        for layer, (kind, block) in enumerate(zip(self.config.attention_pattern, self.blocks, strict=True)):
+            x = block(x, rope, local if kind == "local" else mask, cache, layer)
         if cache is not None:
             cache.lengths = cache.lengths + T
         return self.norm(x)

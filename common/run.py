@@ -141,6 +141,12 @@ class Run:
         config = {key: value for key, value in to_dict(self.cfg).items() if key not in FREE}
         return {**config, "parent_hash": lineage(self.cfg.parent).get("parent_hash"), "processes": self.processes}
 
+    def prepare(self, model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[Any, ...]:
+        """(model, *optimizers) placed, in train mode, compiled if the config says so; `model` itself stays the raw one."""
+        model, *rest = self.accelerator.prepare(model, *optimizers)
+        model.train()
+        return (torch.compile(model) if self.cfg.torch_compile else model), *rest
+
     def autocast(self) -> AbstractContextManager:
         """The precision that prepared modules train in, for modules used outside `prepare`."""
         return self.accelerator.autocast()

@@ -91,7 +91,8 @@ def _read_parts(directory: Path) -> tuple[dict, dict, list[str]]:
     return {"type": "BPE", "vocab": vocab, "merges": merges}, pre_tokenizer, sorted(special, key=vocab.get)
 
 
-def _check_text(text: str) -> str:
+def check_text(text: str) -> str:
+    """The text. Raises InputError, telling the place, when it has a lone surrogate and so no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -101,12 +102,17 @@ def _check_text(text: str) -> str:
 
 
 class Tokenizer:
-    """Text <-> ids, made by `train_bpe`, `characters` or `load`. The ids of `CONTROL` close the vocabulary, in that order."""
+    """Text <-> ids, made by `train_bpe`, `characters` or `load`. The ids of `CONTROL` close the vocabulary, in that order.
 
-    def __init__(self, model: dict, pre_tokenizer: dict, special: Sequence[str] = (), template: str | None = None):
+    Characters may do without them (`has_control` False): such a model goes on with text, and no document ever ends.
+    """
+
+    def __init__(
+        self, model: dict, pre_tokenizer: dict, special: Sequence[str] = (), template: str | None = None, control: bool = True
+    ):
         """model, pre_tokenizer: those objects of a tokenizer.json; special: names in the vocabulary, not text."""
         vocab: dict[str, int] = dict(model["vocab"])
-        missing = [name for name in CONTROL if name not in special]
+        missing = [name for name in CONTROL if name not in special and control]
         if clash := [name for name in missing if name in vocab]:
             raise InputError(f"the vocabulary has {clash[0]!r} as ordinary text; it must be a control token")
         vocab |= {name: len(vocab) + i for i, name in enumerate(missing)}
@@ -117,8 +123,7 @@ class Tokenizer:
         self._special = {name: vocab[name] for name in (*special, *missing)}
         self.template = template
         self.vocab_size = len(vocab)
-        self.eot_id, self.pad_id = vocab[CONTROL[0]], vocab[CONTROL[1]]
-        self.role_ids = {name[2:-2]: vocab[name] for name in CONTROL[2:]}
+        self.has_control = control
         self._control = set(self._special.values())
         text_vocab = {token: i for token, i in vocab.items() if token not in self._special}
         if model["type"] == "WordLevel":
@@ -141,21 +146,24 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(CONTROL), min_frequency=2, initial_alphabet=list(_BYTE_OF), show_progress=False
         )
-        backend.train_from_iterator((_check_text(text) for text in texts), trainer)
+        backend.train_from_iterator((check_text(text) for text in texts), trainer)
         trained = json.loads(backend.to_str())["model"]
         if (got := len(trained["vocab"]) + len(CONTROL)) < vocab_size:
             raise InputError(f"vocab_size {vocab_size} is more than the texts yield: set it to {got} or give more text")
         return cls({key: trained[key] for key in empty}, pre_tokenizer)
 
     @classmethod
-    def characters(cls, texts: Iterable[str]) -> "Tokenizer":
-        """One id for each character of the texts, in code point order; `encode` refuses any other character."""
+    def characters(cls, texts: Iterable[str], control: bool = True) -> "Tokenizer":
+        """One id for each character of the texts, in code point order; `encode` refuses any other character.
+
+        control False: these are all its ids.
+        """
         chars: set[str] = set()
         for text in texts:
-            chars.update(_check_text(text))
+            chars.update(check_text(text))
         vocab = {char: i for i, char in enumerate(sorted(chars))}
         # unk_token is left out of the vocabulary on purpose: tokenizers then refuses an unknown character as we do.
-        return cls({"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}, _split(ANY_CHARACTER))
+        return cls({"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}, _split(ANY_CHARACTER), control=control)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -171,11 +179,29 @@ class Tokenizer:
             ours = template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
             if template.is_file() and not ours:
                 warnings.warn(f"{template}: not this project's chat format, left out", stacklevel=2)
-            return cls(*parts, CHAT_TEMPLATE if ours else None)
+            control = parts[0]["type"] != "WordLevel" or bool(parts[2])  # characters are our own kind: none means none
+            return cls(*parts, CHAT_TEMPLATE if ours else None, control)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{directory}: no readable tokenizer ({type(error).__name__}: {error})") from error
+
+    def _id_of(self, name: str) -> int:
+        if name not in self._special:
+            raise InputError(f"the tokenizer has no {name}: a model of bare characters can only go on with text")
+        return self._special[name]
+
+    @property
+    def eot_id(self) -> int:
+        return self._id_of(CONTROL[0])
+
+    @property
+    def pad_id(self) -> int:
+        return self._id_of(CONTROL[1])
+
+    @property
+    def role_ids(self) -> dict[str, int]:
+        return {name[2:-2]: self._id_of(name) for name in CONTROL[2:]}
 
     @property
     def chat(self) -> bool:
@@ -184,6 +210,7 @@ class Tokenizer:
 
     def with_chat(self) -> "Tokenizer":
         """The same ids, with the chat template of `common.chat` stored beside them."""
+        self._id_of(CONTROL[2])  # InputError where there are none
         return Tokenizer(self._model, self._pre_tokenizer, tuple(self._special), CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
@@ -193,7 +220,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text; BPE runs on all cores when there are several."""
         for text in texts:
-            _check_text(text)
+            check_text(text)
         if self._tiktoken is None:  # characters
             return [[self._char_id(text, i) for i in range(len(text))] for text in texts]
         try:
@@ -239,7 +266,8 @@ class Tokenizer:
         """Write the files AutoTokenizer reads; `max_length` (tokens) is the model's context."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": CONTROL[0], "pad_token": CONTROL[1]}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"eos_token": CONTROL[0], "pad_token": CONTROL[1]} if self.has_control else {}
         config |= {"padding_side": "right", "clean_up_tokenization_spaces": False}
         config |= {} if max_length is None else {"model_max_length": max_length}
         (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8", newline="\n")

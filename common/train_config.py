@@ -50,6 +50,8 @@ class TrainConfig:
     """Gradients are clipped to this L2 norm."""
     mixed_precision: Precision = "auto"
     """auto = bf16 where GPU or CPU computes in it, else no (fp32). Weights and optimizer stay fp32."""
+    torch_compile: bool = False
+    """Compile the model; costs half a minute at the start and pays on longer runs."""
     logging_steps: Positive = 25
     """Updates between two lines of metrics."""
     eval_steps: Positive | None = None

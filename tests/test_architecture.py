@@ -144,7 +144,7 @@ def test_configs_name_the_demo_only_where_a_hook_is():
 
 def test_every_room_was_looked_at():
     names = sources(ROOT)
-    for name in [*TORCH_ALONE, *LOAD_BY_NAME, *KNOW_GOLD, "pipeline.py", "compare.py", "common/model.py"]:
+    for name in [*TORCH_ALONE, *LOAD_BY_NAME, *KNOW_GOLD, "pipeline.py", "compare.py", "plan.py", "common/model.py"]:
         assert name in names, name
 
 

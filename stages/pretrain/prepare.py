@@ -4,12 +4,16 @@
 
 Each document is followed by <|endoftext|>; its text is encoded as ordinary text, so that nothing in it ends it early.
 A source of one document (a book) gives its tail to the evaluation split, a source of many gives whole documents.
+
+The sources are read twice (three times where a BPE is trained), never held: first to count, as an exact split needs the
+number of documents, and so that a broken row shows before hours of tokenising. The same command goes on after a kill.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -18,8 +22,10 @@ from tqdm import tqdm
 from common.chat import rows_to_messages
 from common.checkpoint import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
 from common.config import InputError, cli, fingerprint, stage_config, to_dict
-from common.data import SHARD_DTYPES, Row, read_rows
-from common.tokenizer import Tokenizer
+from common.data import Mixture
+from common.sources import Row, content_of, iter_rows
+from common.tokenizer import Tokenizer, check_text
+from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, tokenise
 
 
 @stage_config
@@ -27,7 +33,11 @@ class Config:
     """Tokenise text into shards for pretraining."""
 
     train_data: list[str]
-    """Files, folders or Hub data sets: .txt, .jsonl, .json or .parquet with a `text` column or an SFT format."""
+    """Files, folders or Hub data sets (name or name:config): .txt, .jsonl, .json or .parquet, each also .gz or
+    .zst, with a `text` column or an SFT format."""
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """One for each entry of train_data: its share of the rows that training sees, in any unit. Null: all text is one stream.
+    Other weights take the shards of the same sources as they are."""
     output_dir: str
     """Where tokenizer and shards go."""
     tokenizer: str = "bpe"
@@ -40,8 +50,25 @@ class Config:
     """Share of the text held out for evaluation."""
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
     """Tokens in one shard file."""
+    num_proc: Annotated[int, Field(gt=0)] | None = None
+    """Processes that tokenise; null: one a core, or just one for less than 100 MB of text. The shards are the same."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split and of the tokenizer's sample."""
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.train_data):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.train_data)} entries of train_data; give each one")
+        if len(set(self.train_data)) < len(self.train_data):
+            raise ValueError("train_data names a source twice; name it once, with the sum of its weights")
+        for source, share in zip(self.train_data, self.shares, strict=True):
+            if share * Mixture.BLOCK < 1:
+                raise ValueError(f"the weight of {source} is below {1 / Mixture.BLOCK:g} of their sum; leave it out")
+
+    @property
+    def shares(self) -> list[float]:
+        return [weight / sum(self.weights) for weight in self.weights]
 
 
 def text_of(row: Row) -> str:
@@ -54,64 +81,83 @@ def text_of(row: Row) -> str:
         raise InputError(f"{row.origin}: no `text` column, and as a conversation: {error}") from None
 
 
-def read_documents(sources: Sequence[str], eval_fraction: float, seed: int) -> tuple[list[str], list[str], int]:
-    """(training, evaluation) documents in the order of the sources, and how many were empty and left out."""
+def survey(source: str, bar: tqdm) -> dict[str, int]:
+    """Numbers of documents and of empty ones, which are left out, and the size of the text in bytes."""
+    found = {"documents": 0, "empty": 0, "size": 0}
+    for row in iter_rows(source):
+        text = text_of(row)
+        try:
+            size = len(check_text(text).encode())
+        except InputError as error:
+            raise InputError(f"{row.origin}: {error}") from None
+        found["documents" if text.strip() else "empty"] += 1
+        found["size"] += size if text.strip() else 0
+        bar.update()
+    if not found["documents"]:
+        raise InputError(f"train_data {source}: too little text: all {found['empty']} documents are empty")
+    return found
+
+
+def held_out_masks(numbers: Sequence[int], eval_fraction: float, seed: int) -> list[np.ndarray | None]:
+    """For sources of so many documents: which are held out; None where that is less than one, and each gives its tail."""
     rng = np.random.default_rng(seed)
-    train: list[str] = []
-    evaluation: list[str] = []
-    empty = 0
-    for source in sources:
-        texts = [text_of(row) for row in read_rows(source)]
-        kept = [text for text in texts if text.strip()]
-        empty += len(texts) - len(kept)
-        if len(kept) * eval_fraction >= 1:
-            held_out = set(rng.permutation(len(kept))[: round(len(kept) * eval_fraction)].tolist())
-            train += [text for i, text in enumerate(kept) if i not in held_out]
-            evaluation += [text for i, text in enumerate(kept) if i in held_out]
+    masks: list[np.ndarray | None] = []
+    for number in numbers:
+        if number * eval_fraction >= 1:
+            masks.append(np.zeros(number, bool))
+            masks[-1][rng.permutation(number)[: round(number * eval_fraction)]] = True
         else:
-            for text in kept:
-                cut = len(text) - round(len(text) * eval_fraction)
-                train.append(text[:cut])
-                evaluation += [text[cut:]] if text[cut:].strip() else []
-    if not train or not any(evaluation):
-        raise InputError(f"train_data {', '.join(sources)}: too little text to train and evaluate on")
-    return train, evaluation, empty
+            masks.append(None)
+    return masks
 
 
-def make_tokenizer(cfg: Config, documents: Sequence[str]) -> Tokenizer:
+def documents_of(source: str, held_out: np.ndarray | None, eval_fraction: float) -> Iterator[Document]:
+    """The documents of a source in their order, each for its split; empty ones are left out."""
+    rows = ((text_of(row), row.origin) for row in iter_rows(source))
+    for n, (text, origin) in enumerate((text, origin) for text, origin in rows if text.strip()):
+        if held_out is not None:
+            yield Document({"eval" if held_out[n] else "train": text}, origin)
+        else:
+            cut = len(text) - round(len(text) * eval_fraction)
+            tail = {"eval": text[cut:]} if text[cut:].strip() else {}
+            yield Document({"train": text[:cut], **tail}, origin)
+
+
+def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> Tokenizer:
+    """A new one, from `documents`, of which `number` are for training."""
     if cfg.tokenizer == "characters":
-        return Tokenizer.characters(documents)
-    if cfg.tokenizer != "bpe":
-        return load_tokenizer(cfg.tokenizer)
-    chosen = np.random.default_rng((cfg.seed, 1)).permutation(len(documents))[: cfg.tokenizer_documents]
-    return Tokenizer.train_bpe([documents[i] for i in sorted(chosen)], cfg.vocab_size)
+        return Tokenizer.characters(text for document in documents for text in document.parts.values())
+    chosen = np.zeros(number, bool)
+    chosen[np.random.default_rng((cfg.seed, 1)).permutation(number)[: cfg.tokenizer_documents]] = True
+    texts = (document.parts["train"] for document in documents if "train" in document.parts)
+    return Tokenizer.train_bpe((text for n, text in enumerate(texts) if chosen[n]), cfg.vocab_size)
 
 
-def encoded(tokenizer: Tokenizer, documents: Sequence[str], bar: tqdm, chunk: int = 2000) -> Iterator[np.ndarray]:
-    """Token ids of `chunk` documents at a time, an end-of-text behind each."""
-    for start in range(0, len(documents), chunk):
-        part = documents[start : start + chunk]
-        ids = [token for document in tokenizer.encode_batch(part) for token in (*document, tokenizer.eot_id)]
-        bar.update(len(part))
-        yield np.array(ids)
+def training_documents(sources: Sequence[dict[str, Any]], masks: Sequence[np.ndarray | None]) -> int:
+    return sum(source["documents"] - (0 if m is None else int(m.sum())) for source, m in zip(sources, masks, strict=True))
 
 
-def write_shards(folder: Path, split: str, chunks: Iterator[np.ndarray], dtype: str, shard_tokens: int) -> int:
-    """Append the chunks to `{split}-NNNNN.bin` files of shard_tokens each; returns the number of tokens."""
-    total, file = 0, None
-    for chunk in chunks:
-        while len(chunk):
-            if total % shard_tokens == 0:
-                if file:
-                    file.close()
-                file = (folder / f"{split}-{total // shard_tokens:05d}.bin").open("wb")
-            room = shard_tokens - total % shard_tokens
-            file.write(chunk[:room].astype(SHARD_DTYPES[dtype]).tobytes())
-            total += min(room, len(chunk))
-            chunk = chunk[room:]
-    if file:
-        file.close()
-    return total
+def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
+    """The tokenizer and the shelf to fill: as an earlier run with the same text and settings left them, or new ones."""
+    given = None if cfg.tokenizer in ("bpe", "characters") else load_tokenizer(cfg.tokenizer)
+    contents = [{"source": source, "content": content_of(source)} for source in cfg.train_data]
+    free = ("output_dir", "train_data", "weights", "num_proc")
+    settings = {key: value for key, value in to_dict(cfg).items() if key not in free}
+    mixed = cfg.weights is not None
+    key = fingerprint([contents, settings, mixed, given.to_json() if given else None])
+    if shelf := Shelf.resume(folder, key):
+        done = sum(source["done"] for source in shelf.sources)
+        print(f"prepare: going on from {folder / JOURNAL}, {done:,} documents are done")
+        return shelf, given or Tokenizer.load(folder)
+    with tqdm(unit=" documents", desc="read", mininterval=1, leave=False) as bar:
+        sources = [content | survey(content["source"], bar) for content in contents]
+    masks = held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
+    pairs = zip(cfg.train_data, masks, strict=True)
+    documents = (document for pair in pairs for document in documents_of(*pair, cfg.eval_fraction))
+    tokenizer = given or make_tokenizer(cfg, documents, training_documents(sources, masks))
+    tokenizer.save(folder)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    return Shelf.begin(folder, sources, key=key, dtype=dtype, mixed=mixed, shard_tokens=cfg.shard_tokens), tokenizer
 
 
 def main(cfg: Config) -> None:
@@ -119,22 +165,24 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # the folder counts again once it is back
-    for old in folder.glob("*.bin"):
-        old.unlink()
 
-    train, evaluation, empty = read_documents(cfg.train_data, cfg.eval_fraction, cfg.seed)
-    tokenizer = make_tokenizer(cfg, train + evaluation if cfg.tokenizer == "characters" else train)
-    tokenizer.save(folder)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    counts = {}
-    with tqdm(total=len(train) + len(evaluation), unit="doc", desc="tokenise", mininterval=1) as bar:
-        for split, documents in (("train", train), ("eval", evaluation)):
-            chunks = encoded(tokenizer, documents, bar)
-            counts[split] = write_shards(folder, split, chunks, dtype, cfg.shard_tokens)
+    shelf, tokenizer = shelf_for(cfg, folder)
+    masks = held_out_masks([source["documents"] for source in shelf.sources], cfg.eval_fraction, cfg.seed)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    small = sum(source["size"] for source in shelf.sources) < SMALL
+    tokenise(
+        shelf, tokenizer, lambda n: documents_of(cfg.train_data[n], masks[n], cfg.eval_fraction),
+        cfg.num_proc or (1 if small else cores),
+    )  # fmt: skip
 
-    size = sum(len(document.encode()) for document in train)
+    counts = {split: shelf.total("tokens", split) for split in ("train", "eval")}
+    size = shelf.total("bytes", "train")
+    thin = [source["source"] for source in shelf.sources if cfg.weights and not all(source["bytes"].values())]
+    if thin or not size or not shelf.total("bytes", "eval"):
+        raise InputError(f"train_data {', '.join(thin or cfg.train_data)}: too little text to train and evaluate on")
+    number, empty = training_documents(shelf.sources, masks), sum(source["empty"] for source in shelf.sources)
     text = (
-        f"{len(train):,} documents ({size / 1e6:.1f} MB), {counts['train']:,} training and {counts['eval']:,} evaluation "
+        f"{number:,} documents ({size / 1e6:.1f} MB), {counts['train']:,} training and {counts['eval']:,} evaluation "
         f"tokens, vocabulary {tokenizer.vocab_size}, {size / counts['train']:.2f} bytes a token, {empty} empty left out"
     )
     print(f"gate prepare: PASS  {text}")
@@ -143,15 +191,22 @@ def main(cfg: Config) -> None:
         "config": to_dict(cfg),
         "seed": cfg.seed,
         "gate": {"passed": True, "text": text},
-        "metrics": {"tokens": counts, "documents": len(train), "bytes": size, "empty": empty},
+        "metrics": {"tokens": counts, "documents": number, "bytes": size, "empty": empty},
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),
     }
     write_atomically(folder / "stage.json", dump(stage))
-    meta = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "tokens": counts, "bytes": size}
-    meta["fingerprint"] = fingerprint([meta, (folder / "tokenizer.json").read_text()])
+    meta = {"dtype": shelf.journal["dtype"], "vocab_size": tokenizer.vocab_size, "tokens": counts, "bytes": size}
+    shares = [{"share": share} for share in cfg.shares] if cfg.weights else [{}] * len(shelf.sources)
+    keys = ("content", "documents", "empty", "bytes", "tokens")
+    sources = [{key: source[key] for key in keys} | share for source, share in zip(shelf.sources, shares, strict=True)]
+    settings = {key: value for key, value in to_dict(cfg).items() if key not in ("output_dir", "train_data", "num_proc")}
+    meta["fingerprint"] = fingerprint([meta, sources, settings, (folder / "tokenizer.json").read_text()])  # of no path
+    meta["sources"] = [{"source": name} | source for name, source in zip(cfg.train_data, sources, strict=True)]
     write_atomically(folder / "shards.json", dump(meta))
     vouch(folder)
+    if not cfg.weights:  # of a mixture it is kept: with other weights the shards stay
+        (folder / JOURNAL).unlink()
 
 
 if __name__ == "__main__":

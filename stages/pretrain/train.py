@@ -8,55 +8,45 @@ made by stages.pretrain.prepare, which also holds the tokenizer.
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
-from common.chat import prompt_ids
+from common.architecture import ArchitectureConfig, new_model
+from common.chat import prompt_ids, stop_ids
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
 from common.data import Shards
 from common.generate import check_prompts, sample
-from common.model import GPT, GPTConfig
+from common.model import GPT
 from common.optim import adamw, muon, parameter_groups, schedule, set_learning_rate, split_for_muon, steps_for, update
 from common.run import Run
 from common.scoring import same_ids
+from common.tokenizer import Tokenizer
 from common.train_config import TrainConfig
 
 
 @stage_config
-class Config(TrainConfig):
+class Config(ArchitectureConfig, TrainConfig):
     """Pretrain a GPT on token shards."""
 
     train_data: str
     """Folder of shards and tokenizer, made by stages.pretrain.prepare."""
-    family: Literal["llama", "gpt2"] = "llama"
-    """llama: rotary positions, RMSNorm, SwiGLU; gpt2: learned positions, LayerNorm, GELU."""
-    n_layer: Annotated[int, Field(ge=0)] = 4
-    """Blocks (ignored, like all keys of the architecture, when a parent is given)."""
-    n_head: Annotated[int, Field(gt=0)] = 4
-    """Attention heads."""
-    n_kv_head: Annotated[int, Field(gt=0)] | None = None
-    """Key/value heads shared by groups of heads (llama); null = n_head."""
-    n_embd: Annotated[int, Field(gt=0)] = 128
-    """Width."""
-    n_inner: Annotated[int, Field(gt=0)] | None = None
-    """Width inside the MLP; null = 4 n_embd (gpt2), 8/3 n_embd (llama)."""
-    context_length: Annotated[int, Field(gt=0)] | None = None
-    """Positions the model can ever see; null = max_length."""
-    tie_embeddings: bool = True
-    """Input and output embedding are one matrix."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout while pretraining."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices inside the blocks, AdamW on the rest."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     """Peak learning rate of Muon."""
     document_mask: bool = True
     """Attention stays inside a document; false: it also sees the unrelated ones packed before it in the row."""
+    row_stride: Annotated[int, Field(gt=0)] | None = None
+    """Tokens from the start of one row to the next, of which each row predicts so many, its last: those that no earlier row
+    has. Null = max_length; 1 = every token from a full context."""
     eval_rows: Annotated[int, Field(gt=0)] = 128
     """Rows of the held-out split in one evaluation."""
+    eval_only: bool = False
+    """Evaluate and sample, train nothing and publish nothing."""
     sample_prompts: list[str] = []
     """Prompts that the model goes on from after each evaluation."""
     sample_tokens: Annotated[int, Field(gt=0)] = 60
@@ -72,13 +62,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
         model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
         model.resize_vocabulary(vocab_size)
         return model
-    return GPT(
-        GPTConfig(
-            family=cfg.family, vocab_size=vocab_size, max_length=cfg.context_length or cfg.max_length, n_layer=cfg.n_layer,
-            n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, n_embd=cfg.n_embd, n_inner=cfg.n_inner,
-            tie_embeddings=cfg.tie_embeddings, dropout=cfg.dropout,
-        )
-    )  # fmt: skip
+    return new_model(cfg, vocab_size, cfg.max_length)
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -107,22 +91,29 @@ def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_
     total = torch.zeros(2, device=run.device)
     for start in range(run.rank * batch_size, rows, run.processes * batch_size):
         batch = shards.batch(0, start, min(batch_size, rows - start)).to(run.device)
-        total[0] += next_token_loss(model, batch, eot_id)
-        total[1] += batch[:, 1:].numel()
+        total[0] += next_token_loss(model, batch, eot_id, shards.stride)
+        total[1] += len(batch) * shards.stride
     model.train()
     loss, count = run.accelerator.reduce(total, "sum").tolist()
     return loss / count
 
 
-def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | None) -> torch.Tensor:
-    """Summed cross-entropy of batch (B, T + 1): every token predicted from those before it.
+def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | None, predicted: int = 0) -> torch.Tensor:
+    """Summed cross-entropy of the last `predicted` tokens (0 = all) of each row of batch (B, T + 1), each from those before it.
 
     With eot_id only from those of its own document, which an end-of-text opens (as it opens a base model's prompt).
     """
     ids = batch[:, :-1]
     documents = None if eot_id is None else (ids == eot_id).cumsum(1)
-    logits = model(ids, documents=documents)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+    logits = model(ids, documents=documents)[:, -predicted:]
+    targets = batch[:, 1:][:, -predicted:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
+def continuations(cfg: Config, raw: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> list[dict[str, str]]:
+    answers = sample(raw, prompts, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=stop_ids(tokenizer))
+    texts = [tokenizer.decode(answer.ids) for answer in answers]
+    return [{"prompt": prompt, "sample": text} for prompt, text in zip(cfg.sample_prompts, texts, strict=True)]
 
 
 def main(cfg: Config) -> None:
@@ -130,8 +121,8 @@ def main(cfg: Config) -> None:
         raise InputError(f"lora_r {cfg.lora_r}: pretraining trains all weights; LoRA is for sft, reward and rl")
     run = Run(cfg, "pretrain", "lm")
     tokenizer = load_tokenizer(cfg.train_data)
-    shards = Shards(cfg.train_data, "train", cfg.max_length)
-    heldout = Shards(cfg.train_data, "eval", cfg.max_length)
+    shards = Shards(cfg.train_data, "train", cfg.max_length, cfg.row_stride)
+    heldout = Shards(cfg.train_data, "eval", cfg.max_length, cfg.row_stride)
 
     raw = build_model(cfg, tokenizer.vocab_size)
     parameters = sum(p.numel() for p in raw.parameters())
@@ -142,8 +133,7 @@ def main(cfg: Config) -> None:
         optimizers += [adamw(parameter_groups(rest, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)]
     else:
         optimizers = [adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)]
-    model, *optimizers = run.accelerator.prepare(raw, *optimizers)
-    model.train()
+    model, *optimizers = run.prepare(raw, *optimizers)
 
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]
     check_prompts(raw, prompts)  # now, not after hours of training
@@ -153,12 +143,20 @@ def main(cfg: Config) -> None:
     tokens_per_step = batch_rows * cfg.max_length
     peak = peak_flops(run.device, run.accelerator.mixed_precision) * run.processes
     flops_per_token = raw.config.flops_per_token(cfg.max_length)
-    epochs = steps * tokens_per_step / shards.tokens
+    epochs, seen = steps * batch_rows / shards.rows, shards.epochs(steps * batch_rows)
+    of_each = "".join(f"; {times:.2f} of {name}" for name, times in seen.items() if len(seen) > 1)
     run.say(
-        f"{parameters:,} parameters, {steps} steps of {tokens_per_step:,} tokens ({epochs:.2f} epochs of {shards.tokens:,})"
+        f"{parameters:,} parameters, {steps} steps of {tokens_per_step:,} tokens "
+        f"({epochs:.2f} epochs of {shards.tokens:,}{of_each})"
     )
 
-    eot_id = tokenizer.eot_id if cfg.document_mask else None
+    eot_id = tokenizer.eot_id if cfg.document_mask and tokenizer.has_control else None
+    if cfg.eval_only:
+        found = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
+        run.say(f"held-out loss {found:.4f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})")
+        for row in continuations(cfg, raw, tokenizer, prompts) if prompts and run.main else ():
+            run.say(f"{row['prompt']}{row['sample']}")
+        return
     first_step, kept = run.resume()
     if not kept:
         kept = {"initial": evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)}
@@ -170,13 +168,13 @@ def main(cfg: Config) -> None:
         micro_batches = [shards.batch(cfg.seed, first + i * micro, micro).to(run.device) for i in range(accumulation)]
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
         set_learning_rate(optimizers, factor)
-        counts = torch.tensor([sum(batch[:, 1:].numel() for batch in micro_batches)])
+        counts = torch.tensor([sum(len(batch) * shards.stride for batch in micro_batches)])
         done = update(
             run.accelerator,
             model,
             optimizers,
             micro_batches,
-            lambda batch: next_token_loss(model, batch, eot_id)[None],
+            lambda batch: next_token_loss(model, batch, eot_id, shards.stride)[None],
             counts,
             cfg.max_grad_norm,
         )
@@ -190,17 +188,16 @@ def main(cfg: Config) -> None:
             eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
             run.log(step + 1, {"eval_loss": eval_loss})
             if prompts and run.main:
-                answers = sample(raw, prompts, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=[tokenizer.eot_id])
-                texts = [tokenizer.decode(answer.ids) for answer in answers]
-                run.log_samples(step + 1, [{"prompt": p, "sample": t} for p, t in zip(cfg.sample_prompts, texts, strict=True)])
+                run.log_samples(step + 1, continuations(cfg, raw, tokenizer, prompts))
             clock, clock_step = time.perf_counter(), step + 1
 
     text = (
         f"held-out loss {kept['initial']:.2f} -> {eval_loss:.3f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
     )
+    enough = min(0.5, 0.1 * kept["initial"])  # nats; a tenth where few symbols, or a parent, leave less than that to learn
     stage = run.finish(
-        steps, (eval_loss < kept["initial"] - 0.5, text), parameters=parameters, tokens_seen=steps * tokens_per_step,
-        data={"train": shards.meta["fingerprint"]},
+        steps, (eval_loss < kept["initial"] - enough, text), parameters=parameters, tokens_seen=steps * tokens_per_step,
+        data={"train": shards.meta["fingerprint"], "epochs": seen},
     )  # fmt: skip
     if run.main:
         publish(run.folder, raw, tokenizer, stage)

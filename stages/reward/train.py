@@ -185,8 +185,7 @@ def main(cfg: Config) -> None:
     if cfg.lora_r:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
-    model, optimizer = run.accelerator.prepare(raw, optimizer)
-    model.train()
+    model, optimizer = run.prepare(raw, optimizer)
     micro = cfg.per_device_train_batch_size
     batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(comparisons), batch_rows)

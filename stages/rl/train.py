@@ -146,7 +146,7 @@ def main(cfg: Config) -> None:
     groups = parameter_groups(raw.policy, cfg.learning_rate, cfg.weight_decay)
     policy_groups = len(groups)
     groups += parameter_groups(raw.critic, critic_rate, cfg.weight_decay)
-    model, optimizer = run.accelerator.prepare(raw, adamw(groups, cfg.adam_beta2, cfg.adam_eps))
+    model, optimizer = run.prepare(raw, adamw(groups, cfg.adam_beta2, cfg.adam_eps))
     model.eval()  # no dropout in RL: old log-probs must be those that training computes
 
     minibatch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.processes

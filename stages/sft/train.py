@@ -15,12 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from common.architecture import ArchitectureConfig, new_model
 from common.chat import colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
-from common.data import Order, Row, pad, share
+from common.data import Order, Row, pad, share, write_jsonl
 from common.generate import sample
 from common.lora import add_lora, merged_state, save_adapter
+from common.model import GPT
 from common.ops import token_logprobs
 from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
 from common.run import Run
@@ -29,13 +31,15 @@ from common.train_config import RowsConfig
 
 
 @stage_config
-class Config(RowsConfig):
+class Config(ArchitectureConfig, RowsConfig):
     """Finetune a base model on demonstrations."""
 
-    parent: str
-    """Base model: a stage directory, a transformers directory, or a Hub id."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout while finetuning."""
+    parent: str | None = None
+    """Base model: a stage directory, a transformers directory, or a Hub id; null = a new model, learned from the rows alone."""
+    tokenizer: str | None = None
+    """Directory to take the tokenizer of a new model from."""
+    eval_exact_match: bool = False
+    """Also answer the held-out prompts greedily; counts answers equal to the row's own, the others go to mistakes.jsonl."""
     samples: Annotated[int, Field(ge=0)] = 4
     """Held-out prompts answered after each evaluation."""
     sample_tokens: Annotated[int, Field(gt=0)] = 96
@@ -92,6 +96,33 @@ def evaluate(run: Run, model: torch.nn.Module, examples: Sequence[Example], batc
     return summed / count
 
 
+def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
+    if cfg.parent:
+        raw, tokenizer = load_model(cfg.parent, "lm", dropout=cfg.dropout), load_tokenizer(cfg.parent).with_chat()
+        raw.resize_vocabulary(tokenizer.vocab_size)
+    elif cfg.tokenizer:
+        tokenizer = load_tokenizer(cfg.tokenizer).with_chat()
+        raw = new_model(cfg, tokenizer.vocab_size, cfg.max_length)
+    else:
+        raise InputError("parent null: a new model needs a tokenizer: a folder made by stages.pretrain.prepare, or a parent")
+    if cfg.max_length > raw.config.max_length:
+        raise InputError(f"max_length {cfg.max_length}: the model's context is {raw.config.max_length}")
+    return raw, tokenizer
+
+
+def exact_match(raw: GPT, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int) -> tuple[float, list[dict]]:
+    """Share of the rows whose greedy answer is their own to the letter, and the other rows with what was said instead."""
+    prompts = [prompt_ids(tokenizer, rows_to_prompt(row.data)) for row in rows]
+    answers = sample(raw, prompts, max_new_tokens=max_new_tokens, temperature=0, stop_ids=[tokenizer.eot_id])
+    mistakes = []
+    for row, answer in zip(rows, answers, strict=True):
+        *_, asked, wanted = (message["content"] for message in rows_to_messages(row.data))
+        said = tokenizer.decode(answer.ids)
+        if not answer.stopped or said != wanted:
+            mistakes.append({"prompt": asked, "wanted": wanted, "answer": said, "stopped": answer.stopped})
+    return 1 - len(mistakes) / len(rows), mistakes
+
+
 def sample_answers(cfg: Config, raw: torch.nn.Module, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[dict]:
     """What the model answers to the prompts of `rows`, for the log."""
     prompts = []
@@ -108,12 +139,7 @@ def sample_answers(cfg: Config, raw: torch.nn.Module, tokenizer: Tokenizer, rows
 
 def main(cfg: Config) -> None:
     run = Run(cfg, "sft", "lm")
-    raw = load_model(cfg.parent, "lm", dropout=cfg.dropout)
-    if cfg.max_length > raw.config.max_length:
-        raise InputError(f"max_length {cfg.max_length}: the parent's context is {raw.config.max_length}")
-    tokenizer = load_tokenizer(cfg.parent).with_chat()
-    raw.resize_vocabulary(tokenizer.vocab_size)
-
+    raw, tokenizer = new_or_parent(cfg)
     rows, heldout_rows = cfg.read(rows_to_prompt)
     examples, counts = tokenize(rows, tokenizer, cfg.max_length)
     heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
@@ -127,8 +153,7 @@ def main(cfg: Config) -> None:
     if cfg.lora_r:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
-    model, optimizer = run.accelerator.prepare(raw, optimizer)
-    model.train()
+    model, optimizer = run.prepare(raw, optimizer)
     micro = cfg.per_device_train_batch_size
     batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), batch_rows)
@@ -167,11 +192,20 @@ def main(cfg: Config) -> None:
             run.log(step + 1, {"eval_loss": eval_loss})
             if run.main and cfg.samples:
                 run.log_samples(step + 1, sample_answers(cfg, raw, tokenizer, heldout_rows[: cfg.samples]))
+            if cfg.eval_exact_match:
+                match, mistakes = exact_match(raw, tokenizer, heldout_rows, cfg.sample_tokens)
+                run.log(step + 1, {"exact_match": match})
             clock = time.perf_counter()
 
-    text = (
-        f"held-out loss on answers {kept['initial']:.2f} -> {eval_loss:.3f} nats a token; {counts['truncated']} rows truncated"
-    )
+    if cfg.eval_exact_match:
+        run.say(f"{len(mistakes)} of {len(heldout_rows)} held-out answers are not exact: {run.folder / 'mistakes.jsonl'}")
+        for row in mistakes[:20]:
+            run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
+        if run.main:
+            write_jsonl(run.folder / "mistakes.jsonl", mistakes)
+    losses = f"{kept['initial']:.2f} -> {eval_loss:.3f}"
+    text = f"held-out loss on answers {losses} nats a token; {counts['truncated']} rows truncated"
+    text += f"; {match:.2%} of {len(heldout_rows)} held-out answers exact" if cfg.eval_exact_match else ""
     stage = run.finish(
         steps, (eval_loss < kept["initial"], text), tokens_seen=kept["tokens_seen"],
         data={"train": counts, "eval": heldout_counts},

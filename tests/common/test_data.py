@@ -1,8 +1,7 @@
-"""Rows read as they are and named by file and line; orders that are permutations and pure; shards as one stream."""
+"""Orders that are permutations and pure; shards as one stream, or as a mixture of several in given proportions."""
 
 import json
 import random
-import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,132 +10,7 @@ import numpy as np
 import pytest
 
 from common.config import InputError
-from common.data import Order, Row, Shards, batches, hold_out, pad, read_rows, share, write_jsonl
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-# read_rows
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"a": 1}\n{"a": "two"}\n',
-        '{"a": 1}\n{"a": "two"}',
-        '\ufeff{"a": 1}\n{"a": "two"}\n',
-        '{"a": 1}\r\n{"a": "two"}\r\n',
-        '  {"a": 1}  \n\t{"a": "two"}\n   ',
-    ],
-    ids=["plain", "no last line end", "BOM", "CRLF", "spaces"],
-)
-def test_jsonl(tmp_path, content):
-    path = write(tmp_path / "x.jsonl", content)
-    rows = read_rows(path)
-    assert [row.data for row in rows] == [{"a": 1}, {"a": "two"}]
-    assert [row.origin for row in rows] == [f"{path}:1", f"{path}:2"]
-
-
-def test_blank_lines_do_not_shift_line_numbers(tmp_path):
-    path = write(tmp_path / "x.jsonl", '\n{"a": 1}\n\n\n{"a": 2}\n')
-    assert [(row.data["a"], row.origin) for row in read_rows(path)] == [(1, f"{path}:2"), (2, f"{path}:5")]
-
-
-def test_only_a_line_feed_ends_a_line(tmp_path):
-    """U+2028 and friends are legal inside a JSON string, and str.splitlines() would break there."""
-    text = "a\u2028b\u2029c\u0085d\u00a0e"
-    path = write(tmp_path / "x.jsonl", json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "next"}\n')
-    rows = read_rows(path)
-    assert [row.data["text"] for row in rows] == [text, "next"]
-    assert rows[1].origin == f"{path}:2"
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ('{"a": 1', "broken JSON"),
-        ("{'a': 1}", "broken JSON"),
-        ('{"a": 1} {"a": 2}', "broken JSON"),
-        ("null", "expected a JSON object"),
-        ("[1, 2]", "expected a JSON object, found list"),
-        ('"text"', "expected a JSON object, found str"),
-    ],
-    ids=["cut", "quotes", "two", "null", "list", "str"],
-)
-def test_a_broken_line_is_named(tmp_path, line, words):
-    path = write(tmp_path / "x.jsonl", f'{{"a": 1}}\r\n\r\n{line}\r\n{{"a": 3}}\r\n')
-    with pytest.raises(InputError, match=f"{re.escape(path)}:3: .*{words}"):
-        read_rows(path)
-
-
-def test_json_list(tmp_path):
-    path = write(tmp_path / "x.json", '\ufeff[{"a": 1},\r\n {"a": "\u2028"}]')
-    assert [(row.data["a"], row.origin) for row in read_rows(path)] == [(1, f"{path}:row 1"), ("\u2028", f"{path}:row 2")]
-    for content, words in [
-        ('{"a": 1}', "expected a JSON list of rows, found dict"),
-        ('[{"a": 1},', "broken JSON"),
-        ('[{"a": 1}, 7]', "row 2: a row must be a JSON object, this is '7'"),
-        ("[]", "no rows"),
-    ]:
-        path = write(tmp_path / "y.json", content)
-        with pytest.raises(InputError, match=f"{re.escape(path)}.*{words}"):
-            read_rows(path)
-
-
-def test_parquet(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    messages = [{"role": "user", "content": "hi\u2028"}, {"role": "assistant", "content": "yes"}]
-    table = pyarrow.table({"prompt": ["a", None], "n": [1, 2], "messages": [messages, messages]})
-    path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(table, path)
-    rows = read_rows(str(path))
-    assert [row.data for row in rows] == [
-        {"prompt": "a", "n": 1, "messages": messages},
-        {"prompt": None, "n": 2, "messages": messages},
-    ]
-    assert [row.origin for row in rows] == [f"{path}:1", f"{path}:2"]
-
-
-def test_damaged_parquet_is_named(tmp_path):
-    path = write(tmp_path / "x.parquet", b"PAR1 not really")
-    with pytest.raises(InputError, match=r"x\.parquet"):
-        read_rows(path)
-
-
-def test_txt_is_one_row(tmp_path):
-    path = write(tmp_path / "x.txt", "\ufeffOne.\n\n{not json\nTwo \u2028 three.\n")
-    assert [tuple(row) for row in read_rows(path)] == [({"text": "One.\n\n{not json\nTwo \u2028 three.\n"}, path)]
-
-
-def test_folder_in_order_of_names(tmp_path):
-    write(tmp_path / "b.jsonl", '{"n": 2}\n')
-    write(tmp_path / "a/z.json", '[{"n": 1}]')
-    write(tmp_path / "c.txt", "text")
-    write(tmp_path / "README.md", "no data")
-    rows = read_rows(str(tmp_path))
-    assert [row.data for row in rows] == [{"n": 1}, {"n": 2}, {"text": "text"}]
-
-
-def test_unreadable_sources(tmp_path):
-    latin1 = write(tmp_path / "x.jsonl", '{"a": "é"}\n'.encode("latin-1"))
-    with pytest.raises(InputError, match=rf"{re.escape(latin1)}: not UTF-8 at byte 7"):
-        read_rows(latin1)
-    for content in ("", "\n\n", "\ufeff"):
-        empty = write(tmp_path / "empty.jsonl", content)
-        with pytest.raises(InputError, match=rf"{re.escape(empty)}: no rows"):
-            read_rows(empty)
-    (tmp_path / "none").mkdir()
-    for path in (tmp_path / "none", tmp_path / "missing.jsonl", "no/such/file", "./x", "missing.parquet"):
-        with pytest.raises(InputError, match=re.escape(str(path))):
-            read_rows(str(path))
-    with pytest.raises(InputError, match="no-such-person/no-such-data"):  # offline: the Hub gives nothing
-        read_rows("no-such-person/no-such-data")
+from common.data import Mixture, Order, Row, Shards, batches, hold_out, pad, read_rows, share, write_jsonl
 
 
 def test_write_jsonl_comes_back(tmp_path):
@@ -261,6 +135,110 @@ def test_shards_that_are_none(tmp_path):
         Shards(str(tmp_path), "train", 10)
     with pytest.raises(InputError, match="eval split has 0 tokens"):
         Shards(str(tmp_path), "eval", 5)
+
+
+# Mixtures
+
+# LLaMA, table 1: sampling proportions in per cent, and epochs of 1.4 T tokens
+LLAMA = {
+    "CommonCrawl": (67.0, 1.10),
+    "C4": (15.0, 1.06),
+    "GitHub": (4.5, 0.64),
+    "Wikipedia": (4.5, 2.45),
+    "Books": (4.5, 2.23),
+    "ArXiv": (2.5, 1.06),
+    "StackExchange": (2.0, 1.03),
+}
+SHARES = [percent for percent, _ in LLAMA.values()]
+
+
+def test_a_mixture_has_its_proportions_at_any_time():
+    mixture, drawn, worst = Mixture(SHARES), np.zeros(7), 0.0
+    assert np.isclose(sum(SHARES), 100)
+    for index in range(30_000):
+        source, number = mixture.place(3, index)
+        assert number == drawn[source]  # the next row of that source, with none left out and none twice
+        drawn[source] += 1
+        off = np.abs(drawn - (index + 1) * np.array(SHARES) / 100)
+        worst = max(worst, (off - 7 * np.array(SHARES) / 100).max())
+    assert worst <= 1  # never further from its share than 1 + share x sources
+    deviation = np.sqrt(30_000 * np.array(SHARES) / 100 * (1 - np.array(SHARES) / 100))  # of independent draws
+    assert (off < 0.25 * deviation).all()
+
+
+def test_a_mixture_is_pure_over_the_border_of_a_block():
+    indices = range(Mixture.BLOCK - 40, Mixture.BLOCK + 40)
+    mixture = Mixture(SHARES)
+    places = [mixture.place(1, index) for index in indices]
+    assert [Mixture(SHARES).place(1, index) for index in (indices[0], indices[45], indices[-1])] == [
+        places[n] for n in (0, 45, -1)
+    ]
+    assert [mixture.place(1, index) for index in reversed(indices)] == places[::-1]
+    assert [mixture.place(2, index) for index in indices] != places
+    for source in range(7):
+        numbers = [number for found, number in places if found == source]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))  # it goes on behind the border
+    counts = dict(places)
+    assert counts[0] == pytest.approx(67_000 + 40 * 0.67, abs=6)
+
+
+def test_shares_are_rounded_to_whole_draws():
+    assert Mixture([1, 1, 1]).counts.tolist() == [33_334, 33_333, 33_333]
+    assert Mixture([2e-5, 1 - 2e-5]).counts.tolist() == [2, 99_998]
+    assert Mixture([0.25]).place(5, 123_456) == (0, 123_456)
+
+
+def mixture_of(folder: Path, sources: dict[str, tuple[float, int]]) -> None:
+    """Shards of sources with (share, tokens); token n of source s is 1000 s + n."""
+    noted = []
+    for n, (name, (part_of_all, tokens)) in enumerate(sources.items()):
+        cut = tokens // 2  # two files each
+        for file, part in enumerate((range(cut), range(cut, tokens))):
+            (1000 * n + np.array(part)).astype("uint16").tofile(folder / f"train-{n:02d}-{file:05d}.bin")
+        noted.append({"source": name, "share": part_of_all})
+    total = sum(tokens for _, tokens in sources.values())
+    (folder / "shards.json").write_text(json.dumps({"dtype": "uint16", "tokens": {"train": total}, "sources": noted}))
+
+
+def test_rows_of_a_mixture(tmp_path):
+    mixture_of(tmp_path, {"web": (0.7, 811), "code": (0.2, 161), "books": (0.1, 41)})
+    shards = Shards(str(tmp_path), "train", 10)
+    assert (shards.tokens, shards.rows) == (1013, 81 + 16 + 4)
+    rows = shards.batch(4, 0, 400).numpy()
+    source = rows[:, 0] // 1000
+    assert (np.diff(rows, axis=1) == 1).all() and rows.shape == (400, 11)  # no row crosses from one source to another
+    assert np.abs(np.bincount(source) - [280, 80, 40]).max() <= 3
+    for n, count in enumerate((81, 16, 4)):
+        starts = rows[source == n, 0] - 1000 * n
+        for epoch in range(len(starts) // count):  # every row once before any twice, in an order of its own
+            found = starts[epoch * count : (epoch + 1) * count]
+            assert (np.diff(np.sort(found)) == 10).all()
+            assert epoch == 0 or count == 4 or found.tolist() != starts[:count].tolist()
+    parts = [Shards(str(tmp_path), "train", 10).batch(4, first, 50).numpy() for first in (350, 0, 200)]  # a resume, a rank
+    assert [part.tolist() for part in parts] == [rows[first : first + 50].tolist() for first in (350, 0, 200)]
+    assert shards.epochs(400) == pytest.approx({"web": 2800 / 811, "code": 800 / 161, "books": 400 / 41})
+
+
+def test_epochs_without_a_mixture(tmp_path):
+    shards_of(tmp_path, [300])
+    assert Shards(str(tmp_path), "train", 10).epochs(45) == pytest.approx({str(tmp_path): 1.5})
+
+
+def test_epochs_of_the_llama_table(tmp_path):
+    """Sources of the sizes that the table implies, 1 : 10 ** 8."""
+    sizes = {name: (percent, round(14_000 * percent / 100 / epochs)) for name, (percent, epochs) in LLAMA.items()}
+    mixture_of(tmp_path, sizes)
+    found = Shards(str(tmp_path), "train", 10).epochs(1400)
+    assert found == pytest.approx({name: epochs for name, (_, epochs) in LLAMA.items()}, rel=0.01)
+
+
+def test_mixtures_that_are_none(tmp_path):
+    mixture_of(tmp_path, {"web": (0.7, 811), "notes": (0.3, 9)})
+    with pytest.raises(InputError, match="train split of notes has 9 tokens, fewer than one row of 10"):
+        Shards(str(tmp_path), "train", 10)
+    (tmp_path / "train-00-00001.bin").unlink()
+    with pytest.raises(InputError, match=r"414 train tokens, shards\.json notes 820; run"):
+        Shards(str(tmp_path), "train", 5)
 
 
 def test_held_out_prompts_are_on_one_side_only():

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 
+from common.cache import KVCache
 from common.config import InputError
-from common.model import GPT, GPTConfig, KVCache, RewardModel
+from common.model import GPT, GPTConfig, RewardModel
 
 SHAPES = {
     "gpt2": {"family": "gpt2"},
     "llama": {"family": "llama", "n_kv_head": 4},
     "grouped": {"family": "llama", "n_kv_head": 2},
+    "gpt2, local layers": {"family": "gpt2", "attention_pattern": ("full", "local"), "window": 3},
+    "grouped, local layers": {"family": "llama", "n_kv_head": 2, "attention_pattern": ("local", "full"), "window": 2},
+    "gpt2 without biases": {"family": "gpt2", "attention_bias": False, "mlp_bias": False},
     "one kv head, biases, untied": {
         "family": "llama", "n_kv_head": 1, "attention_bias": True, "mlp_bias": True, "tie_embeddings": False,
     },
@@ -145,6 +149,37 @@ def test_scores_are_read_at_the_last_real_token(tiny_reward, family):
     assert torch.allclose(scores, model(right_padded(rows, 200), lengths), atol=1e-5)  # whatever the padding holds
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_a_window_over_the_context_is_full_attention(tiny_gpt, family):
+    full = tiny_gpt(family, attention_bias=False)
+    local = tiny_gpt(family, attention_bias=False, attention_pattern=("full", "local"), window=64)
+    ids = torch.tensor(ragged([64, 64]))
+    assert torch.allclose(full(ids), local(ids), atol=1e-5)
+    documents = (torch.arange(64) // 20)[None].expand(2, -1)
+    assert torch.allclose(full(ids, documents=documents), local(ids, documents=documents), atol=1e-5)
+    near = tiny_gpt(family, attention_bias=False, attention_pattern=("full", "local"), window=63)
+    assert (near(ids)[:, :63] - full(ids)[:, :63]).abs().max() < 1e-5  # only the last position misses one
+    assert (near(ids)[:, 63] - full(ids)[:, 63]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_a_local_layer_sees_its_window_and_nothing_else(tiny_gpt, family):
+    """Two local layers of 4 positions reach 1 + 2 * 3 back: what lies before changes nothing, in one pass and cached."""
+    model = tiny_gpt(family, attention_pattern=("local",), window=4)
+    ids = torch.tensor(ragged([20]))
+    before = model(ids)[0, 19]
+    for place in range(20):
+        changed = ids.clone()
+        changed[0, place] = (changed[0, place] + 1) % 300
+        assert ((model(changed)[0, 19] - before).abs().max() > 1e-4) == (place >= 13), place
+    cache = KVCache(model.config, 1, 20, model.head.weight)
+    model(ids[:, :15], cache)
+    pieces = [model(ids[:, t : t + 1], cache)[0, -1] for t in range(15, 20)]
+    assert torch.allclose(pieces[-1], before, atol=1e-5)
+
+
 def test_start_weights():
     torch.manual_seed(0)
     for family in ("gpt2", "llama"):
@@ -183,6 +218,10 @@ def test_flops_per_token_by_hand():
     assert config.flops_per_token(50) == 6 * matrices + 12 * 2 * 32 * 50
     matrices = 2 * (4 * 32 * 32 + 2 * 128 * 32) + 300 * 32
     assert GPTConfig(family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32).flops_per_token(1) == 6 * matrices + 768
+    local = GPTConfig(
+        family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32, attention_pattern=("full", "local"), window=10
+    )
+    assert local.flops_per_token(50) == 6 * matrices + 12 * 32 * (50 + 10)
 
 
 def test_widths_by_default():
@@ -239,6 +278,10 @@ def test_context_limit(tiny_gpt):
         ({"n_head": 4, "n_embd": 32, "n_kv_head": 3}, ["n_head 4", "n_kv_head 3"]),
         ({"family": "gpt2", "n_head": 4, "n_embd": 32, "n_kv_head": 2}, ["n_kv_head 2", "llama"]),
         ({"n_head": 4, "n_embd": 12}, ["even head width"]),
+        ({"attention_pattern": ("full", "local")}, ["give the window"]),
+        ({"attention_pattern": ("full", "strided")}, ["'strided'", "full or local"]),
+        ({"attention_pattern": ("local",), "window": 3, "family": "gpt2", "attention_bias": True}, ["attention_bias: false"]),
+        ({"attention_pattern": ("local",), "window": 3, "mlp_bias": True}, ["mlp_bias: false"]),
     ],
 )
 def test_impossible_shapes(settings, words):

@@ -1,5 +1,6 @@
 """Documents -> shards: nothing added but one end-of-text each, nothing lost, nothing held out that is also trained on."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from common.checkpoint import load_tokenizer, verify
 from common.config import InputError
+from common.data import Shards
 from stages.pretrain.prepare import Config, main
 
 WORDS = ["the", "red", "fox", "and", "a", "blue", "bird", "went", "to", "town", "where", "rivers", "are", "cold"]
@@ -159,6 +161,23 @@ def test_an_existing_tokenizer_is_taken_over(setting, tmp_path, tokenizer):
     assert len(documents_in(cfg, "train")) == 36
 
 
+def test_a_hub_data_set_is_streamed(setting, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": text} for text in DOCUMENTS])
+    asked = []
+
+    def stream(*name, split, streaming):
+        asked.append((name, split, streaming))
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    cfg = setting(train_data=["owner/name:en"])
+    main(cfg)
+    assert sorted(documents_in(cfg, "train") + documents_in(cfg, "eval")) == sorted(DOCUMENTS)
+    assert asked == [(("owner/name", "en"), "train", True)] * 3  # to count, to train the tokenizer, to tokenise
+
+
 def test_mistakes_are_told(setting, tmp_path):
     with pytest.raises(InputError, match="too little"):
         main(setting([" "]))
@@ -168,3 +187,68 @@ def test_mistakes_are_told(setting, tmp_path):
         main(setting(train_data=[str(file)]))
     with pytest.raises(InputError, match="vocab_size"):
         main(setting(vocab_size=100))
+    file.write_text('{"text": "fine"}\n\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(InputError, match=r"odd\.jsonl:3: lone surrogate U\+D83D at position 5"):
+        main(setting(train_data=[str(file)]))
+    cfg = setting()
+    file.write_text('{"text": " "}\n{"text": ""}\n')
+    with pytest.raises(InputError, match=r"odd\.jsonl: too little text: all 2 documents are empty"):
+        main(setting(train_data=[*cfg.train_data, str(file)]))
+    main(setting(["ab" * 9] * 20, output_dir=str(tmp_path / "ab"), tokenizer="characters"))
+    with pytest.raises(InputError, match=r"documents\.jsonl:1: character 't' .* is none of this tokenizer's 2"):
+        main(setting(tokenizer=str(tmp_path / "ab")))
+
+
+# A stream of several sources
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Whole documents held out of the first and last, the tails of the others."""
+
+    def lines(name: str, texts: list[str]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return str(tmp_path / name)
+
+    (tmp_path / "book.txt").write_text("\n".join(DOCUMENTS))
+    many, book = lines("many.jsonl", [*DOCUMENTS, " "]), str(tmp_path / "book.txt")
+    return [many, book, lines("few.jsonl", DOCUMENTS[:5]), lines("more.jsonl", DOCUMENTS[::-1])]
+
+
+def test_without_weights_shards_and_rows_are_those_of_earlier_releases(setting, several):
+    """Checkpoints that were published can be made again bit by bit. The digests are those of commit 4952a88."""
+    cfg = setting(train_data=several, tokenizer="characters", shard_tokens=3000, seed=5)
+    main(cfg)
+    files = sorted(Path(cfg.output_dir).glob("*.bin"))
+    assert [file.name for file in files] == ["eval-00000.bin", *(f"train-0000{n}.bin" for n in range(3))]
+    found = [digest(file.read_bytes()) for file in files]
+    assert found == ["02df7c0313fa8d0c", "abb10e419118627f", "ecab6a9a5a5afa2d", "fbae31738327277d"]
+    for split, expected in (("train", "bb891f0a9f19586b"), ("eval", "cf7d6412cf57e3b2")):
+        rows = Shards(cfg.output_dir, split, 50)
+        assert digest(rows.batch(3, 0, 3 * rows.rows).numpy().tobytes()) == expected
+
+
+def test_the_fingerprint_is_of_content_tokenizer_and_settings(setting, several, tmp_path):
+    def meta(name: str, **keys) -> dict:
+        cfg = setting(**{"train_data": several, "output_dir": str(tmp_path / name), "tokenizer": "characters"} | keys)
+        main(cfg)
+        return json.loads(Path(cfg.output_dir, "shards.json").read_text())
+
+    first = meta("first")
+    assert [source["source"] for source in first["sources"]] == several
+    assert [(source["documents"], source["empty"]) for source in first["sources"]] == [(40, 1), (1, 0), (5, 0), (40, 0)]
+    for split in ("train", "eval"):
+        assert sum(source["tokens"][split] for source in first["sources"]) == first["tokens"][split]
+    book = first["sources"][1]
+    assert book["content"] == hashlib.sha256(Path(several[1]).read_bytes()).hexdigest()
+    assert sum(book["bytes"].values()) == len("\n".join(DOCUMENTS).encode())
+    moved = [str(Path(file).rename(tmp_path / f"x{Path(file).name}")) for file in several]
+    assert meta("second", train_data=moved)["fingerprint"] == first["fingerprint"]
+    others = [meta("third", train_data=moved, **keys)["fingerprint"] for keys in ({"seed": 1}, {"eval_fraction": 0.2})]
+    Path(moved[0]).write_text(Path(moved[0]).read_text() + "\n")  # no other token, but another source
+    others.append(meta("fourth", train_data=moved)["fingerprint"])
+    assert len({first["fingerprint"], *others}) == 4

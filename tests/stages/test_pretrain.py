@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from common.architecture import new_model
 from common.checkpoint import load_model, load_tokenizer
 from common.config import InputError
 from common.data import Shards
@@ -158,3 +159,40 @@ def test_mistakes_are_told(setting, stage_dir, tiny_gpt, tmp_path):
         main(setting(max_length=2000))
     with pytest.raises(InputError, match="n_head"):
         main(setting(n_head=3))
+
+
+def test_eval_only_trains_and_writes_nothing(setting, tmp_path, capsys):
+    first = setting(max_steps=5)
+    main(first)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    keys = {"eval_only": True, "sample_prompts": ["The fox"], "sample_tokens": 4, "eval_rows": 10_000}
+    main(setting(parent=first.output_dir, output_dir=str(tmp_path / "new"), **keys))
+    said = capsys.readouterr().out
+    heldout = Shards(first.train_data, "eval", 32)
+    batch = heldout.batch(0, 0, heldout.rows)
+    model = load_model(first.output_dir)
+    with torch.no_grad():
+        loss = float(next_token_loss(model, batch, load_tokenizer(first.output_dir).eot_id)) / batch[:, 1:].numel()
+    assert f"held-out loss {loss:.4f} nats a token" in said
+    assert "The fox" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_torch_compile_is_asked_for_the_model_that_trains(setting, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), model)[1])
+    main(setting(max_steps=1))
+    assert not compiled
+    main(setting(max_steps=1, torch_compile=True))
+    assert [type(model).__name__ for model in compiled] == ["GPT"]
+
+
+def test_a_fresh_gpt2_knows_nothing():
+    """nanoGPT's check: ln(50257) = 10.82 at the start; tied embeddings of std .02 at width 768 add about .15."""
+    torch.manual_seed(0)
+    model = new_model(Config(preset="gpt2", train_data="x", output_dir="y", n_layer=2), 50257, 64)
+    ids = torch.randint(0, 50257, (4, 65))
+    with torch.no_grad():
+        loss = float(next_token_loss(model, ids, None)) / 256
+    assert 10.82 - 0.1 < loss < 10.82 + 0.3

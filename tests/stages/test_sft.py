@@ -217,6 +217,33 @@ def test_lora_is_published_merged_with_the_adapter_beside(setting):
     assert adapter["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (2, 32)
 
 
+def test_a_new_model_learns_to_answer_exactly(setting, tmp_path, tokenizer, capsys):
+    """The rows are answered to the letter; one row whose answer nobody can guess is the one mistake that is listed."""
+    tokenizer.save(tmp_path / "tokenizer")
+    rows = [{"prompt": f"{n}?", "completion": "xyz"[n % 3] * 2} for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "8?", "completion": "no"}])
+    )
+    keys = {"train_data": str(tmp_path / "rows.jsonl"), "eval_data": str(tmp_path / "eval.jsonl"), "eval_exact_match": True}
+    cfg = setting(
+        parent=None, tokenizer=str(tmp_path / "tokenizer"), preset="gpt-nano", n_layer=1, max_steps=150, eval_steps=75,
+        per_device_train_batch_size=9, **keys,
+    )  # fmt: skip
+    main(cfg)
+    rows = [json.loads(line) for line in open(f"{cfg.output_dir}/metrics.jsonl")]  # noqa: PTH123, SIM115
+    assert [row["exact_match"] for row in rows if "exact_match" in row][-1] == pytest.approx(0.9)
+    mistakes = [json.loads(line) for line in open(f"{cfg.output_dir}/mistakes.jsonl")]  # noqa: PTH123, SIM115
+    assert mistakes == [{"prompt": "8?", "wanted": "no", "answer": "zz", "stopped": True}]
+    said = capsys.readouterr().out
+    assert "1 of 10 held-out answers are not exact" in said
+    assert "90.00% of 10 held-out answers exact" in said
+    model = load_model(cfg.output_dir)
+    assert (model.config.family, model.config.n_layer, model.config.n_embd) == ("gpt2", 1, 48)
+    with pytest.raises(InputError, match="a new model needs a tokenizer"):
+        main(setting(parent=None))
+
+
 def test_mistakes_are_told(setting):
     with pytest.raises(InputError, match="context is 64"):
         main(setting(max_length=100))

@@ -1,0 +1,185 @@
+"""What a GPT costs, in closed form: parameters, FLOPs, bytes, seconds. Pure functions; each names its units and its source.
+
+Legend: L layers, C width (n_embd), H heads, K key/value heads, D head width, I MLP width, V vocabulary, B rows, T positions.
+A FLOP is one multiplication or addition; GB are 10^9 bytes. "PaLM, appendix B" is Chowdhery 2022, "ZeRO" Rajbhandari 2020.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+from common.model import GPTConfig
+
+
+class GPU(NamedTuple):
+    memory: float  # bytes
+    flops: float  # FLOP/s of dense matrix products in bf16 (V100: fp16), sums in fp32
+    fp32_flops: float  # FLOP/s in fp32, where PyTorch by default uses no tensor cores
+    bandwidth: float  # bytes/s between the chip and its memory
+    price: float  # assumed US dollars an hour
+    bf16: bool = True
+
+
+# NVIDIA's data sheets (SXM versions where there are several; without sparsity). Their GB are read as 10^9 bytes: chips have
+# 5-7 % more, which is about what the CUDA context, communication buffers and fragmentation take. Prices are no facts but an
+# assumption, rounded from on-demand lists of spring 2026, which differ between sellers by a factor of 2 to 3.
+GPUS: Mapping[str, GPU] = {
+    "h200": GPU(141e9, 989e12, 67e12, 4.8e12, 3.80),
+    "h100": GPU(80e9, 989e12, 67e12, 3.35e12, 3.00),
+    "a100-80": GPU(80e9, 312e12, 19.5e12, 2.039e12, 1.80),
+    "a100-40": GPU(40e9, 312e12, 19.5e12, 1.555e12, 1.30),
+    "l40s": GPU(48e9, 362e12, 91.6e12, 0.864e12, 1.00),
+    "l4": GPU(24e9, 121e12, 30.3e12, 0.3e12, 0.60),
+    "4090": GPU(24e9, 165e12, 82.6e12, 1.008e12, 0.50),
+    "v100": GPU(32e9, 125e12, 15.7e12, 0.9e12, 0.60, bf16=False),
+}
+# Model FLOPs utilisation, the share of `flops` that training reaches. Published: GPT-3 .21 (V100) and PaLM .46 (both PaLM,
+# table 3), LLaMA .47-.55 (from the GPU hours of its table 15), Llama 3 405B .38-.43 (its table 4). Ours is not measured yet.
+MFU = 0.40
+LAUNCH = 5e-6  # seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
+# Kernels that our Block starts: (forward and backward, one cached decoding step), counted by dispatch; and outside the blocks.
+LAUNCHES = {"gpt2": (61, 14), "llama": (107, 26)}
+LAUNCHES_OUTSIDE = (40, 30)
+MUON_LAUNCHES = 4 * 25  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
+
+
+class Numerics(NamedTuple):
+    """Bytes of a number in what the forward pass keeps for the backward pass."""
+
+    compute: int  # in and out of matrix products
+    residual: int  # the residual stream, which feeds the norms
+    attention: int  # queries, keys, values and what attention returns
+    fused_norm: bool = True  # RMSNorm as one kernel keeps its input alone
+
+
+# Autocast leaves the residual stream in fp32; DeepSpeed casts the model itself. On a CPU our attention runs in fp32.
+NUMERICS = {
+    "no": Numerics(4, 4, 4),
+    "autocast": Numerics(2, 4, 2),
+    "deepspeed": Numerics(2, 2, 2),
+    "cpu": Numerics(4, 4, 4, fused_norm=False),
+    "cpu autocast": Numerics(2, 4, 4, fused_norm=False),
+}
+
+
+def layers_of(config: GPTConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each matrix of one block, by the names that lora_targets uses."""
+    c = config
+    width = (c.n_head + 2 * c.n_kv_head) * c.head_width
+    up = c.n_inner * (1 if c.family == "gpt2" else 2)  # llama: gate and up in one
+    return {"qkv": (c.n_embd, width), "out": (c.n_embd, c.n_embd), "up": (c.n_embd, up), "down": (c.n_inner, c.n_embd)}
+
+
+def block_matrices(config: GPTConfig) -> int:
+    """Elements of all matrices inside the blocks: gpt2 12 L C^2 (Kaplan 2020, table 1), llama L (2 C^2 + 2 C K D + 3 C I)."""
+    return config.n_layer * sum(inputs * outputs for inputs, outputs in layers_of(config).values())
+
+
+def parameters(config: GPTConfig, head: Literal["lm", "scalar"] = "lm") -> int:
+    """Parameters, exactly: embeddings, positions (gpt2), blocks with biases and norms, and the head (tied: counted once)."""
+    c = config
+    layers = layers_of(c)
+    biases = c.attention_bias * (layers["qkv"][1] + c.n_embd) + c.mlp_bias * (layers["up"][1] + c.n_embd)
+    norm = c.n_embd * (2 if c.family == "gpt2" else 1)
+    embeddings = c.n_embd * (c.vocab_size + (c.max_length if c.family == "gpt2" else 0))
+    last = c.n_embd if head == "scalar" else 0 if c.tie_embeddings else c.n_embd * c.vocab_size
+    return embeddings + block_matrices(c) + c.n_layer * (biases + 2 * norm) + norm + last
+
+
+def lora_parameters(config: GPTConfig, rank: int, targets: Iterable[str]) -> int:
+    """Trainable parameters of LoRA: r (inputs + outputs) for each matrix with an adapter (Hu 2021, section 4.1)."""
+    layers = layers_of(config)
+    return config.n_layer * rank * sum(sum(layers[name]) for name in targets)
+
+
+def six_nd(parameters: float, tokens: float) -> float:
+    """Training FLOPs by the rule of thumb 6 N D, attention left out (Kaplan 2020, section 2.1; Chinchilla, appendix F)."""
+    return 6 * parameters * tokens
+
+
+def forward_flops(config: GPTConfig, tokens: float, length: float, head_tokens: float = 0) -> float:
+    """FLOPs of a forward pass over `tokens` in rows of `length`, with logits at `head_tokens` of them.
+
+    2 a matrix element and token, and 4 C T a layer and token for attention (PaLM, appendix B: the full T x T square, though
+    half of it is masked); a local layer sees its window. Norms, activations and embedding look-ups are left out.
+    """
+    seen = sum(min(length, config.window) if kind == "local" else length for kind in config.attention_pattern)
+    trunk = 2 * block_matrices(config) + 4 * config.n_embd * seen
+    return tokens * trunk + head_tokens * 2 * config.n_embd * config.vocab_size
+
+
+def training_flops(config: GPTConfig, tokens: float, length: float, head_tokens: float = 0, lora: bool = False) -> float:
+    """FLOPs of forward and backward: 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient."""
+    return (2 if lora else 3) * forward_flops(config, tokens, length, head_tokens)
+
+
+def muon_flops(config: GPTConfig, iterations: int = 5) -> float:
+    """FLOPs of one Muon step on the block matrices: Newton-Schulz, each iteration 4 m^2 n + 2 m^3 with m <= n (Jordan 2024)."""
+    sides = [sorted(shape) for shape in layers_of(config).values()]
+    return config.n_layer * iterations * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
+
+
+def activation_bytes(
+    config: GPTConfig, rows: float, length: int, numerics: Numerics, *, masked: bool = False, checkpointing: bool = False
+) -> float:
+    """Bytes that the trunk's forward pass keeps for its backward pass: rows x length tokens.
+
+    Elements a layer and token: gpt2 8 C + 2 I = 16 C, which is Korthikanti 2022, equation 1 (34 s b h bytes) without its
+    dropout masks and, as attention is fused, without 5 a s / h; llama 8 C + 3 K D + 4 I (rotated queries and keys, gate).
+    Dropout adds a byte each for 2 C. `masked`: a mask (B, T, T) per layer as attention reads it, and one as bool. With
+    checkpointing a layer keeps its input, and one layer at a time the rest (Chen 2016; Korthikanti 2022, section 5).
+    """
+    c, n = config, numerics
+    gpt2, kv = c.family == "gpt2", c.n_kv_head * c.head_width
+    norms = 2 * c.n_embd * (n.residual + n.compute) + (0 if gpt2 or n.fused_norm else 2 * c.n_embd * n.residual)
+    cast = n.attention != n.compute
+    values = kv * n.attention if cast else (c.n_embd + 2 * kv) * n.compute  # values are a view, and keep all of qkv alive
+    rotated = (c.n_embd + kv) * n.attention
+    attention = rotated + kv * n.attention if gpt2 else rotated + values
+    attention += c.n_embd * n.attention + (0 if gpt2 and not cast else c.n_embd * n.compute)  # what it returns, and a copy
+    mlp = c.n_inner * (2 if gpt2 else 4) * n.compute
+    dropout = 2 * c.n_embd if c.dropout else 0
+    mask = length * n.attention if masked else 0
+    layer = norms + attention + mlp + dropout + mask
+    outside = c.n_embd * (n.residual + n.compute) + (length if masked else 0)  # last norm, input of the head
+    kept = c.n_layer * c.n_embd * n.residual + layer * (c.n_layer > 0) if checkpointing else c.n_layer * layer
+    return rows * length * (kept + outside)
+
+
+def logits_bytes(positions: float, vocab_size: int, loss: Literal["cross_entropy", "logprobs", "ppo"]) -> float:
+    """Most bytes alive at once around the logits of `positions` tokens; for small models more than everything else.
+
+    Bytes a logit, measured on PyTorch 2.13: 12 where F.cross_entropy is differentiated (log-softmax, its gradient, the
+    logits' gradient, fp32 each), 16 for ops.token_logprobs, 20 where PPO also takes the entropy.
+    """
+    return positions * vocab_size * {"cross_entropy": 12, "logprobs": 16, "ppo": 20}[loss]
+
+
+def kv_cache_bytes(config: GPTConfig, rows: float, length: float, element: int = 4) -> float:
+    """Bytes of keys and values: 2 L K D B T elements (Shazeer 2019); fp32 in our rollouts, as the weights are."""
+    return 2 * config.n_layer * config.n_kv_head * config.head_width * rows * length * element
+
+
+def training_seconds(flops: float, launches: float, gpus: int, peak: float, mfu: float) -> tuple[float, str]:
+    """(seconds, what bounds them). `flops` of all GPUs at `peak` x `mfu` FLOP/s each (PaLM, section 4.1), but no less than
+    one GPU needs to start its `launches` kernels."""
+    return max((flops / (gpus * peak * mfu), "arithmetic"), (launches * LAUNCH, "kernel launches"))
+
+
+def decoding_seconds(
+    config: GPTConfig, rows: float, prompt: float, response: float, gpu: GPU, peak: float, mfu: float, element: int = 4
+) -> tuple[float, str]:
+    """(seconds for one GPU to sample `response` tokens for each of `rows` prompts together, what bounds them).
+
+    A token of all rows takes the longest of: its arithmetic at `peak` x `mfu` FLOP/s, reading all weights and the mean KV
+    cache once at 70 % of the bandwidth (Pope 2022, section 2), starting its kernels. Rows that end early are counted in full.
+    """
+    mean = prompt + response / 2
+    weights = (block_matrices(config) + config.n_embd * config.vocab_size) * element
+    cache = kv_cache_bytes(config, rows, mean, element)
+    launches = LAUNCHES[config.family][1] * config.n_layer + LAUNCHES_OUTSIDE[1]
+    step = max(
+        (forward_flops(config, rows, mean, rows) / (peak * mfu), "sampling: arithmetic"),
+        ((weights + cache) / (0.7 * gpu.bandwidth), "sampling: memory bandwidth"),
+        (launches * LAUNCH, "sampling: kernel launches"),
+    )
+    return forward_flops(config, rows * prompt, prompt) / (peak * mfu) + response * step[0], step[1]

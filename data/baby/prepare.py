@@ -1,0 +1,41 @@
+"""A sequence of symbols, once to train and once to evaluate on, and the tokenizer of its symbols alone (Karpathy's baby GPT).
+
+python -m data.baby.prepare --config configs/baby/data.yaml --output_dir runs/baby/data
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from common.checkpoint import dump, vouch, write_atomically
+from common.config import cli, stage_config, to_dict
+from common.data import write_jsonl
+from common.tokenizer import Tokenizer
+
+
+@stage_config
+class Config:
+    output_dir: str = "runs/baby/data"
+    """Where documents.jsonl and the tokenizer go."""
+    text: Annotated[str, Field(min_length=2)] = "111101111011110"
+    """The sequence; each character is a symbol."""
+    seed: int = 0
+    """Nothing is drawn here."""
+
+
+def main(cfg: Config) -> None:
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    tokenizer = Tokenizer.characters([cfg.text], control=False)
+    tokenizer.save(folder)
+    write_jsonl(folder / "documents.jsonl", [{"text": cfg.text}] * 2)  # half of them is held out
+    text = f"{len(cfg.text)} symbols, {tokenizer.vocab_size} different ones"
+    print(f"gate data: PASS  {text}")
+    stage = {"stage": "data", "kind": "data", "gate": {"passed": True, "text": text}, "config": to_dict(cfg)}
+    write_atomically(folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)}))
+    vouch(folder)  # it is loaded as a tokenizer's directory
+
+
+if __name__ == "__main__":
+    cli(Config, main)
