@@ -195,12 +195,12 @@ def main(cfg: Config) -> None:
             if cfg.eval_exact_match:
                 match, mistakes = exact_match(raw, tokenizer, heldout_rows, cfg.sample_tokens)
                 run.log(step + 1, {"exact_match": match})
+                for row in mistakes[:8]:
+                    run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
             clock = time.perf_counter()
 
     if cfg.eval_exact_match:
         run.say(f"{len(mistakes)} of {len(heldout_rows)} held-out answers are not exact: {run.folder / 'mistakes.jsonl'}")
-        for row in mistakes[:20]:
-            run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
         if run.main:
             write_jsonl(run.folder / "mistakes.jsonl", mistakes)
     losses = f"{kept['initial']:.2f} -> {eval_loss:.3f}"
