@@ -54,6 +54,8 @@ class Config:
     """Use only so many of the prompts."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; 0 = greedy."""
+    answers_per_prompt: Annotated[int, Field(gt=0)] = 1
+    """Answers sampled to each prompt; all count, the first is shown."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample among so many likeliest tokens; 0 = off."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -161,7 +163,7 @@ def shared_budget(cfg: Config, prompts: Sequence[Sequence[Message]]) -> int:
 
 
 class Findings(NamedTuple):
-    answers: dict[str, dict[str, list[Answer]]]  # mode: model: an answer to each prompt
+    answers: dict[str, dict[str, list[Answer]]]  # mode: model: answers, one prompt behind the other
     kinds: list[str] | None  # family of each prompt
     result: dict[str, Any]  # what compare.json holds, less samples and checks
 
@@ -175,10 +177,12 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
     modes |= {"greedy": 0.0} if cfg.output_dir else {}
     options = {"max_new_tokens": shared_budget(cfg, prompts), "seed": cfg.seed, "batch_size": cfg.batch_size}
     few = prompts[: cfg.best_of_prompts] if cfg.best_of else []
-    total = len(prompts) * len(modes) * len(names) + len(few) * cfg.best_of
+    asked = {mode: [m for m in prompts for _ in range(cfg.answers_per_prompt if t else 1)] for mode, t in modes.items()}
+    total = sum(map(len, asked.values())) * len(names) + len(few) * cfg.best_of
     answers: dict[str, dict[str, list[Answer]]] = {mode: {} for mode in modes}
     result: dict[str, Any] = {"models": {}, "reference": cfg.reference, "reward": cfg.reward, "gold": cfg.gold}
-    result |= {"prompts": len(prompts), "temperature": cfg.temperature, "seed": cfg.seed}
+    result |= {"prompts": len(prompts), "answers_per_prompt": cfg.answers_per_prompt}
+    result |= {"temperature": cfg.temperature, "seed": cfg.seed}
     with tqdm(total=total, unit="answer", disable=total < 32 or not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for name, path in zip(names, cfg.models, strict=True):
             bar.set_description(name, refresh=False)
@@ -187,14 +191,15 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
             for mode, temperature in modes.items():
                 cut = {"top_k": cfg.top_k, "top_p": cfg.top_p} if temperature else {}
                 answers[mode][name] = answer_prompts(
-                    model, tokenizer, prompts, judges, is_reference=same, temperature=temperature, progress=bar.update,
+                    model, tokenizer, asked[mode], judges, is_reference=same, temperature=temperature, progress=bar.update,
                     **cut, **options,
                 )  # fmt: skip
             stage = read_stage(path)
             facts = {key: stage.get(key) for key in ("stage", "step", "parent", "commit", "dirty", "wall_time")}
             result["models"][name] = {"path": path, **facts}
-        for mode in modes:
-            result[mode] = {name: summarise(found, kinds) for name, found in answers[mode].items()}
+        for mode, found in answers.items():
+            each = len(asked[mode]) // len(prompts)
+            result[mode] = {name: summarise(rows, kinds, each) for name, rows in found.items()}
         if cfg.best_of:
             bar.set_description(f"best of {cfg.best_of}", refresh=False)
             # At temperature 1: what the formula of its KL holds for.
@@ -220,7 +225,7 @@ def samples_of(findings: Findings, prompts: Sequence[list[Message]], count: int 
         row |= {"family": findings.kinds[i]} if findings.kinds else {}
         for mode, models in findings.answers.items():
             for name, answers in models.items():
-                a = answers[i]
+                a = answers[i * (len(answers) // len(prompts))]
                 known = {"gold": a.gold, "correct": a.correct, "reward": a.reward, "kl": a.kl}
                 kept = {key: round(v, 4) if isinstance(v, float) else v for key, v in known.items() if v is not None}
                 row["answers"].setdefault(name, {})[mode] = {"text": a.text, "stopped": a.stopped, **kept}

@@ -167,20 +167,24 @@ def mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 6)
 
 
-def summarise(answers: Sequence[Answer], kinds: Sequence[str] | None) -> dict[str, Any]:
-    """Figures of one model in one mode. What no judge spoke about is left out. `kinds`: the family of each prompt."""
+def summarise(answers: Sequence[Answer], kinds: Sequence[str] | None, each: int = 1) -> dict[str, Any]:
+    """Figures of one model in one mode: `each` answers to a prompt, one prompt behind the other; n counts answers.
+
+    What no judge spoke about is left out. `kinds`: the family of each prompt.
+    """
     found: dict[str, Any] = {}
     for name in ("gold", "reward"):
         values = [getattr(answer, name) for answer in answers]
         if None not in values:
-            found[name] = interval(values)
+            sums = np.reshape(values, (-1, each)).sum(1)
+            found[name] = interval(sums, [each] * len(sums))
     if None not in (kls := [answer.kl for answer in answers]):
         found["kl"] = mean(kls)
     found |= {"stop_rate": mean([a.stopped for a in answers]), "length": mean([a.tokens for a in answers])}
     if kinds:
         found["families"] = {}
         for kind in sorted(set(kinds)):
-            own = [answer for answer, name in zip(answers, kinds, strict=True) if name == kind]
+            own = [answer for i, answer in enumerate(answers) if kinds[i // each] == kind]
             figures = {"gold": mean([a.gold for a in own]), "correct": mean([a.correct for a in own]), "n": len(own)}
             found["families"][kind] = figures
     return found

@@ -73,7 +73,7 @@ def figures(result: dict[str, Any], mode: str) -> str:
 def by_family(result: dict[str, Any], names: Sequence[str]) -> str:
     columns = [(mode, name) for mode in modes(result) for name in names]
     kinds = result[columns[0][0]][names[0]]["families"]
-    header = ["family", "prompts", *(f"{name}, {mode}" for mode, name in columns)]
+    header = ["family", "answers", *(f"{name}, {mode}" for mode, name in columns)]
     rows = [
         [kind, str(kinds[kind]["n"]), *(f"{result[mode][name]['families'][kind]['correct']:.3f}" for mode, name in columns)]
         for kind in kinds

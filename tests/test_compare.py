@@ -18,6 +18,7 @@ from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, load
 from common.gate import checks, verdict
 from common.generate import sample
+from common.measure import interval
 from common.model import GPT, GPTConfig, RewardModel
 from common.tokenizer import Tokenizer
 
@@ -131,6 +132,28 @@ def test_same_prompt_same_seed_same_stream(runs, capsys):
         assert said["rl"] == said["twin"] == tokenizer.decode(answer.ids)
     run(*words, "--seed", 6)
     assert json.loads(capsys.readouterr().out)["samples"] != result["samples"]
+
+
+def test_several_answers_to_each_prompt(runs, capsys):
+    """All of them count, whole prompts are drawn for the interval, the first is shown; greedy there is only one."""
+    words = (runs / "rl", "--prompts", runs / "prompts.jsonl", "--gold", "fake_gold", "--max_new_tokens", 8, "--json")
+    run(*words, "--answers_per_prompt", 3)
+    result = json.loads(capsys.readouterr().out)
+    model, tokenizer = load_model(str(runs / "rl")), load_tokenizer(str(runs / "rl"))
+    ids = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS for _ in range(3)]
+    texts = [tokenizer.decode(a.ids) for a in sample(model, ids, max_new_tokens=8, seed=0, stop_ids=[tokenizer.eot_id])]
+    assert len({*texts[:3]}) > 1
+    golds = [judge("red", text, True).score for text in texts]
+    figures = result["sampled"]["rl"]
+    assert figures["gold"]["n"] == 15 and figures["gold"]["mean"] == pytest.approx(sum(golds) / 15, abs=1e-6)
+    assert figures["gold"]["ci95"] == interval([sum(golds[i : i + 3]) for i in range(0, 15, 3)], [3] * 5)["ci95"]
+    blue = [len(text) % 2 == 0 for text in texts[3:6] + texts[9:12]]
+    assert figures["families"]["blue"]["n"] == 6 and figures["families"]["blue"]["correct"] == pytest.approx(
+        sum(blue) / 6, abs=1e-6
+    )
+    assert [row["answers"]["rl"]["sampled"]["text"] for row in result["samples"]] == [texts[i] for i in (3, 0, 9, 6, 12)]
+    run(*words, "--answers_per_prompt", 3, "--temperature", 0)
+    assert json.loads(capsys.readouterr().out)["greedy"]["rl"]["gold"]["n"] == 5
 
 
 def test_kl_against_a_full_forward(runs, tokenizer, capsys):
