@@ -4,44 +4,17 @@ import json
 import math
 
 import pytest
-import torch
 from datasets import Dataset
+
+from tests.smoke.conftest import one_step
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "Is it?"]
 
 
 def message(role: str, text: str) -> list[dict]:
     return [{"role": role, "content": text}]
-
-
-@pytest.fixture
-def arguments(tmp_path) -> dict:
-    """One step of two rows on the CPU, nothing saved or reported."""
-    return {
-        "output_dir": str(tmp_path / "trl"), "max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
-        "max_length": 48, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "disable_tqdm": True,
-    }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-def one_step(trainer) -> None:
-    """Trains, and sees that the loss is a number and that the weights moved."""
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert trainer.state.global_step == 1
-    assert losses
-    assert all(map(math.isfinite, losses))
-    assert any(not torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
 
 
 def test_sft_trainer(tiny_gpt, stage_dir, arguments, tokenizer):
