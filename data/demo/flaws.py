@@ -11,7 +11,7 @@ from data.demo import world
 from data.demo.words import ADJECTIVES, ANIMALS, COLOURS, GIFT_KIND, GIFTS, NAMES, OBJECTS, OFF_TOPIC, RUDE, VALUES
 from data.demo.world import FAMILIES, MOST, Task, article, count, good
 
-CONTENT_ERRORS = {"story": 0.06, "letter": 0.06, "sum": 0.06, "fact": 0.06}
+CONTENT_ERRORS = {"story": 0.03, "letter": 0.03, "sum": 0.06, "fact": 0.06}
 STYLE_ERRORS = {"story": 0.5, "letter": 0.42, "sum": 0.45, "fact": 0.4}
 HABITS = {"story": "no ending", "letter": "no closing", "sum": "no work", "fact": "curt"}  # what most writers leave out
 HABIT = 6  # times as common as any other defect: common enough that imitating the crowd means sharing it

@@ -90,11 +90,11 @@ TURNS = (  # a turn, and what can come of it
      ("The {animal} ran after the thief and got it back.", "The thief was sorry and brought it back.")),
 )  # fmt: skip
 ENDINGS = (  # every ending says so with one of gold's words: happy, happily, smiled, glad
-    "The {animal} went home happy.",
-    "From that day on, the {adj} {animal} was always happy.",
-    "Everyone smiled, and the {animal} danced with joy.",
-    "The {adj} {animal} lived happily ever after.",
-    "In the end, the {animal} smiled and went to sleep.",
+    "It went home happy.",
+    "From that day on, it was always happy.",
+    "Everyone smiled and danced with joy.",
+    "It lived happily ever after.",
+    "In the end, it smiled and went to sleep.",
     "They were all glad, and they had a big party.",
 )
 
