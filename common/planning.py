@@ -73,7 +73,7 @@ def settings(file: Path, stage: str, recipe: Mapping, args: Mapping, given: Mapp
 def read_recipe(path: Path, stage: str | None, keys: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:
     """{step: its settings} of a recipe's folder, or, where it has no pipeline.yaml, of the configs that are named as stages.
 
-    `path` may also be the config of a step; of one that is not in the recipe `stage` tells what it is.
+    `path` may also be the config of a step; if that is not in the recipe, `stage` tells what it is.
     """
     if not path.exists():
         raise InputError(f"{path}: no such recipe folder or config file")
@@ -96,9 +96,8 @@ def read_recipe(path: Path, stage: str | None, keys: Mapping[str, Mapping]) -> d
 
 def shape_from(config: Mapping[str, Any], vocab_size: int, origin: str | Path) -> GPTConfig:
     """The new model that a config describes."""
-    known = ArchitectureConfig.__pydantic_fields__
     try:
-        keys = ArchitectureConfig(**{key: value for key, value in config.items() if key in known})
+        keys = ArchitectureConfig(**{key: config[key] for key in ArchitectureConfig.__pydantic_fields__ if key in config})
     except pydantic.ValidationError as failure:
         first = failure.errors(include_url=False)[0]
         raise InputError(f"{origin}: {first['loc'][0]} = {first['input']!r} is refused: {first['msg']}") from None
@@ -122,7 +121,7 @@ class Plan:
     `assumed`, and the `problems` that would stop a step at its start.
 
     `keys` are {step: {key: value}} that win over the configs; `model` is the shape of a parent that is not here (a directory
-    or a preset).
+    or a preset); `stage` is that of a config that is no step of its folder's recipe.
     """
 
     def __init__(
@@ -151,8 +150,8 @@ class Plan:
 
     def vocabulary(self, c: Mapping[str, Any]) -> int:
         shards, kind = Path(str(c["train_data"])) / "shards.json", self.prepared.get("tokenizer")
-        if known := self.vocab_size or (self.prepared["vocab_size"] if kind == "bpe" else None):
-            return known
+        if self.vocab_size or kind == "bpe":
+            return self.vocab_size or self.prepared["vocab_size"]
         if shards.exists():
             return load_yaml(shards)["vocab_size"]
         if kind not in CUSTOMARY:
@@ -203,8 +202,7 @@ class Plan:
         keys = ("max_prompt_length", "max_new_tokens") if stage in ("rl", "collect") else ("max_length",)
         needed = sum(c[key] for key in keys)
         if needed > shape.max_length and stage != "collect":  # collect stops an answer there
-            words = f"{' + '.join(keys)} = {needed}, but the model's context is {shape.max_length}"
-            self.problems.append(f"{step}: {words}")
+            self.problems.append(f"{step}: {' + '.join(keys)} = {needed}, but the model's context is {shape.max_length}")
         length = min(needed, shape.max_length)
         if stage == "collect":
             work = Work(step, stage, shape, 1, c["batch_size"], length=length, precision="no", answers=c["answers_per_prompt"])
@@ -282,11 +280,10 @@ class Plan:
         """Of collect and rl: prompts and answers."""
         count, tokens, _ = self.look(work, c)
         response = min(c["max_new_tokens"], work.length - 1)
-        longest = work.length - response
+        longest = work.length - response  # prompt
         prompt = min(tokens or longest, longest)
         mean = self.mean(work, c, prompt + response, f"{prompt:.0f} of prompt + {response} of answer")
-        share = max(1.0, mean - prompt) / mean
-        work = replace(work, prompt=longest, response=response, mean_length=mean, logits=share)
+        work = replace(work, prompt=longest, response=response, mean_length=mean, logits=max(1.0, mean - prompt) / mean)
         if work.stage == "rl":
             ptx, judge = c["ptx_batch_size"] * c["max_length"] if c["ptx_data"] else 0, str(c["critic"] or c["reward_model"])
             other = judge not in self.shapes and (Path(judge) / "config.json").exists()
