@@ -1,4 +1,4 @@
-"""What a GPT costs, in closed form: parameters, FLOPs, bytes, seconds. Pure functions; each names its units and its source.
+"""What a GPT costs, in closed form: parameters, FLOPs, bytes; and GPUs. Pure functions; each names its units and its source.
 
 Legend: L layers, C width (n_embd), H heads, K key/value heads, D head width, I MLP width, V vocabulary, B rows, T positions.
 A FLOP is one multiplication or addition; GB are 10^9 bytes. "PaLM, appendix B" is Chowdhery 2022, "ZeRO" Rajbhandari 2020.
@@ -35,11 +35,6 @@ GPUS: Mapping[str, GPU] = {
 # Model FLOPs utilisation, the share of `flops` that training reaches. Published: GPT-3 .21 (V100) and PaLM .46 (both PaLM,
 # table 3), LLaMA .47-.55 (from the GPU hours of its table 15), Llama 3 405B .38-.43 (its table 4). Ours is not measured yet.
 MFU = 0.40
-LAUNCH = 5e-6  # seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
-# Kernels that our Block starts: (forward and backward, one cached decoding step), counted by dispatch; and outside the blocks.
-LAUNCHES = {"gpt2": (61, 14), "llama": (107, 26)}
-LAUNCHES_OUTSIDE = (40, 30)
-MUON_LAUNCHES = 4 * 25  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
 
 
 class Numerics(NamedTuple):
@@ -91,11 +86,6 @@ def lora_parameters(config: GPTConfig, rank: int, targets: Iterable[str]) -> int
     return config.n_layer * rank * sum(sum(layers[name]) for name in targets)
 
 
-def six_nd(parameters: float, tokens: float) -> float:
-    """Training FLOPs by the rule of thumb 6 N D, attention left out (Kaplan 2020, section 2.1; Chinchilla, appendix F)."""
-    return 6 * parameters * tokens
-
-
 def forward_flops(config: GPTConfig, tokens: float, length: float, head_tokens: float = 0) -> float:
     """FLOPs of a forward pass over `tokens` in rows of `length`, with logits at `head_tokens` of them.
 
@@ -105,11 +95,6 @@ def forward_flops(config: GPTConfig, tokens: float, length: float, head_tokens: 
     seen = sum(min(length, config.window) if kind == "local" else length for kind in config.attention_pattern)
     trunk = 2 * block_matrices(config) + 4 * config.n_embd * seen
     return tokens * trunk + head_tokens * 2 * config.n_embd * config.vocab_size
-
-
-def training_flops(config: GPTConfig, tokens: float, length: float, head_tokens: float = 0, lora: bool = False) -> float:
-    """FLOPs of forward and backward: 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient."""
-    return (2 if lora else 3) * forward_flops(config, tokens, length, head_tokens)
 
 
 def muon_flops(config: GPTConfig, iterations: int = 5) -> float:
@@ -145,41 +130,6 @@ def activation_bytes(
     return rows * length * (kept + outside)
 
 
-def logits_bytes(positions: float, vocab_size: int, loss: Literal["cross_entropy", "logprobs", "ppo"]) -> float:
-    """Most bytes alive at once around the logits of `positions` tokens; for small models more than everything else.
-
-    Bytes a logit, measured on PyTorch 2.13: 12 where F.cross_entropy is differentiated (log-softmax, its gradient, the
-    logits' gradient, fp32 each), 16 for ops.token_logprobs, 20 where PPO also takes the entropy.
-    """
-    return positions * vocab_size * {"cross_entropy": 12, "logprobs": 16, "ppo": 20}[loss]
-
-
 def kv_cache_bytes(config: GPTConfig, rows: float, length: float, element: int = 4) -> float:
     """Bytes of keys and values: 2 L K D B T elements (Shazeer 2019); fp32 in our rollouts, as the weights are."""
     return 2 * config.n_layer * config.n_kv_head * config.head_width * rows * length * element
-
-
-def training_seconds(flops: float, launches: float, gpus: int, peak: float, mfu: float) -> tuple[float, str]:
-    """(seconds, what bounds them). `flops` of all GPUs at `peak` x `mfu` FLOP/s each (PaLM, section 4.1), but no less than
-    one GPU needs to start its `launches` kernels."""
-    return max((flops / (gpus * peak * mfu), "arithmetic"), (launches * LAUNCH, "kernel launches"))
-
-
-def decoding_seconds(
-    config: GPTConfig, rows: float, prompt: float, response: float, gpu: GPU, peak: float, mfu: float, element: int = 4
-) -> tuple[float, str]:
-    """(seconds for one GPU to sample `response` tokens for each of `rows` prompts together, what bounds them).
-
-    A token of all rows takes the longest of: its arithmetic at `peak` x `mfu` FLOP/s, reading all weights and the mean KV
-    cache once at 70 % of the bandwidth (Pope 2022, section 2), starting its kernels. Rows that end early are counted in full.
-    """
-    mean = prompt + response / 2
-    weights = (block_matrices(config) + config.n_embd * config.vocab_size) * element
-    cache = kv_cache_bytes(config, rows, mean, element)
-    launches = LAUNCHES[config.family][1] * config.n_layer + LAUNCHES_OUTSIDE[1]
-    step = max(
-        (forward_flops(config, rows, mean, rows) / (peak * mfu), "sampling: arithmetic"),
-        ((weights + cache) / (0.7 * gpu.bandwidth), "sampling: memory bandwidth"),
-        (launches * LAUNCH, "sampling: kernel launches"),
-    )
-    return forward_flops(config, rows * prompt, prompt) / (peak * mfu) + response * step[0], step[1]

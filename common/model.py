@@ -79,15 +79,6 @@ class GPTConfig:
     def head_width(self) -> int:
         return self.n_embd // self.n_head
 
-    def flops_per_token(self, length: int) -> float:
-        """FLOPs of one forward and backward pass, a token (PaLM, appendix B): 6 N + 12 L C T, embeddings as matrix; a local
-        layer counts its window for T."""
-        attention = self.n_embd * (self.n_head + 2 * self.n_kv_head) * self.head_width + self.n_embd**2
-        mlp = self.n_embd * self.n_inner * (2 if self.family == "gpt2" else 3)
-        matrices = self.n_layer * (attention + mlp) + self.n_embd * self.vocab_size
-        seen = sum(min(length, self.window) if kind == "local" else length for kind in self.attention_pattern)
-        return 6 * matrices + 12 * self.n_embd * seen
-
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:

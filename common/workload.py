@@ -1,7 +1,7 @@
 """What one stage of a recipe will do, and what that costs on given GPUs: FLOPs, seconds, memory under each ZeRO stage, disk.
 
-The stages' loops in closed form: whoever changes a loop changes this file, and tests/test_plan.py compares the two. Not
-counted: evaluations, samples for the log, reading the data, and the time that GPUs wait for each other (MFU stands for that).
+The stages' loops in closed form: whoever changes a loop changes this file; tests/common/test_workload.py compares the two.
+Not counted: evaluations, samples for the log, reading data, and the time that GPUs wait for each other (MFU stands for that).
 """
 
 from dataclasses import dataclass
@@ -9,25 +9,27 @@ from typing import NamedTuple
 
 from common.costs import (
     GPU,
-    LAUNCHES,
-    LAUNCHES_OUTSIDE,
-    MUON_LAUNCHES,
     NUMERICS,
     activation_bytes,
     block_matrices,
-    decoding_seconds,
     forward_flops,
     kv_cache_bytes,
-    logits_bytes,
     lora_parameters,
     muon_flops,
     parameters,
-    training_flops,
-    training_seconds,
 )
 from common.model import GPTConfig
 
 ROLLOUT_ROWS = 256  # stages/rl/train.py samples at most so many episodes at once
+LAUNCH = 5e-6  # seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
+# Kernels that our Block starts: (forward and backward, one cached decoding step), counted by dispatch; and outside the blocks.
+LAUNCHES = {"gpt2": (61, 14), "llama": (107, 26)}
+LAUNCHES_OUTSIDE = (40, 30)
+MUON_LAUNCHES = 4 * 25  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
+# Most bytes alive at once around a logit, measured on PyTorch 2.13, fp32 each: 12 where F.cross_entropy is differentiated
+# (log-softmax, its gradient, the logits' gradient), 16 for ops.token_logprobs, 20 where PPO also takes the entropy.
+LOGIT_BYTES = {"pretrain": 12, "sft": 16, "ptx": 16, "rl": 20}
+PICK_BYTES = 20  # of a logit from which a token is sampled: five fp32 copies
 BUCKET = 1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, by default 5e8 numbers of bf16
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at most, by default (stage3_max_live_parameters)
 
@@ -66,35 +68,38 @@ class Work:
     corpus: float | None = None  # tokens of the shards
 
     @property
-    def trained(self) -> list[tuple[GPTConfig, str]]:
-        """The networks that learn, with their heads."""
+    def networks(self) -> list[tuple[GPTConfig, str]]:
+        """Those that learn (collect: that is sampled), with their heads."""
         if self.stage == "rl":
             return [(self.shape, "lm"), (self.judge or self.shape, "scalar")]
         return [(self.shape, "scalar" if self.stage == "reward" else "lm")]
 
     @property
     def parameters(self) -> int:
-        return sum(parameters(shape, head) for shape, head in self.trained)
-
-    @property
-    def frozen(self) -> int:
-        """Parameters that only compute: reference and reward model in rl, the sampled model in collect."""
-        if self.stage == "rl":
-            return self.parameters  # policy and critic have their likes
-        return parameters(self.shape) if self.stage == "collect" else 0
+        return sum(parameters(shape, head) for shape, head in self.networks)
 
     @property
     def trainable(self) -> int:
         if not self.lora_r:
             return 0 if self.stage == "collect" else self.parameters
-        adapters = sum(lora_parameters(shape, self.lora_r, self.lora_targets) for shape, _ in self.trained)
-        return adapters + sum(shape.n_embd for shape, head in self.trained if head == "scalar")
+        adapters = sum(lora_parameters(shape, self.lora_r, self.lora_targets) for shape, _ in self.networks)
+        return adapters + sum(shape.n_embd for shape, head in self.networks if head == "scalar")
+
+    @property
+    def moments(self) -> float:
+        """Bytes of the optimizer's moments in fp32: two with AdamW, one with Muon, which has the matrices of the blocks."""
+        return 8 * self.trainable - (4 * block_matrices(self.shape) if self.optimizer == "muon" else 0)
 
     @property
     def zero_stages(self) -> tuple[int, ...]:
         """Those that can be chosen: one GPU has nothing to share out, and a DeepSpeed engine takes one optimizer, not Muon
         beside AdamW."""
         return (0,) if self.gpus == 1 or self.optimizer == "muon" else (0, 1, 2, 3)
+
+    @property
+    def batch(self) -> int:
+        """Rows of one of the `steps`, on all GPUs."""
+        return self.micro * self.accumulation * self.minibatches * self.gpus
 
     @property
     def tokens(self) -> float | None:
@@ -104,61 +109,70 @@ class Work:
     @property
     def rollout_rows(self) -> int:
         """Episodes a GPU samples at once."""
-        episodes = self.micro * self.accumulation * self.minibatches
-        return self.micro if self.stage == "collect" else min(ROLLOUT_ROWS, episodes)
+        return self.micro if self.stage == "collect" else min(ROLLOUT_ROWS, self.batch // self.gpus)
 
 
 class Flops(NamedTuple):
     """FLOPs of a whole step on all GPUs."""
 
-    training: float  # forward and backward passes
-    scoring: float  # forward passes of whole rows: PPO's log-probs, values and scores
-    sampling: float
-    optimizer: float  # Muon's; AdamW's are negligible
+    training: float = 0  # forward and backward passes
+    scoring: float = 0  # forward passes of whole rows: PPO's log-probs, values and scores
+    sampling: float = 0
+    optimizer: float = 0  # Muon's; AdamW's are negligible
 
 
 def flops(work: Work) -> Flops | None:
-    """FLOPs of the step; None when it is not known how many rows it sees."""
-    w, tokens = work, work.tokens
+    """FLOPs of the step; None when it is not known how many rows it sees.
+
+    Forward and backward are 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient.
+    """
+    w, tokens, passes = work, work.tokens, 2 if work.lora_r else 3
     if tokens is None:
         return None
-    at_head = tokens * w.logits
-    optimizer = muon_flops(w.shape) * (w.steps or 0) * w.gpus if w.optimizer == "muon" else 0
-    if w.stage in ("pretrain", "sft", "reward"):
-        head = 0 if w.stage == "reward" else at_head
-        return Flops(training_flops(w.shape, tokens, w.mean_length, head, bool(w.lora_r)), 0, 0, optimizer)
-    forward = forward_flops(w.shape, tokens, w.mean_length, at_head)
+    forward = forward_flops(w.shape, tokens, w.mean_length, tokens * w.logits)
     if w.stage == "collect":
-        return Flops(0, 0, forward, 0)
+        return Flops(sampling=forward)
+    updates = (w.steps or 0) * w.gpus * w.minibatches
+    if w.stage != "rl":
+        return Flops(passes * forward, optimizer=muon_flops(w.shape) * updates if w.optimizer == "muon" else 0)
     values = forward_flops(w.judge or w.shape, tokens, w.mean_length)
-    passes = 2 if w.lora_r else 3
-    ptx = w.ptx_tokens * (w.steps or 0) * w.gpus * w.minibatches
-    mixed_in = passes * forward_flops(w.shape, ptx, w.ptx_length, ptx)
+    ptx = forward_flops(w.shape, w.ptx_tokens * updates, w.ptx_length, w.ptx_tokens * updates)
     # An episode is sampled by the policy; scored by policy, reference, critic, reward model; learned by policy and critic.
-    return Flops(w.epochs * (passes * (forward + values) + mixed_in), 2 * (forward + values), forward, 0)
+    return Flops(w.epochs * passes * (forward + values + ptx), 2 * (forward + values), forward)
 
 
 def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str] | None:
-    """(wall time, what most of it is bound by); None when the number of rows is not known."""
-    w, counted = work, flops(work)
-    if counted is None or w.rows is None:
+    """(wall time, what most of it is bound by); None when the number of rows is not known.
+
+    Training runs at `mfu` of the peak FLOP/s (PaLM, section 4.1), but no faster than a GPU starts its kernels. A token that
+    is sampled for all rows of a rollout takes the longest of its arithmetic, reading all weights and the mean KV cache once at
+    70 % of the bandwidth (Pope 2022, section 2), and starting its kernels; rows that end early are counted in full. Rollouts
+    run in fp32, as our weights are; under DeepSpeed those are bf16.
+    """
+    w, c, counted, training, sampling = work, work.shape, flops(work), (0.0, ""), (0.0, "")
+    if counted is None:
         return None
-    peak = gpu.fp32_flops if w.precision == "no" else gpu.flops
-    sequences, layers = w.rows * w.answers / w.gpus, w.shape.n_layer
-    parts = []
     if w.stage != "collect":
-        passes = sequences / (w.micro * w.answers) * len(w.trained) * w.epochs
-        launches = passes * (LAUNCHES[w.shape.family][0] * layers + LAUNCHES_OUTSIDE[0])
-        launches += (w.steps or 0) * layers * MUON_LAUNCHES if w.optimizer == "muon" else 0
-        again = 4 / 3 if w.checkpointing else 1  # checkpointing: the forward pass once more
-        total = counted.training * again + counted.scoring + counted.optimizer
-        parts.append(training_seconds(total, launches * again, w.gpus, peak, mfu))
-    if w.stage in ("collect", "rl"):
-        # Our rollouts run in fp32, as the weights are; under DeepSpeed the weights are bf16.
-        rate, element = (gpu.flops, 2) if zero else (gpu.fp32_flops, 4)
-        time, bound = decoding_seconds(w.shape, w.rollout_rows, w.prompt, w.response, gpu, rate, mfu, element)
-        parts.append((time * sequences / w.rollout_rows, bound))
-    return sum(time for time, _ in parts), max(parts)[1]
+        again = 4 / 3 if w.checkpointing else 1  # the forward pass once more
+        rate = (gpu.fp32_flops if w.precision == "no" else gpu.flops) * mfu * w.gpus
+        launches = w.rows / (w.gpus * w.micro) * len(w.networks) * w.epochs * again
+        launches *= LAUNCHES[c.family][0] * c.n_layer + LAUNCHES_OUTSIDE[0]
+        launches += w.steps * c.n_layer * MUON_LAUNCHES if w.optimizer == "muon" else 0
+        arithmetic = counted.training * again + counted.scoring + counted.optimizer
+        training = max((arithmetic / rate, "arithmetic"), (launches * LAUNCH, "kernel launches"))
+    if w.response:
+        rate, element = (gpu.flops * mfu, 2) if zero else (gpu.fp32_flops * mfu, 4)
+        rows, mean = w.rollout_rows, w.prompt + w.response / 2
+        read = element * (block_matrices(c) + c.n_embd * c.vocab_size) + kv_cache_bytes(c, rows, mean, element)
+        launches = LAUNCHES[c.family][1] * c.n_layer + LAUNCHES_OUTSIDE[1]
+        token, bound = max(
+            (forward_flops(c, rows, mean, rows) / rate, "sampling: arithmetic"),
+            (read / (0.7 * gpu.bandwidth), "sampling: memory bandwidth"),
+            (launches * LAUNCH, "sampling: kernel launches"),
+        )
+        together = forward_flops(c, rows * w.prompt, w.prompt) / rate + w.response * token
+        sampling = (w.rows * w.answers / w.gpus / rows * together, bound)
+    return training[0] + sampling[0], max(training, sampling)[1]
 
 
 class Memory(NamedTuple):
@@ -167,7 +181,7 @@ class Memory(NamedTuple):
     weights: float  # of what learns
     gradients: float
     optimizer: float
-    frozen: float  # weights of what does not
+    frozen: float  # weights of what only computes: reference and reward model in rl, the sampled model in collect
     buffers: float  # autocast's bf16 copies of weights, buckets of DDP or DeepSpeed, what ZeRO-3 has gathered
     activations: float
     logits: float
@@ -180,46 +194,37 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
 
     Without: fp32 weights, gradients and AdamW's two moments, 4 + 4 + 8 bytes a parameter, and 2 for autocast's copies, 4 for
     DDP's buckets. DeepSpeed in bf16: 2 + 2 + 12, where 12 are fp32 weights and moments; stage 1 shares out the 12 among the
-    GPUs, 2 also the gradients, 3 also the weights (ZeRO, section 3.1 and figure 1). Muon has one moment (4 bytes) on block
-    matrices. Reference and reward model stay whole and fp32 on every GPU, at every stage, as our code keeps them.
+    GPUs, 2 also the gradients, 3 also the weights (ZeRO, section 3.1 and figure 1). Reference and reward model stay whole and
+    fp32 on every GPU, at every stage, as our code keeps them.
     """
-    w, shards = work, work.gpus
-    half, total, learning = w.precision != "no", w.parameters, w.trainable
-    muon = block_matrices(w.shape) if w.optimizer == "muon" else 0
-    moments = 8 * learning - 4 * muon
-    if w.stage == "collect":
-        total = 0
-    if zero == 0:
-        weights, gradients, optimizer = 4 * total, 4 * learning, moments
-        buffers = 4 * learning if shards > 1 else 0
-        copies = 2 * total if half else 0
-    else:
-        weights = 2 * total / (shards if zero == 3 else 1)
-        gradients = 2 * learning / (shards if zero >= 2 else 1)
-        optimizer = (4 * learning + moments) / shards
+    w, half, learning = work, work.precision != "no", work.trainable
+    total = 0 if w.stage == "collect" else w.parameters
+    frozen = 4 * w.parameters if w.stage in ("collect", "rl") else 0  # in rl policy and critic have their likes
+    if zero:
+        weights = 2 * total / (w.gpus if zero == 3 else 1)
+        gradients = 2 * learning / (w.gpus if zero >= 2 else 1)
+        optimizer = (4 * learning + w.moments) / w.gpus
         buffers, copies = BUCKET, min(2 * total, 2 * LIVE) if zero == 3 else 0
-    frozen = 4 * w.frozen
+    else:
+        weights, gradients, optimizer = 4 * total, 4 * learning, w.moments
+        buffers, copies = gradients if w.gpus > 1 else 0, 2 * total if half else 0
 
     numerics = NUMERICS["deepspeed"] if zero else NUMERICS[("cpu " * on_cpu + "autocast" * half).strip() or "no"]
-    rows, activations, logits, rollout = w.micro * w.answers, 0.0, 0.0, 0.0
-    if w.stage != "collect":
-        activations = sum(
-            activation_bytes(shape, rows, w.length, numerics, masked=w.masked, checkpointing=w.checkpointing)
-            for shape, _ in w.trained
-        )
-        positions = rows * (w.response if w.stage == "rl" else w.length * w.logits)
-        loss = {"pretrain": "cross_entropy", "rl": "ppo"}.get(w.stage, "logprobs")
-        logits = 0 if w.stage == "reward" else logits_bytes(positions, w.shape.vocab_size, loss)
-        if w.ptx_tokens:  # split over the micro-batches of an update; documents do not see each other
-            part = w.ptx_tokens / w.accumulation
-            rows = part / w.ptx_length
-            activations += activation_bytes(w.shape, rows, w.ptx_length, numerics, masked=True, checkpointing=w.checkpointing)
-            logits += logits_bytes(part, w.shape.vocab_size, "logprobs")
-    if w.stage in ("collect", "rl"):
+    rows, part = w.micro * w.answers, w.ptx_tokens / w.accumulation  # ptx is split over the micro-batches of an update
+    passes = [(shape, rows, w.length, w.masked) for shape, _ in w.networks if w.stage != "collect"]
+    passes += [(w.shape, part / w.ptx_length, w.ptx_length, True)] if part else []  # documents do not see each other
+    activations = sum(
+        activation_bytes(shape, n, length, numerics, masked=masked, checkpointing=w.checkpointing)
+        for shape, n, length, masked in passes
+    )
+    positions = rows * (w.response if w.stage == "rl" else w.length * w.logits)
+    logits = w.shape.vocab_size * (positions * LOGIT_BYTES.get(w.stage, 0) + part * LOGIT_BYTES["ptx"])
+    rollout = 0.0
+    if w.response:
+        # A batch that shrinks is copied: the old cache and at most 80 % of it.
         element = 2 if zero and w.stage == "rl" else 4
-        # A batch that shrinks is copied: the old cache and at most 80 % of it. Picking a token: 5 fp32 copies of the logits.
         rollout = 1.8 * kv_cache_bytes(w.shape, w.rollout_rows, w.prompt + w.response, element)
-        rollout += 20 * w.rollout_rows * w.shape.vocab_size
+        rollout += PICK_BYTES * w.rollout_rows * w.shape.vocab_size
     gathered = 2 * parameters(w.shape) if zero == 3 and w.stage == "rl" else 0  # once for all tokens of a rollout
     # Gradients are born while activations die, unless an earlier micro-batch has left its own.
     early = gradients if w.accumulation > 1 else 0
@@ -236,10 +241,7 @@ def disk(work: Work, zero: int = 0) -> tuple[float, float]:
     w = work
     if w.stage == "collect":
         return 0, 0
-    kept = 4 * w.parameters
-    if w.corpus is not None:
-        kept += w.corpus * (2 if w.shape.vocab_size <= 1 << 16 else 4)
-    muon = 4 * block_matrices(w.shape) if w.optimizer == "muon" else 0
-    state = (2 if zero else 4) * w.parameters + (12 if zero else 8) * w.trainable - muon
+    kept = 4 * w.parameters + (w.corpus or 0) * (2 if w.shape.vocab_size <= 1 << 16 else 4)
+    state = (2 * w.parameters + 4 * w.trainable if zero else 4 * w.parameters) + w.moments
     saves = (w.steps - 1) // w.save_steps if w.steps and w.save_steps else 0
     return kept, kept + state * min(w.save_total_limit + 1, saves)

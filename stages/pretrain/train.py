@@ -18,6 +18,7 @@ from common.architecture import ArchitectureConfig, new_model
 from common.chat import prompt_ids, stop_ids
 from common.checkpoint import load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
+from common.costs import GPUS, forward_flops
 from common.data import Shards
 from common.generate import check_prompts, sample
 from common.model import GPT
@@ -69,8 +70,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that MFU is a share of: the data sheet's figure for a known GPU (dense bf16), else a GEMM timed here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        sheet = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "V100": 125e12}
-        known = [flops for part, flops in sheet.items() if part in name]
+        known = [gpu.flops for key, gpu in GPUS.items() if key.split("-")[0].upper() in name]
         if known:
             return known[0]
     dtype = torch.float32 if precision == "no" else torch.bfloat16
@@ -142,7 +142,7 @@ def main(cfg: Config) -> None:
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, shards.rows, batch_rows)
     tokens_per_step = batch_rows * cfg.max_length
     peak = peak_flops(run.device, run.accelerator.mixed_precision) * run.processes
-    flops_per_token = raw.config.flops_per_token(cfg.max_length)
+    flops_per_token = 3 * forward_flops(raw.config, 1, cfg.max_length, 1)  # backward is twice forward
     epochs, seen = steps * batch_rows / shards.rows, shards.epochs(steps * batch_rows)
     of_each = "".join(f"; {times:.2f} of {name}" for name, times in seen.items() if len(seen) > 1)
     run.say(

@@ -1,5 +1,7 @@
 """The arithmetic of plan.py against published figures (taken from the papers, not from our code) and against counted FLOPs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,20 +12,16 @@ from common.costs import (
     GPUS,
     NUMERICS,
     activation_bytes,
-    decoding_seconds,
     forward_flops,
     kv_cache_bytes,
     lora_parameters,
     muon_flops,
     parameters,
-    six_nd,
-    training_flops,
-    training_seconds,
 )
 from common.lora import add_lora
 from common.model import GPT, GPTConfig, RewardModel
 from common.optim import muon
-from common.workload import Work, disk, memory
+from common.workload import Work, disk, flops, memory, seconds
 
 GPT2_VOCABULARY = 50257
 
@@ -61,20 +59,23 @@ LLAMA = {
 }
 
 
+def pretraining(shape: GPTConfig, tokens: float, gpus: int = 1, length: int = 2048) -> Work:
+    return Work("x", "pretrain", shape, gpus, micro=1, steps=1, rows=tokens / length, length=length, mean_length=length)
+
+
 def test_gpt2_124m_to_the_parameter():
     assert parameters(gpt(12, 12, 768, max_length=1024)) == 124_439_808
 
 
 @pytest.mark.parametrize("name", GPT3)
 def test_gpt3(name):
-    shape, millions, flops = GPT3[name]
+    shape, millions, published = GPT3[name]
     assert parameters(shape) / 1e6 == pytest.approx(millions, rel=0.01)
-    assert six_nd(parameters(shape), 300e9) == pytest.approx(flops, rel=0.01)
+    assert 6 * parameters(shape) * 300e9 == pytest.approx(published, rel=0.01)  # 6 N D (Kaplan 2020, section 2.1)
     # Table D.1 leaves attention out, which for short rows of narrow models is no small part.
-    dense = training_flops(shape, 300e9, 2048, 300e9)
-    banded = training_flops(gpt(shape.n_layer, shape.n_head, shape.n_embd, attention_pattern=("full", "local"), window=256),
-                            300e9, 2048, 300e9)  # fmt: skip
-    assert flops < banded < dense < 1.4 * flops
+    local = gpt(shape.n_layer, shape.n_head, shape.n_embd, attention_pattern=("full", "local"), window=256)
+    dense, banded = (sum(flops(pretraining(config, 300e9))) for config in (shape, local))
+    assert published < banded < dense < 1.4 * published
     if name == "175b":
         assert dense == pytest.approx(3.14e23, rel=0.04) and banded == pytest.approx(3.14e23, rel=0.02)
 
@@ -83,18 +84,19 @@ def test_gpt3(name):
 def test_llama_parameters_and_gpu_hours(name):
     shape, count, tokens, hours = LLAMA[name]
     assert parameters(shape) == pytest.approx(count, rel=0.006)
-    seconds, bound = training_seconds(training_flops(shape, tokens, 2048, tokens), 0, 1, GPUS["a100-80"].flops, mfu=0.5)
-    assert seconds / 3600 == pytest.approx(hours, rel=0.1) and bound == "arithmetic"
+    time, bound = seconds(pretraining(shape, tokens), GPUS["a100-80"], mfu=0.5)
+    assert time / 3600 == pytest.approx(hours, rel=0.1) and bound == "arithmetic"
 
 
 def test_llama_65b_takes_21_days():
     """Section 2.4: 380 tokens/s/GPU on 2048 A100-80GB, about 21 days. The utilisation is that of the three smaller models."""
-    peak = GPUS["a100-80"].flops
-    used = [training_flops(s, t, 2048, t) / (h * 3600 * peak) for s, _, t, h in (LLAMA[n] for n in ("7b", "13b", "33b"))]
+    gpu = GPUS["a100-80"]
+    smaller = [LLAMA[name] for name in ("7b", "13b", "33b")]
+    used = [sum(flops(pretraining(shape, tokens))) / (hours * 3600 * gpu.flops) for shape, _, tokens, hours in smaller]
     shape, _, tokens, _ = LLAMA["65b"]
-    seconds, _ = training_seconds(training_flops(shape, tokens, 2048, tokens), 0, 2048, peak, mfu=sum(used) / 3)
-    assert seconds / 86400 == pytest.approx(21, rel=0.05)
-    assert tokens / seconds / 2048 == pytest.approx(380, rel=0.05)
+    time, _ = seconds(pretraining(shape, tokens, gpus=2048), gpu, mfu=sum(used) / 3)
+    assert time / 86400 == pytest.approx(21, rel=0.05)
+    assert tokens / time / 2048 == pytest.approx(380, rel=0.05)
 
 
 def test_zero_figure_1():
@@ -136,11 +138,24 @@ def test_parameters_are_those_of_our_models(settings):
     config = GPTConfig(**{"vocab_size": 100, "max_length": 64, "n_layer": 2, "n_head": 4, "n_embd": 32} | settings)
     assert parameters(config) == sum(p.numel() for p in GPT(config).parameters())
     assert parameters(config, "scalar") == sum(p.numel() for p in RewardModel(config).parameters())
-    assert 3 * forward_flops(config, 1, 64, 1) == pytest.approx(config.flops_per_token(64))
     model, targets = GPT(config), ["qkv", "down"]
     if config.n_layer:
         add_lora(model, 4, 16.0, targets)
         assert lora_parameters(config, 4, targets) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_flops_per_token_by_hand():
+    # a block of llama: q 32x32, k and v 16x32 each, out 32x32, gate, up, down 64x32; the head 300x32
+    matrices = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32) + 300 * 32
+    config = GPTConfig(family="llama", vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=64)
+    assert 3 * forward_flops(config, 1, 50, 1) == 6 * matrices + 12 * 2 * 32 * 50
+    matrices = 2 * (4 * 32 * 32 + 2 * 128 * 32) + 300 * 32
+    config = GPTConfig(family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32)
+    assert 3 * forward_flops(config, 1, 1, 1) == 6 * matrices + 768
+    local = GPTConfig(
+        family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32, attention_pattern=("full", "local"), window=10
+    )
+    assert 3 * forward_flops(local, 1, 50, 1) == 6 * matrices + 12 * 32 * (50 + 10)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -152,7 +167,7 @@ def test_flops_of_a_training_step_are_the_counted_ones(family):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
     counted = counter.get_total_flops()
-    assert training_flops(config, ids[:, 1:].numel(), 128, ids[:, 1:].numel()) == pytest.approx(counted, rel=0.01)
+    assert sum(flops(pretraining(config, ids[:, 1:].numel(), length=128))) == pytest.approx(counted, rel=0.01)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     assert muon_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -191,11 +206,11 @@ def test_activations_are_those_that_autograd_keeps(family, numerics):
 
 def test_what_bounds_sampling():
     gpu = GPUS["h100"]
-    big, small = LLAMA["7b"][0], gpt(2, 2, 64)
-    _, alone = decoding_seconds(big, 1, 10, 100, gpu, gpu.flops, 0.4, element=2)
-    _, many = decoding_seconds(big, 256, 10, 100, gpu, gpu.fp32_flops, 0.4)
-    assert (alone, many) == ("sampling: memory bandwidth", "sampling: arithmetic")
-    assert decoding_seconds(small, 1, 10, 100, gpu, gpu.flops, 0.4)[1] == "sampling: kernel launches"
+    one = Work("x", "collect", LLAMA["7b"][0], gpus=1, micro=1, rows=1, prompt=10, response=100, mean_length=110)
+    many = replace(one, micro=256, rows=256)
+    assert seconds(one, gpu, 0.4, zero=1)[1] == "sampling: memory bandwidth"  # in bf16, as the weights are under ZeRO
+    assert seconds(many, gpu, 0.4)[1] == "sampling: arithmetic"
+    assert seconds(replace(one, shape=gpt(2, 2, 64)), gpu, 0.4)[1] == "sampling: kernel launches"
 
 
 def test_four_models_of_ppo():

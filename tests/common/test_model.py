@@ -211,19 +211,6 @@ def test_parameter_counts_of_the_published_models():
     assert sum(p.numel() for p in tiny_llama.parameters()) == 1_100_048_384
 
 
-def test_flops_per_token_by_hand():
-    # a block of llama: q 32x32, k and v 16x32 each, out 32x32, gate, up, down 64x32; the head 300x32
-    matrices = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32) + 300 * 32
-    config = GPTConfig(family="llama", vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=64)
-    assert config.flops_per_token(50) == 6 * matrices + 12 * 2 * 32 * 50
-    matrices = 2 * (4 * 32 * 32 + 2 * 128 * 32) + 300 * 32
-    assert GPTConfig(family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32).flops_per_token(1) == 6 * matrices + 768
-    local = GPTConfig(
-        family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32, attention_pattern=("full", "local"), window=10
-    )
-    assert local.flops_per_token(50) == 6 * matrices + 12 * 32 * (50 + 10)
-
-
 def test_widths_by_default():
     assert GPTConfig(family="gpt2", n_embd=96, n_head=4).n_inner == 384
     assert GPTConfig(family="llama", n_embd=96, n_head=4).n_inner == 256  # 8/3 * 96

@@ -15,8 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.chat import prompt_ids
 from common.checkpoint import publish
-from common.costs import GPUS
-from common.facts import Options
 from common.model import GPT, RewardModel
 from common.optim import muon
 from common.planning import Plan
@@ -38,7 +36,7 @@ def nothing_was_run(tmp_path, monkeypatch):
 
 def demo(step: str, **changes) -> Work:
     """Work of a step of configs/demo."""
-    works = {work.step: work for work in Plan(ROOT / "configs/demo", Options(1, GPUS["h100"])).works}
+    works = {work.step: work for work in Plan(ROOT / "configs/demo").works}
     return replace(works[step], **changes)
 
 
@@ -132,7 +130,7 @@ def measured(stage: str, keys: dict, small: dict) -> float:
 
 def planned(stage: str, keys: dict, folder: Path) -> float:
     (folder / f"{stage}.yaml").write_text(yaml.safe_dump(keys))
-    (work,) = Plan(folder / f"{stage}.yaml", Options(1, GPUS["h100"])).works
+    (work,) = Plan(folder / f"{stage}.yaml").works
     return memory(work, on_cpu=True).peak
 
 
