@@ -135,11 +135,14 @@ STYLES: dict[str, dict[str, Callable[[Task, random.Random], str]]] = {
 }
 
 
-def style_error(task: Task, rng: random.Random, kind: str = "") -> str:
-    """A right answer with one defect of style; `kind` is a key of STYLES[family], default any, the habit most often."""
+def style_error(task: Task, rng: random.Random, kind: str = "", wording: random.Random | None = None) -> str:
+    """A right answer with one defect of style; `wording` (default `rng`) chooses its words.
+
+    `kind` is a key of STYLES[family], default any, the habit most often.
+    """
     styles = STYLES[task.family]
     weights = [HABIT if name == HABITS[task.family] else 1 for name in styles]
-    return styles[kind or rng.choices(list(styles), weights)[0]](task, rng)
+    return styles[kind or rng.choices(list(styles), weights)[0]](task, wording or rng)
 
 
 def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> str:
@@ -152,15 +155,20 @@ def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> 
 
 
 def negatives(prompt: str, rng: random.Random) -> list[tuple[str, str]]:
-    """(kind, text) for a comparison: a good "demonstration", a "near_miss" of it, a fine "off_task" answer.
+    """(kind, text) for a comparison: a good "demonstration", two that spoil it, a fine "off_task" answer.
 
-    The near miss is the demonstration again, word for word, with one thing wrong: without it a reward model learns style
-    and length alone. One that never met an off-task answer takes any pretty one. ValueError for a prompt not of this world.
+    "near_miss" is the demonstration again, word for word, with one thing wrong, "badly_put" with one defect of style: without
+    such pairs a reward model learns length and the coarsest defects alone. One that never met an off-task answer takes any
+    pretty one. ValueError for a prompt not of this world.
     """
     task = world.parse(prompt)
     if task is None:
         raise ValueError(f"not a prompt of the demo world: {prompt!r}")
     state = rng.getrandbits(32)
-    clean, miss = good(task, random.Random(state)), content_error(task, rng, random.Random(state))
     other = rng.choice([family for family in FAMILIES if family != task.family])
-    return [("demonstration", clean), ("near_miss", miss), ("off_task", good(world.draw(rng, other), rng))]
+    return [
+        ("demonstration", good(task, random.Random(state))),
+        ("near_miss", content_error(task, rng, random.Random(state))),
+        ("badly_put", style_error(task, rng, wording=random.Random(state))),
+        ("off_task", good(world.draw(rng, other), rng)),
+    ]

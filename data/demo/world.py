@@ -37,7 +37,7 @@ from data.demo.words import (
 )  # fmt: skip
 
 FAMILIES = ("story", "letter", "sum", "fact")
-LARGEST, MOST = 12, 18  # sums: operands are 1..LARGEST, results 0..MOST (larger numbers would be two tokens)
+LARGEST, MOST = 9, 18  # sums: operands are 1..LARGEST, results 0..MOST (larger numbers would be two tokens)
 
 
 class Task(NamedTuple):
