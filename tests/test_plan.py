@@ -47,9 +47,9 @@ def test_demo_before_anything_ran(tmp_path, capsys):
     steps = by_step(found)
     assert list(steps) == ["pretrain", "sft", "collect", "reward", "rl"]
     assert steps["pretrain"]["parameters"] == steps["sft"]["parameters"] == 2_041_536
-    assert steps["pretrain"]["tokens"] == 1200 * 16 * 128
+    assert steps["pretrain"]["tokens"] == 1500 * 16 * 128
     assert steps["sft"]["steps"] == 1000 and steps["sft"]["tokens"] == 16000 * 42
-    assert steps["reward"]["steps"] == 180 and steps["reward"]["tokens"] == 2160 * 6 * 128
+    assert steps["reward"]["steps"] == 360 and steps["reward"]["tokens"] == 2160 * 6 * 128
     assert steps["rl"]["parameters"] == 2_041_536 + 2_041_536 + 192  # policy and critic, its scalar head
     assert steps["rl"]["tokens"] == 28 * 128 * (32 + 96)
     assert all(step["fits"] for step in found["steps"]) and found["does_not_fit"] == []
