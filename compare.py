@@ -74,7 +74,7 @@ class Config:
     """Module with judge(prompt, answer, stopped), the ground truth, e.g. data.demo.gold."""
     comparisons: str | None = None
     """Rows of answers to held-out prompts, on which the reward model's accuracy against gold is measured. With best_of:
-    rows of its prompts, and the reference's first four answers to each beside them."""
+    rows of its prompts, and the reference's own answers to each beside them."""
     best_of: Annotated[int, Field(ge=0)] = 0
     """Also report the best of 1, 2, 4 .. best_of answers of the reference, by reward; 0 = off."""
     best_of_prompts: Annotated[int, Field(gt=0)] = 200
@@ -181,8 +181,7 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
     total = sum(map(len, asked.values())) * len(names) + len(few) * cfg.best_of
     answers: dict[str, dict[str, list[Answer]]] = {mode: {} for mode in modes}
     result: dict[str, Any] = {"models": {}, "reference": cfg.reference, "reward": cfg.reward, "gold": cfg.gold}
-    result |= {"prompts": len(prompts), "answers_per_prompt": cfg.answers_per_prompt}
-    result |= {"temperature": cfg.temperature, "seed": cfg.seed}
+    result |= {"prompts": len(prompts)} | {key: getattr(cfg, key) for key in ("answers_per_prompt", "temperature", "seed")}
     with tqdm(total=total, unit="answer", disable=total < 32 or not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for name, path in zip(names, cfg.models, strict=True):
             bar.set_description(name, refresh=False)

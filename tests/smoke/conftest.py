@@ -120,6 +120,10 @@ def fresh_accelerate():
     AcceleratorState._reset_state(True)
 
 
+def message(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
 def one_step(trainer) -> None:
     """Trains, and sees that the loss is a number and that the weights moved."""
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}

@@ -2,7 +2,6 @@
 
 import json
 import os
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from common.chat import prompt_ids, rows_to_prompt
 from common.checkpoint import load_model, load_tokenizer
 from common.generate import sample
 from common.scoring import reward_scores
-from tests.smoke.conftest import lines, one_step
+from tests.smoke.conftest import lines, message, one_step
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 FEW = 40
@@ -73,10 +72,6 @@ def test_scalar_model(finished, prompts, step):
     assert largest_difference(torch.tensor(reward_scores(load_model(folder, "reward"), rows)), wanted) < 1e-4
 
 
-def message(role: str, text: str) -> list[dict]:
-    return [{"role": role, "content": text}]
-
-
 @pytest.mark.parametrize("step", ["sft", "rl"])
 def test_trl_goes_on_from_an_assistant(finished, prompts, arguments, step):
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -94,8 +89,7 @@ def test_trl_goes_on_from_a_reward_model(finished, prompts, arguments):
     folder = str(finished / "reward")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     pairs = [
-        {"prompt": p, "chosen": message("assistant", "Yes."), "rejected": message("assistant", "No, no!")}
-        for p in islice(prompts, 4)
+        {"prompt": p, "chosen": message("assistant", "Yes."), "rejected": message("assistant", "No, no!")} for p in prompts[:4]
     ]
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     one_step(

@@ -6,15 +6,11 @@ import math
 import pytest
 from datasets import Dataset
 
-from tests.smoke.conftest import one_step
+from tests.smoke.conftest import message, one_step
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "Is it?"]
-
-
-def message(role: str, text: str) -> list[dict]:
-    return [{"role": role, "content": text}]
 
 
 def test_sft_trainer(tiny_gpt, stage_dir, arguments, tokenizer):
