@@ -163,7 +163,8 @@ class Plan:
         """Of the model in folder `parent`: what an earlier step will publish there, or what is there already."""
         if parent in self.shapes:
             return self.shapes[parent]
-        source = self.model or parent or ""
+        found = parent and (Path(parent) / "config.json").exists()
+        source = parent if found else self.model or parent or ""
         if (Path(source) / "config.json").exists():
             shape = load_config(source)
         elif source in PRESETS:
@@ -285,12 +286,10 @@ class Plan:
         mean = self.mean(work, c, prompt + response, f"{prompt:.0f} of prompt + {response} of answer")
         work = replace(work, prompt=longest, response=response, mean_length=mean, logits=max(1.0, mean - prompt) / mean)
         if work.stage == "rl":
-            ptx, judge = c["ptx_batch_size"] * c["max_length"] if c["ptx_data"] else 0, str(c["critic"] or c["reward_model"])
-            other = judge not in self.shapes and (Path(judge) / "config.json").exists()
-            work = replace(
-                work, minibatches=c["num_minibatches"], epochs=c["num_ppo_epochs"], ptx_tokens=ptx, ptx_length=c["max_length"],
-                judge=load_config(judge) if other else None,
-            )  # fmt: skip
+            ptx = c["ptx_batch_size"] * c["max_length"] if c["ptx_data"] else 0
+            judge, critic = (c[key] and self.shape(c[key], work.step) for key in ("reward_model", "critic"))
+            work = replace(work, minibatches=c["num_minibatches"], epochs=c["num_ppo_epochs"], ptx_tokens=ptx,
+                           ptx_length=c["max_length"], judge=judge, critic=critic)  # fmt: skip
             if count and count < work.batch:
                 keys = "per_device_train_batch_size x gradient_accumulation_steps x num_minibatches x GPUs"
                 self.problems.append(f"{work.step}: a rollout takes {work.batch:,} prompts ({keys}), there are {count:,.0f}")

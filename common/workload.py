@@ -64,14 +64,15 @@ class Work:
     epochs: int = 1  # over each rollout
     ptx_tokens: int = 0  # pretraining tokens beside each PPO update, a GPU
     ptx_length: int = 0
-    judge: GPTConfig | None = None  # shape of reward model and critic; None = the policy's
+    judge: GPTConfig | None = None  # shape of the reward model; None = the policy's
+    critic: GPTConfig | None = None  # None = the reward model's
     corpus: float | None = None  # tokens of the shards
 
     @property
     def networks(self) -> list[tuple[GPTConfig, str]]:
         """Those that learn (collect: that is sampled), with their heads."""
         if self.stage == "rl":
-            return [(self.shape, "lm"), (self.judge or self.shape, "scalar")]
+            return [(self.shape, "lm"), (self.critic or self.judge or self.shape, "scalar")]
         return [(self.shape, "scalar" if self.stage == "reward" else "lm")]
 
     @property
@@ -135,10 +136,11 @@ def flops(work: Work) -> Flops | None:
     updates = (w.steps or 0) * w.gpus * w.minibatches
     if w.stage != "rl":
         return Flops(passes * forward, optimizer=muon_flops(w.shape) * updates if w.optimizer == "muon" else 0)
-    values = forward_flops(w.judge or w.shape, tokens, w.mean_length)
+    judge, critic = w.judge or w.shape, w.networks[1][0]
+    values, scores = (forward_flops(shape, tokens, w.mean_length) for shape in (critic, judge))
     ptx = forward_flops(w.shape, w.ptx_tokens * updates, w.ptx_length, w.ptx_tokens * updates)
     # An episode is sampled by the policy; scored by policy, reference, critic, reward model; learned by policy and critic.
-    return Flops(w.epochs * passes * (forward + values + ptx), 2 * (forward + values), forward)
+    return Flops(w.epochs * passes * (forward + values + ptx), 2 * forward + values + scores, forward)
 
 
 def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str] | None:
@@ -199,7 +201,8 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
     """
     w, half, learning = work, work.precision != "no", work.trainable
     total = 0 if w.stage == "collect" else w.parameters
-    frozen = 4 * w.parameters if w.stage in ("collect", "rl") else 0  # in rl policy and critic have their likes
+    frozen = 4 * parameters(w.shape) if w.stage in ("collect", "rl") else 0  # in rl the reference
+    frozen += 4 * parameters(w.judge or w.shape, "scalar") if w.stage == "rl" else 0
     if zero:
         weights = 2 * total / (w.gpus if zero == 3 else 1)
         gradients = 2 * learning / (w.gpus if zero >= 2 else 1)

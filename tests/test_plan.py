@@ -143,6 +143,25 @@ def test_four_whole_models_are_too_much(tmp_path, capsys):
     assert "No number of GPUs helps" in line and "Reference and reward model lie whole on every GPU" in line
 
 
+def test_critic_and_reward_model_have_each_their_own_shape(tmp_path, capsys):
+    """A critic is learned and published, a reward model only scores: neither's size is that of the other."""
+
+    def planned(**keys) -> dict:
+        common = {"output_dir": "x", "parent": "nowhere", "train_data": "p"}
+        (tmp_path / "rl.yaml").write_text(yaml.safe_dump(common | keys))
+        return by_step(report(capsys, tmp_path / "rl.yaml", "--model", "gpt2"))["rl"]
+
+    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_layer": 2, "n_head": 4}
+    for name, width in (("small", 64), ("large", 2048)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"n_embd": width}))
+    small, large = str(tmp_path / "small"), str(tmp_path / "large")
+    plain, critic, judge = planned(reward_model=small), planned(reward_model=small, critic=large), planned(reward_model=large)
+    assert critic["memory"]["0"]["frozen"] == plain["memory"]["0"]["frozen"] < judge["memory"]["0"]["frozen"]
+    assert critic["parameters"] == judge["parameters"] > plain["parameters"]  # null = the reward model
+    assert plain["flops_by_kind"]["scoring"] < critic["flops_by_kind"]["scoring"] < judge["flops_by_kind"]["scoring"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -77,8 +77,9 @@ def test_flops_of_a_ppo_rollout_and_its_updates():
     """Sampling, scoring by four models, and PPO's epochs with pretraining rows beside them."""
     work = demo("rl", steps=1, rows=4, micro=2, minibatches=2, epochs=2, prompt=10, response=30, mean_length=40,
                 logits=0.75, ptx_tokens=2 * 128, ptx_length=128)  # fmt: skip
+    work = replace(work, critic=replace(work.shape, n_layer=1, attention_pattern=("full",)))
     policy, reference = GPT(work.shape), GPT(work.shape)
-    model, judge = ActorCritic(policy, RewardModel(work.shape)), RewardModel(work.shape)
+    model, judge = ActorCritic(policy, RewardModel(work.critic)), RewardModel(work.shape)
     cfg = Config(output_dir="x", parent="x", reward_model="x", train_data="x", ptx_coef=1.0)
     made = []
 
