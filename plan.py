@@ -115,7 +115,7 @@ def advice(work: Work, room: float) -> str:
             return f"{text}Smallest change that fits: {' and '.join(words)} ({need.peak / 1e9:,.1f} GB)"
     text += "No number of GPUs helps: " + said(min((need for need, _ in tried), key=lambda need: need.peak), "at least")
     whole = "Reference and reward model lie whole on every GPU. " if work.stage == "rl" else ""
-    return f"{text}{whole}A larger GPU, or lora_r, may"
+    return f"{text}{whole}A larger GPU{', or lora_r,' * (work.stage != 'pretrain')} may"
 
 
 def step_of(work: Work, gpu: GPU, o: Options) -> dict[str, Any]:

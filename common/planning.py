@@ -255,8 +255,11 @@ class Plan:
             self.assume(step, f"shards of {corpus:,} tokens, each seen once; else --{step}.rows=N, rows of {work.length}")
         if c["optimizer"] == "muon" and work.gpus > 1:
             self.assume(step, "no ZeRO, as DeepSpeed takes one optimizer, not Muon beside AdamW; its rows: as if it did")
-        masked = work.masked or c["document_mask"]
-        return replace(work, optimizer=c["optimizer"], masked=masked, mean_length=work.length, corpus=corpus), count
+        if c["lora_r"]:
+            refused = f"lora_r {c['lora_r']}: pretraining trains all weights; LoRA is for sft, reward and rl"
+            self.problems.append(f"{step}: {refused}")
+        masked, mean = work.masked or c["document_mask"], work.length
+        return replace(work, optimizer=c["optimizer"], masked=masked, mean_length=mean, corpus=corpus, lora_r=0), count
 
     def sft(self, work: Work, c: Mapping[str, Any]) -> tuple[Work, float | None]:
         count, tokens, learned = self.look(work, c)

@@ -193,6 +193,18 @@ def test_a_config_that_could_not_start_is_named(tmp_path, capsys):
     assert "max_length = 500, but the model's context is 192" in found["problems"][0]
 
 
+def test_pretraining_refuses_lora_in_the_stage_s_words(tmp_path, capsys):
+    """And is planned without, as it would run once the key is gone."""
+    file = llama_7b(tmp_path)
+    given = (file, "--vocab_size", 300, "--memory", 1)
+    plain, lora = (report(capsys, *given, f"--pretrain.lora_r={rank}") for rank in (0, 8))
+    with pytest.raises(InputError) as refused:
+        train.main(train.Config(output_dir="x", train_data="y", lora_r=8))
+    assert lora["problems"] == [f"pretrain: {refused.value}"] and plain["problems"] == []
+    assert lora["steps"] == plain["steps"] and lora["does_not_fit"] == plain["does_not_fit"]
+    assert "A larger GPU may" in plain["does_not_fit"][0]  # and no word of lora_r
+
+
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("configs/*/pipeline.yaml")))
 def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path, capsys):
     if not any(step.get("module", "").endswith(("train", "collect"))
