@@ -50,7 +50,7 @@ class Options:
     price: Annotated[float, Field(ge=0)] | None = None
     """US dollars a GPU and hour, instead of the assumed one."""
     mfu: Annotated[float, Field(gt=0, le=1)] = MFU
-    """Share of peak FLOP/s that training reaches: published large runs have .21 (GPT-3) to .55 (LLaMA 13B)."""
+    """Share of peak FLOP/s that training reaches, compiled or not: published large runs have .21 (GPT-3) to .55 (LLaMA 13B)."""
     checkpointing: bool = False
     """As if activations were recomputed (no stage does that yet)."""
     vocab_size: Annotated[int, Field(gt=0)] | None = None

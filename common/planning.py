@@ -37,6 +37,7 @@ NUMBERS = {"max_steps", "num_train_epochs", "per_device_train_batch_size", "grad
            "answers_per_prompt", "max_prompts", "batch_size", "ptx_batch_size", "vocab_size", "row_stride",
            *UNWRITTEN}  # fmt: skip
 CUSTOMARY = {"characters": 100, "gpt2": 50257}  # ids of tokenizers that are not here yet
+COMPILED = "torch_compile changes no figure: MFU is of what runs, launches are of eager code, the time of compiling is left out"
 SAMPLE = 300  # rows that are tokenised to see how long rows are
 LARGE = 500e6  # bytes: a plan reads no file beyond that
 
@@ -71,10 +72,7 @@ def settings(file: Path, stage: str, recipe: Mapping, args: Mapping, given: Mapp
 
 
 def read_recipe(path: Path, stage: str | None, keys: Mapping[str, Mapping]) -> dict[str, dict[str, Any]]:
-    """{step: its settings} of a recipe's folder, or, where it has no pipeline.yaml, of the configs that are named as stages.
-
-    `path` may also be the config of a step; if that is not in the recipe, `stage` tells what it is.
-    """
+    """{step: its settings} of a recipe's folder, or, where it has no pipeline.yaml, of the configs that are named as stages."""
     if not path.exists():
         raise InputError(f"{path}: no such recipe folder or config file")
     folder, only = (path, None) if path.is_dir() else (path.parent, path.stem)
@@ -208,6 +206,8 @@ class Plan:
         if stage == "collect":
             work = Work(step, stage, shape, 1, c["batch_size"], length=length, precision="no", answers=c["answers_per_prompt"])
         else:
+            if c["torch_compile"]:
+                self.assume(step, COMPILED)
             precision = c["mixed_precision"] if c["mixed_precision"] != "auto" else "bf16" if self.bf16 else "no"
             work = Work(
                 step, stage, shape, self.gpus, c["per_device_train_batch_size"], c["gradient_accumulation_steps"],

@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 import plan
 from common.config import InputError
 from common.data import read_rows
-from common.planning import MODULES, Plan, defaults
+from common.planning import COMPILED, MODULES, Plan, defaults
 from stages.pretrain import prepare, train
 from stages.reward import collect
 from stages.reward import train as reward
@@ -191,6 +191,13 @@ def test_a_config_that_could_not_start_is_named(tmp_path, capsys):
     found = report(capsys, copy_recipe(tmp_path), "--sft.max_length=500", "--rl.max_new_tokens=400", "--rl.rows=100")
     assert [line.split(":")[0] for line in found["problems"]] == ["sft", "rl", "rl"]
     assert "max_length = 500, but the model's context is 192" in found["problems"][0]
+
+
+def test_what_compiling_saves_is_said_to_be_unknown(tmp_path, capsys):
+    file = llama_7b(tmp_path)
+    plain, compiled = (report(capsys, file, "--vocab_size", 300, f"--pretrain.torch_compile={on}") for on in ("false", "true"))
+    assert compiled["steps"] == plain["steps"]
+    assert [line for line in compiled["assumed"] if line not in plain["assumed"]] == [f"pretrain: {COMPILED}"]
 
 
 def test_pretraining_refuses_lora_in_the_stage_s_words(tmp_path, capsys):
