@@ -51,8 +51,6 @@ class Options:
     """US dollars a GPU and hour, instead of the assumed one."""
     mfu: Annotated[float, Field(gt=0, le=1)] = MFU
     """Share of peak FLOP/s that training reaches, compiled or not: published large runs have .21 (GPT-3) to .55 (LLaMA 13B)."""
-    checkpointing: bool = False
-    """As if activations were recomputed (no stage does that yet)."""
     vocab_size: Annotated[int, Field(gt=0)] | None = None
     """Ids of the tokenizer, where no config tells."""
     model: str | None = None
@@ -74,7 +72,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, dict[str, dict[str, Any]]]:
                 value = match[3]
             keys.setdefault(match[1], {})[match[2]] = value
         else:
-            words.append(f"{word}=true" if word in ("--json", "--checkpointing") else word)
+            words.append("--json=true" if word == "--json" else word)
     return load(Options, words), keys
 
 
@@ -115,7 +113,8 @@ def advice(work: Work, room: float) -> str:
             return f"{text}Smallest change that fits: {' and '.join(words)} ({need.peak / 1e9:,.1f} GB)"
     text += "No number of GPUs helps: " + said(min((need for need, _ in tried), key=lambda need: need.peak), "at least")
     whole = "Reference and reward model lie whole on every GPU. " if work.stage == "rl" else ""
-    return f"{text}{whole}A larger GPU{', or lora_r,' * (work.stage != 'pretrain')} may"
+    others = ["gradient_checkpointing"] * (not work.checkpointing) + ["lora_r"] * (work.stage != "pretrain")
+    return f"{text}{whole}What may: {', '.join(['a larger GPU', *others])}"
 
 
 def step_of(work: Work, gpu: GPU, o: Options) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
     gpu = GPUS[o.gpu]
     gpu = gpu._replace(memory=o.memory * 1e9 if o.memory else gpu.memory, price=gpu.price if o.price is None else o.price)
     plan = Plan(Path(o.recipe), o.gpus, keys, bf16=gpu.bf16, vocab_size=o.vocab_size, model=o.model, stage=o.stage)
-    steps = [step_of(replace(work, checkpointing=o.checkpointing), gpu, o) for work in plan.works]
+    steps = [step_of(work, gpu, o) for work in plan.works]
     sums = {key: sum(s[key] or 0 for s in steps) for key in ("tokens", "flops", "seconds", "dollars", "disk_kept")}
     # The states of a step are gone before the next one starts.
     sums["disk_most"] = max(s["disk_most"] - s["disk_kept"] for s in steps) + sums["disk_kept"]

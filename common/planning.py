@@ -213,7 +213,7 @@ class Plan:
                 step, stage, shape, self.gpus, c["per_device_train_batch_size"], c["gradient_accumulation_steps"],
                 length=length, precision=precision, lora_r=c["lora_r"], lora_targets=tuple(c["lora_targets"]),
                 masked=shape.has_local_layers, save_steps=c["save_steps"], save_total_limit=c["save_total_limit"],
-            )  # fmt: skip
+                checkpointing=c["gradient_checkpointing"])  # fmt: skip
         details = {"pretrain": self.pretrain, "sft": self.sft, "reward": self.reward}.get(stage, self.sampling)
         work, count = details(work, c)
         steps, rows = self.duration(work, c, count)

@@ -52,6 +52,8 @@ class TrainConfig:
     """auto = bf16 where GPU or CPU computes in it, else no (fp32). Weights and optimizer stay fp32."""
     torch_compile: bool = False
     """Compile the model; costs half a minute at the start and pays on longer runs."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, a third more time."""
     logging_steps: Positive = 25
     """Updates between two lines of metrics."""
     eval_steps: Positive | None = None

@@ -120,12 +120,14 @@ class Flops(NamedTuple):
     scoring: float = 0  # forward passes of whole rows: PPO's log-probs, values and scores
     sampling: float = 0
     optimizer: float = 0  # Muon's; AdamW's are negligible
+    recomputing: float = 0  # with gradient_checkpointing: the blocks' forward passes once more
 
 
 def flops(work: Work) -> Flops | None:
     """FLOPs of the step; None when it is not known how many rows it sees.
 
-    Forward and backward are 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient.
+    Forward and backward are 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient. Recomputing is
+    one more, of the blocks alone: a third of the training, half with LoRA.
     """
     w, tokens, passes = work, work.tokens, 2 if work.lora_r else 3
     if tokens is None:
@@ -135,32 +137,37 @@ def flops(work: Work) -> Flops | None:
         return Flops(sampling=forward)
     updates = (w.steps or 0) * w.gpus * w.minibatches
     if w.stage != "rl":
-        return Flops(passes * forward, optimizer=muon_flops(w.shape) * updates if w.optimizer == "muon" else 0)
+        blocks = forward_flops(w.shape, tokens, w.mean_length) if w.checkpointing else 0
+        muon = muon_flops(w.shape) * updates if w.optimizer == "muon" else 0
+        return Flops(passes * forward, optimizer=muon, recomputing=blocks)
     judge, critic = w.judge or w.shape, w.networks[1][0]
     values, scores = (forward_flops(shape, tokens, w.mean_length) for shape in (critic, judge))
-    ptx = forward_flops(w.shape, w.ptx_tokens * updates, w.ptx_length, w.ptx_tokens * updates)
+    corpus = w.ptx_tokens * updates
+    ptx = forward_flops(w.shape, corpus, w.ptx_length, corpus)
+    blocks = forward_flops(w.shape, tokens, w.mean_length) + values + forward_flops(w.shape, corpus, w.ptx_length)
     # An episode is sampled by the policy; scored by policy, reference, critic, reward model; learned by policy and critic.
-    return Flops(w.epochs * passes * (forward + values + ptx), 2 * forward + values + scores, forward)
+    learning, again = w.epochs * passes * (forward + values + ptx), w.epochs * blocks if w.checkpointing else 0
+    return Flops(learning, 2 * forward + values + scores, forward, recomputing=again)
 
 
 def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str] | None:
     """(wall time, what most of it is bound by); None when the number of rows is not known.
 
-    Training runs at `mfu` of the peak FLOP/s (PaLM, section 4.1), but no faster than a GPU starts its kernels. A token that
-    is sampled for all rows of a rollout takes the longest of its arithmetic, reading all weights and the mean KV cache once at
-    70 % of the bandwidth (Pope 2022, section 2), and starting its kernels; rows that end early are counted in full. Rollouts
-    run in fp32, as our weights are; under DeepSpeed those are bf16.
+    Training runs at `mfu` of the peak FLOP/s (PaLM, section 4.1), recomputing as well, but no faster than a GPU starts its
+    kernels. A token that is sampled for all rows of a rollout takes the longest of its arithmetic, reading all weights and the
+    mean KV cache once at 70 % of the bandwidth (Pope 2022, section 2), and starting its kernels; rows that end early are
+    counted in full. Rollouts run in fp32, as our weights are; under DeepSpeed those are bf16.
     """
     w, c, counted, training, sampling = work, work.shape, flops(work), (0.0, ""), (0.0, "")
     if counted is None:
         return None
     if w.stage != "collect":
-        again = 4 / 3 if w.checkpointing else 1  # the forward pass once more
+        again = 4 / 3 if w.checkpointing else 1  # about: the forward pass once more
         rate = (gpu.fp32_flops if w.precision == "no" else gpu.flops) * mfu * w.gpus
         launches = w.rows / (w.gpus * w.micro) * len(w.networks) * w.epochs * again
         launches *= LAUNCHES[c.family][0] * c.n_layer + LAUNCHES_OUTSIDE[0]
         launches += w.steps * c.n_layer * MUON_LAUNCHES if w.optimizer == "muon" else 0
-        arithmetic = counted.training * again + counted.scoring + counted.optimizer
+        arithmetic = sum(counted) - counted.sampling
         training = max((arithmetic / rate, "arithmetic"), (launches * LAUNCH, "kernel launches"))
     if w.response:
         rate, element = (gpu.flops * mfu, 2) if zero else (gpu.fp32_flops * mfu, 4)

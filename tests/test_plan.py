@@ -111,8 +111,6 @@ def test_what_does_not_fit_and_the_smallest_change(tmp_path, capsys):
     assert "ZeRO stage" in line and "per_device_train_batch_size" in line and "Smallest change that fits" in line
     (alone,) = report(capsys, *common)["does_not_fit"]
     assert "GPUs and ZeRO stage" in alone
-    recomputed = report(capsys, *common, "--gpus", 8, "--checkpointing")
-    assert recomputed["steps"][0]["fits"] == [1, 2, 3] and recomputed["does_not_fit"] == []
     plan.main([str(file), "--vocab_size", "32000"])
     assert "Does not fit: pretrain needs" in capsys.readouterr().out
 
@@ -193,6 +191,19 @@ def test_a_config_that_could_not_start_is_named(tmp_path, capsys):
     assert "max_length = 500, but the model's context is 192" in found["problems"][0]
 
 
+def test_gradient_checkpointing_trades_memory_for_a_third_more_time(tmp_path, capsys):
+    file, given = llama_7b(tmp_path, per_device_train_batch_size=8), ("--vocab_size", 32000, "--gpus", 8)
+    plain = report(capsys, file, *given)["steps"][0]
+    found = report(capsys, file, *given, "--pretrain.gradient_checkpointing=true")
+    (step,) = found["steps"]
+    assert plain["fits"] == [] and step["fits"] == [1, 2, 3] and found["does_not_fit"] == []
+    # Of 32 blocks their inputs and one block's activations, and what lies outside the blocks.
+    assert step["memory"]["1"]["activations"] < 0.2 * plain["memory"]["1"]["activations"]
+    assert step["memory"]["1"]["logits"] == plain["memory"]["1"]["logits"]
+    for total in ("flops", "seconds"):  # 4/3 less the head, which is not recomputed
+        assert step[total] == pytest.approx(4 / 3 * plain[total], rel=0.01) and step[total] < 4 / 3 * plain[total]
+
+
 def test_what_compiling_saves_is_said_to_be_unknown(tmp_path, capsys):
     file = llama_7b(tmp_path)
     plain, compiled = (report(capsys, file, "--vocab_size", 300, f"--pretrain.torch_compile={on}") for on in ("false", "true"))
@@ -209,7 +220,8 @@ def test_pretraining_refuses_lora_in_the_stage_s_words(tmp_path, capsys):
         train.main(train.Config(output_dir="x", train_data="y", lora_r=8))
     assert lora["problems"] == [f"pretrain: {refused.value}"] and plain["problems"] == []
     assert lora["steps"] == plain["steps"] and lora["does_not_fit"] == plain["does_not_fit"]
-    assert "A larger GPU may" in plain["does_not_fit"][0]  # and no word of lora_r
+    assert "What may: a larger GPU, gradient_checkpointing" in plain["does_not_fit"][0]
+    assert "lora_r" not in plain["does_not_fit"][0]
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("configs/*/pipeline.yaml")))

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.chat import prompt_ids
@@ -46,19 +48,28 @@ def counted(body) -> int:
     return counter.get_total_flops()
 
 
+def recompute(*models: GPT | RewardModel) -> None:
+    """Their blocks, in the backward pass."""
+    for block in (block for model in models for block in model.trunk.blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_flops_of_a_pretraining_step(family):
-    work = demo("pretrain", steps=1, rows=2, optimizer="muon")
+def test_flops_of_a_pretraining_step(family, checkpointing):
+    work = demo("pretrain", steps=1, rows=2, optimizer="muon", checkpointing=checkpointing)
     if family == "gpt2":
         work = replace(work, shape=replace(work.shape, family="gpt2", n_inner=None, attention_bias=None, mlp_bias=None))
     model = GPT(work.shape)
+    recompute(*[model] * checkpointing)
     optimizer, ids = muon(model, 0.01, 0.0), torch.randint(0, work.shape.vocab_size, (2, work.length + 1))
 
     def body():
         train.next_token_loss(model, ids, eot_id=3).backward()
         optimizer.step()
 
-    assert sum(flops(work)) == pytest.approx(counted(body), rel=0.1)
+    # What recomputing adds is 8 % beside Muon; PyTorch leaves the last product of a block out of it.
+    assert sum(flops(work)) == pytest.approx(counted(body), rel=0.03)
 
 
 def test_flops_of_finetuning_and_of_the_reward_model():
@@ -73,13 +84,15 @@ def test_flops_of_finetuning_and_of_the_reward_model():
     assert sum(flops(work)) == pytest.approx(found, rel=0.1)
 
 
-def test_flops_of_a_ppo_rollout_and_its_updates():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_a_ppo_rollout_and_its_updates(checkpointing):
     """Sampling, scoring by four models, and PPO's epochs with pretraining rows beside them."""
     work = demo("rl", steps=1, rows=4, micro=2, minibatches=2, epochs=2, prompt=10, response=30, mean_length=40,
-                logits=0.75, ptx_tokens=2 * 128, ptx_length=128)  # fmt: skip
+                logits=0.75, ptx_tokens=2 * 128, ptx_length=128, checkpointing=checkpointing)  # fmt: skip
     work = replace(work, critic=replace(work.shape, n_layer=1, attention_pattern=("full",)))
     policy, reference = GPT(work.shape), GPT(work.shape)
     model, judge = ActorCritic(policy, RewardModel(work.critic)), RewardModel(work.shape)
+    recompute(*[policy, model.critic] * checkpointing)
     cfg = Config(output_dir="x", parent="x", reward_model="x", train_data="x", ptx_coef=1.0)
     made = []
 
@@ -97,7 +110,7 @@ def test_flops_of_a_ppo_rollout_and_its_updates():
 
     predicted = flops(work)
     assert predicted.sampling + predicted.scoring == pytest.approx(counted(sampled), rel=0.1)
-    assert predicted.training == pytest.approx(counted(learned), rel=0.1)
+    assert predicted.training + predicted.recomputing == pytest.approx(counted(learned), rel=0.1)
 
 
 # Peak memory of the real stages, in a process of its own
