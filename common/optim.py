@@ -7,14 +7,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
-from common.config import InputError
+from common.config import Failure, InputError
 
 SchedulerType = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Failure):
     """A loss or gradient norm is NaN or infinite; raised before the weights are touched."""
 
 
@@ -35,9 +36,9 @@ def schedule(kind: SchedulerType, step: int, total: int, warmup: int, min_ratio:
     return min_ratio + (1 - min_ratio) * falling
 
 
-def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of the trainable parameters; decay on matrices only (GPT-3, appendix B)."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def parameter_groups(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of those that train; decay on matrices only (GPT-3, appendix B)."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "lr": learning_rate, "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "lr": learning_rate, "weight_decay": 0.0},
@@ -49,30 +50,16 @@ def adamw(groups: list[dict[str, Any]], beta2: float = 0.999, eps: float = 1e-8)
     return remember_peaks(torch.optim.AdamW(groups, betas=(0.9, beta2), eps=eps, fused=True))
 
 
-def muon(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Muon:
-    """Muon (Jordan 2024) over the matrices inside the blocks; everything else is AdamW's (see `split_for_muon`)."""
-    return remember_peaks(torch.optim.Muon(split_for_muon(module)[0], lr=learning_rate, weight_decay=weight_decay))
-
-
-def split_for_muon(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices inside blocks, all other parameters), trainable ones."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if ".blocks." in name and p.dim() == 2]
-    chosen = set(map(id, matrices))
-    return matrices, [p for _, p in named if id(p) not in chosen]
-
-
 def remember_peaks(optimizer: torch.optim.Optimizer) -> Any:
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's peak learning rate times `factor`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 class Update(NamedTuple):
@@ -83,7 +70,7 @@ class Update(NamedTuple):
 def update(
     accelerator: Accelerator,
     module: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[Any],
     loss: Callable[[Any], Tensor],
     counts: Tensor,
@@ -92,29 +79,42 @@ def update(
     """One optimizer step on sum_k (sum of term k / global count of term k), whatever the split into micro-batches.
 
     loss(micro_batch) -> (K) summed terms; counts (K): what this process's micro-batches sum over (tokens, rows, ...).
-    The same weights follow from 1x4, 2x2 or two processes. Raises NonFiniteError before anything changes.
+    The same weights follow from 1x4, 2x2, two processes, or ZeRO; every process needs the same number of micro-batches.
+    Raises NonFiniteError, on all processes alike, before anything changes.
     """
+    engine = module if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     total = accelerator.reduce(counts.to(accelerator.device, torch.float32), "sum").clamp(min=1)
-    # DDP averages gradients over processes; a sum is wanted, because the count is already global.
+    # DDP and DeepSpeed average gradients over processes; a sum is wanted, because the count is already global.
     weights = accelerator.num_processes / total
-    sums = torch.zeros_like(total)
-    for optimizer in optimizers:
-        optimizer.zero_grad()  # what a refused update may have left
+    parts = []
+    optimizer.zero_grad()  # what a refused update may have left
     for i, batch in enumerate(micro_batches):
         last = i + 1 == len(micro_batches)
-        with nullcontext() if last else accelerator.no_sync(module):
+        with nullcontext() if last or engine else accelerator.no_sync(module):
             terms = loss(batch)
-            if not torch.isfinite(terms).all():
-                raise NonFiniteError(f"loss {terms.tolist()} in micro-batch {i}; no update was applied")
-            accelerator.backward((terms * weights).sum())
-        sums += terms.detach()
-    norm = accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
-    if not math.isfinite(float(norm)):
-        raise NonFiniteError(f"gradient norm {float(norm)}; no update was applied")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return Update((accelerator.reduce(sums, "sum") / total).tolist(), float(norm))
+            scaled = (terms * weights).sum()
+            # A process that gave up alone would leave the others waiting. NaN gradients reach all of them, in the norm.
+            scaled = scaled * torch.where(scaled.isfinite(), 1.0, torch.nan)
+            if engine:
+                engine.set_gradient_accumulation_boundary(last)
+                engine.backward(scaled)
+            else:
+                accelerator.backward(scaled)
+        parts.append(terms.detach())
+    if engine:
+        engine.step()  # clips, too; with a norm that is not finite it changes nothing
+        norm = float(engine.get_global_grad_norm())
+    else:
+        norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm))
+    losses = (accelerator.reduce(torch.stack(parts).sum(0), "sum") / total).tolist()
+    overflow = accelerator.scaler is not None and all(map(math.isfinite, losses))  # fp16: the scaler skips, and scales less
+    if not math.isfinite(norm) and not overflow:
+        bad = [f"{i} of process {accelerator.process_index}" for i, terms in enumerate(parts) if not terms.isfinite().all()]
+        where = f" from micro-batch {', '.join(found)}" if (found := gather_object(bad)) else ""
+        raise NonFiniteError(f"loss {losses}{where}, gradient norm {norm}; no update was applied")
+    optimizer.step()
+    optimizer.zero_grad()
+    return Update(losses, norm)
 
 
 def steps_for(max_steps: int | None, epochs: float | None, rows: int, batch: int) -> int:

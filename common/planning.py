@@ -253,8 +253,6 @@ class Plan:
         elif not count and c["max_steps"]:
             corpus = c["max_steps"] * work.batch * stride
             self.assume(step, f"shards of {corpus:,} tokens, each seen once; else --{step}.rows=N, rows of {work.length}")
-        if c["optimizer"] == "muon" and work.gpus > 1:
-            self.assume(step, "no ZeRO, as DeepSpeed takes one optimizer, not Muon beside AdamW; its rows: as if it did")
         if c["lora_r"]:
             refused = f"lora_r {c['lora_r']}: pretraining trains all weights; LoRA is for sft, reward and rl"
             self.problems.append(f"{step}: {refused}")

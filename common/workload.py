@@ -93,9 +93,8 @@ class Work:
 
     @property
     def zero_stages(self) -> tuple[int, ...]:
-        """Those that can be chosen: one GPU has nothing to share out, and a DeepSpeed engine takes one optimizer, not Muon
-        beside AdamW."""
-        return (0,) if self.gpus == 1 or self.optimizer == "muon" else (0, 1, 2, 3)
+        """Those that can be chosen: one GPU has nothing to share out."""
+        return (0,) if self.gpus == 1 else (0, 1, 2, 3)
 
     @property
     def batch(self) -> int:

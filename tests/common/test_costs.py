@@ -20,7 +20,7 @@ from common.costs import (
 )
 from common.lora import add_lora
 from common.model import GPT, GPTConfig, RewardModel
-from common.optim import muon
+from common.muon import muon
 from common.workload import Work, disk, flops, memory, seconds
 
 GPT2_VOCABULARY = 50257
@@ -163,7 +163,7 @@ def test_flops_of_a_training_step_are_the_counted_ones(family):
     """Attention as plain matrix products (the counter knows no fused kernel of the CPU's)."""
     config = GPTConfig(family=family, vocab_size=500, max_length=128, n_layer=3, n_head=4, n_embd=128, n_kv_head=None)
     model, ids = GPT(config), torch.randint(0, 500, (2, 129))
-    optimizer = muon(model, 0.01, 0.0)
+    optimizer = muon(model, 0.01, 0.01, 0.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
     counted = counter.get_total_flops()

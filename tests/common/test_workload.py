@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.chat import prompt_ids
 from common.checkpoint import publish
 from common.model import GPT, RewardModel
-from common.optim import muon
+from common.muon import muon
 from common.planning import Plan
 from common.workload import Work, flops, memory
 from stages.pretrain import train
@@ -62,7 +62,7 @@ def test_flops_of_a_pretraining_step(family, checkpointing):
         work = replace(work, shape=replace(work.shape, family="gpt2", n_inner=None, attention_bias=None, mlp_bias=None))
     model = GPT(work.shape)
     recompute(*[model] * checkpointing)
-    optimizer, ids = muon(model, 0.01, 0.0), torch.randint(0, work.shape.vocab_size, (2, work.length + 1))
+    optimizer, ids = muon(model, 0.01, 0.01, 0.0), torch.randint(0, work.shape.vocab_size, (2, work.length + 1))
 
     def body():
         train.next_token_loss(model, ids, eot_id=3).backward()
@@ -149,7 +149,8 @@ def planned(stage: str, keys: dict, folder: Path) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and steers glibc's malloc")
-def test_peak_memory_of_pretraining(tmp_path, tokenizer):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_memory_of_pretraining(tmp_path, tokenizer, checkpointing):
     tokenizer.save(tmp_path / "shards")
     for split in ("train", "eval"):
         torch.randint(0, 290, (20_000,)).numpy().astype("uint16").tofile(tmp_path / f"shards/{split}-00000.bin")
@@ -157,7 +158,7 @@ def test_peak_memory_of_pretraining(tmp_path, tokenizer):
     (tmp_path / "shards/shards.json").write_text(json.dumps(meta))
     keys = {"train_data": str(tmp_path / "shards"), "output_dir": str(tmp_path / "out"), "n_layer": 4,
             "n_head": 8, "n_embd": 384, "max_length": 256, "per_device_train_batch_size": 4, "max_steps": 2, "eval_rows": 1,
-            "mixed_precision": "no"}  # fmt: skip
+            "mixed_precision": "no", "gradient_checkpointing": checkpointing}  # fmt: skip
     found = measured("pretrain", keys, {"output_dir": tmp_path / "small", "n_embd": 32})
     assert planned("pretrain", keys, tmp_path) == pytest.approx(found, rel=0.25)
 
