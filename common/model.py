@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common.cache import KVCache
 from common.config import InputError
@@ -166,6 +167,7 @@ class Trunk(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.max_length, config.n_embd) if config.family == "gpt2" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -198,7 +200,9 @@ class Trunk(nn.Module):
             local = ((back >= 0) & (back < self.config.window))[:, None]
             local = local if mask is None else local & mask
         for layer, (kind, block) in enumerate(zip(self.config.attention_pattern, self.blocks, strict=True)):
-            x = block(x, rope, local if kind == "local" else mask, cache, layer)
+            inputs = (x, rope, local if kind == "local" else mask, cache, layer)
+            keep = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
+            x = block(*inputs) if keep else checkpoint(block, *inputs, use_reentrant=False)
         if cache is not None:
             cache.lengths = cache.lengths + T
         return self.norm(x)

@@ -54,12 +54,16 @@ class TrainConfig:
     """Compile the model; costs half a minute at the start and pays on longer runs."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more time."""
+    max_skipped_batches: Annotated[int, Field(ge=0)] = 0
+    """Updates with a loss or gradient that is not finite, which are left out before one more ends the run."""
     logging_steps: Positive = 25
     """Updates between two lines of metrics."""
     eval_steps: Positive | None = None
     """Updates between two evaluations (null: at the end only)."""
     save_steps: Positive | None = 500
     """Updates between two saves of what a resume needs (null: only when told to stop). The same command goes on from it."""
+    resume: bool = True
+    """Go on from a state in output_dir; --no_resume starts over, and wants an empty output_dir."""
     save_total_limit: Positive = 2
     """Saved states that are kept; all go when the stage is done."""
     report_to: list[str] = []

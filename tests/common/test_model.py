@@ -286,3 +286,22 @@ def test_bf16_forward_is_the_same_with_and_without_gradients(tiny_gpt, settings)
         with torch.no_grad():
             rollout = model(ids)
     assert torch.equal(training, rollout)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointing_recomputes_the_same_gradients(tiny_gpt, family):
+    """With dropout, whose masks have to be drawn again as they were."""
+    ids = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(1))
+    grads, kept = [], []
+    for on in (False, True):
+        model = tiny_gpt(family, dropout=0.3).train()
+        model.trunk.checkpointing = on
+        torch.manual_seed(5)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            loss = model(ids).square().mean()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        kept.append(sum(saved))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[1] < 0.6 * kept[0]
