@@ -23,6 +23,7 @@ import json
 import os
 import reprlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -219,24 +220,41 @@ def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = Non
     guard(program)
 
 
+class Failure(Exception):
+    """The run cannot go on (numbers that are not finite, a full disk): one line, exit code 1."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and its state is saved."""
 
 
 def guard(main: Callable[[], int | None]) -> None:
     """Run main() as a program: exits with the int that it returns, 2 and one line for an InputError, 75 when interrupted
-    with all saved, 130 for Ctrl-C where there was nothing to save."""
+    with all saved, 130 for Ctrl-C where there was nothing to save, 1 and one line (a traceback above it, if it is a bug, or
+    another process that died) for everything else."""
+    rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    who = f"process {rank} of {processes}: " if processes != "1" else ""
     try:
         code = main() or 0
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except Failure as error:
+        print(f"{who}error: {error}", file=sys.stderr)
+        code = 1
     except Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
+        print(f"{who}interrupted: {stop}", file=sys.stderr)
         code = INTERRUPTED
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        traceback.print_exc()
+        program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
+        print(f"{who}error: {program}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
     if code:
         if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1: tell the pipeline
             Path(path).write_text(str(code))
-        sys.exit(code)
+        # Where others may wait for this process, no orderly end: it would wait for them.
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code) if who else sys.exit(code)

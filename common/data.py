@@ -82,9 +82,16 @@ def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str
     return sides[0], sides[1]
 
 
-def share(rows: Sequence[Any], rank: int, processes: int, micro_batch: int) -> Iterator[Sequence[Any]]:
-    """This process's part of a global batch, in micro-batches; interleaved, so that lengths stay balanced."""
-    mine = rows[rank::processes]
+def share(
+    rows: Sequence[Any], rank: int, processes: int, micro_batch: int, blank: Callable[[Any], Any] | None = None
+) -> Iterator[Sequence[Any]]:
+    """This process's part of a global batch, in micro-batches; interleaved, so that lengths stay balanced.
+
+    Every process gets as many rows as any other (they wait for each other at each forward): where they do not divide,
+    the last ones get blank(row), a row that counts for nothing.
+    """
+    missing = -len(rows) % processes
+    mine = ([*rows, *[blank(rows[-1])] * missing] if missing else rows)[rank::processes]
     for start in range(0, len(mine), micro_batch):
         yield mine[start : start + micro_batch]
 

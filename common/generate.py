@@ -35,15 +35,18 @@ def sample(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     batch_size: int = 128,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
     """One response for each prompt (lists of ids), in the prompts' order.
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off. `progress` is called with the number of rows just finished.
+    part (r, n): these are every n-th of more prompts, from the r-th on; they get the answers that they would get among all.
     Raises InputError for an empty prompt or one that fills the model's context.
     """
     check(model, prompts, temperature, top_k, top_p)
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    first, stride = part
+    uniforms = torch.rand(len(prompts) * stride, max_new_tokens, generator=torch.Generator().manual_seed(seed))[first::stride]
     # Neighbours of like length share a batch: little padding in the prefill.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     results: list[Sample | None] = [None] * len(prompts)

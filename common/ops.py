@@ -31,21 +31,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
-    """(x - mean) / std over the masked entries (N+ detail 14, mean removed); padding becomes 0.
-
-    `moments`: (count, sum, sum of squares) over *all* processes; of x and mask alone when None.
-    """
-    count, total, squares = masked_moments(x, mask) if moments is None else moments
-    mean = total / count
-    variance = squares / count - mean**2
-    return torch.where(mask.bool(), ((x - mean) * torch.rsqrt(variance.clamp(min=0) + 1e-8)).to(x.dtype), 0)
-
-
-def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, sum, sum of squares) of the masked entries in fp64, ready to be summed over processes: (3)."""
-    kept = torch.where(mask.bool(), x, 0).double()
-    return torch.stack([mask.sum().double(), kept.sum(), (kept**2).sum()])
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over the masked entries (N+ detail 14, mean removed), taken in fp64; padding becomes 0."""
+    kept = x[mask.bool()].double()
+    root = torch.rsqrt(kept.var(correction=0) + 1e-8)
+    return torch.where(mask.bool(), ((x - kept.mean()) * root).to(x.dtype), 0)
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:

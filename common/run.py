@@ -10,79 +10,99 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from common.checkpoint import lineage, provenance
 from common.config import InputError, Interrupted, to_dict
-from common.state import check_same_run, newest_state, save_state
+from common.model import Trunk
+from common.optim import NonFiniteError, Update, update
+from common.placement import accelerator, has_bf16, zero_stage
+from common.state import check_same_run, generators, load_moments, load_weights, newest_state, save_state
 from common.train_config import TrainConfig
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change between an interrupted run and the one that goes on: they say where it writes and how it reports.
-FREE = {"output_dir", "save_steps", "save_total_limit", "report_to"}
-
-
-def has_bf16() -> bool:
-    """Whether bf16 arithmetic (not emulation) is at hand."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # The flags are private in torch; /proc/cpuinfo says the same on Linux, and a Mac's CPU is best left in fp32.
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+# The two that make up a micro-batch are free because their product with the processes is compared.
+FREE = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to"}
+FREE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
 
 
 class Run:
     """One stage's run: placement, metrics, and what stage.json says at the end."""
 
     def __init__(self, cfg: TrainConfig, stage: str, kind: str) -> None:
-        precision = cfg.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if has_bf16() else "no"
-        if precision == "fp16" and not torch.cuda.is_available():
-            raise InputError("mixed_precision fp16: there is no GPU here, and CPUs train in no or bf16; use auto")
+        self.stop: int | None = None  # number of the signal that asked for the end
+        self.point: dict[str, Any] | None = None  # what a save of this moment holds, beside the tensors; None: not begun
+        catch_signals(self.ask_to_stop)
+        self.precision = cfg.mixed_precision
+        if self.precision == "auto":
+            self.precision = "bf16" if has_bf16() else "no"
         self.cfg, self.stage, self.kind = cfg, stage, kind
         self.folder = Path(cfg.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output_dir {cfg.output_dir}: is a file; name a directory")
         if cfg.parent and self.folder.resolve() == Path(cfg.parent).resolve():
             raise InputError(f"output_dir {cfg.output_dir}: is the parent itself, which would be overwritten")
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
+        self.accelerator = accelerator(
+            self.precision,
+            cfg.per_device_train_batch_size,
+            cfg.max_grad_norm,
             log_with=cfg.report_to or None,
             project_dir=cfg.output_dir,
-            cpu=not torch.cuda.is_available(),
         )
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.found = newest_state(self.state)
+        if not cfg.resume and self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(
+                f"resume false: {cfg.output_dir} is not empty; to start over name an empty output_dir, or clear it"
+            )
+        self.global_batch, self.accumulation = self.batch_shape()
+        if self.found:
+            check_same_run(self.found[0], self.found[1]["run"], self.identity())
         set_seed(cfg.seed)
         self.started = time.perf_counter()
         self.last: dict[str, Any] = {}  # newest metrics, by name
         self.bar: tqdm | None = None
-        self.stop: int | None = None  # number of the signal that asked for the end
+        self.skipped = 0  # updates left out, as not finite
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
         if cfg.report_to:
             flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in to_dict(cfg).items()}
             self.accelerator.init_trackers(f"state-of-gpt-{stage}", flat)
 
-    def resume(self, **kept: Any) -> tuple[int, dict[str, Any]]:
+    def batch_shape(self) -> tuple[int, int]:
+        """(rows in an update over all processes, micro-batches of it on each). Where only the number of processes is not that
+        of the state, the global batch stays, and so the place in the data: the accumulation gives way."""
+        micro = self.cfg.per_device_train_batch_size
+        asked = micro * self.cfg.gradient_accumulation_steps
+        rows = asked * self.processes
+        if self.found and self.found[1]["per_process"] == asked:
+            rows = self.found[1]["run"]["global_batch"]
+        if rows % (micro * self.processes):
+            raise InputError(
+                f"{self.found[0]}: is of a run with {rows} rows an update, which {self.processes} processes of "
+                f"per_device_train_batch_size {micro} cannot share; change one of the two"
+            )
+        return rows, rows // (micro * self.processes)
+
+    def start_or_resume(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, data: str, **kept: Any
+    ) -> tuple[int, dict[str, Any]]:
         """-> (updates already done, values of the loop): those last given to `checkpoint`, or 0 and `kept`.
 
         Call it when everything is prepared, right before the loop: weights, optimizers, random generators and log files
-        are then as they were. From here on SIGTERM and SIGINT ask for a save (a second one ends the run at once).
-        Raises InputError when the state there is of another run.
+        are then as they were. `data`: fingerprint of the training data. Raises InputError when the state is of another run.
         """
-        step, found = 0, newest_state(self.state)
+        self.raw, self.optimizer, self.data = module, optimizer, data
+        step, found = 0, self.found
         if found is None:
             if self.main:
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of an earlier run, perhaps with LoRA
@@ -90,45 +110,89 @@ class Run:
                     (self.folder / name).write_text("")
         else:
             path, loop = found
-            check_same_run(path, loop["run"], self.identity())
-            self.accelerator.load_state(str(path))
-            step, kept, self.last = loop["step"], loop["kept"], loop["last"]
+            check_same_run(path, {"data": loop["data"]}, {"data": data})
+            load_moments(self.accelerator, module, optimizer, path)
+            step, kept, self.last, self.skipped = loop["step"], loop["kept"], loop["last"], loop["skipped"]
             self.started -= loop["seconds"]
             if self.main:
                 for name, size in loop["logs"].items():  # lines written after the save are about to be written again
                     os.truncate(self.folder / name, size)
             self.say(f"{self.stage}: going on from {path}")
-        if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(kind, self.ask_to_stop)
-        self.first_step = step
+        self.saved = step
         return step, kept
 
     def ask_to_stop(self, number: int, _: Any) -> None:
         self.stop = number
         release_signals()
+        if self.point is None:
+            raise Interrupted(f"{self.stage}, not begun; the same command starts it")
 
     def checkpoint(self, step: int, kept: Mapping[str, Any] | None = None) -> None:
-        """Before update number `step` (from 0): save if it is time, with the loop's own values (JSON) for `resume`.
+        """Before update number `step` (from 0): save if it is time, with the loop's own values (JSON) for the resume.
 
         Raises Interrupted after the save when a signal asked for the end.
         """
-        stop = torch.tensor(float(self.stop is not None), device=self.device)
-        stopping = bool(self.accelerator.reduce(stop, "sum"))  # all processes save, or none
-        due = self.cfg.save_steps and step % self.cfg.save_steps == 0
-        if (stopping or due) and step > self.first_step:
-            logs = {name: (self.folder / name).stat().st_size for name in LOGS} if self.main else {}
-            loop = {"step": step, "kept": dict(kept or {}), "last": self.last, "logs": logs, "run": self.identity()}
+        logs = {name: (self.folder / name).stat().st_size for name in LOGS} if self.main else {}
+        loop = {"step": step, "kept": dict(kept or {}), "last": dict(self.last), "logs": logs, "skipped": self.skipped}
+        self.point = {"loop": loop, "random": generators(self.device)}
+        if self.cfg.save_steps and step % self.cfg.save_steps == 0:
+            self.save()
+        self.poll()
+
+    def save(self) -> None:
+        """What the last `checkpoint` was given; the weights must not have changed since."""
+        loop, random = self.point["loop"], self.point["random"]
+        if loop["step"] > self.saved:
+            loop |= {"run": self.identity(), "data": self.data}
+            loop["per_process"] = self.cfg.per_device_train_batch_size * self.cfg.gradient_accumulation_steps
             loop["seconds"] = round(time.perf_counter() - self.started, 2)
-            save_state(self.accelerator, self.state, step, loop, self.cfg.save_total_limit)
-        if stopping:
+            keep = self.cfg.save_total_limit
+            save_state(self.accelerator, self.raw, self.optimizer, self.state, loop, random, keep)
+            self.saved = loop["step"]
+
+    def poll(self, *_: Any) -> None:
+        """In long work between a `checkpoint` and the update after it (evaluation, rollout): ends here when asked to.
+
+        All processes must call it alike. Raises Interrupted after a save.
+        """
+        stop = torch.tensor(float(self.stop is not None), device=self.device)
+        if self.accelerator.reduce(stop, "sum"):  # all processes save, or none
+            self.save()
             if self.bar is not None:
                 self.bar.close()
-            saved = f"saved in {self.state}" if step else "not begun"
-            raise Interrupted(f"{self.stage} after step {step}, {saved}; the same command goes on from there")
+            where = f"saved in {self.state}" if self.saved else "not begun"
+            raise Interrupted(
+                f"{self.stage} after step {self.point['loop']['step']}, {where}; the same command goes on from there"
+            )
+
+    def update(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        micro_batches: Sequence[Any],
+        loss: Callable[[Any], torch.Tensor],
+        counts: torch.Tensor,
+    ) -> Update | None:
+        """common.optim.update; None when it was refused as not finite and max_skipped_batches allows for one more."""
+        try:
+            return update(self.accelerator, model, optimizer, micro_batches, loss, counts, self.cfg.max_grad_norm)
+        except NonFiniteError as error:
+            self.skip(step, error)
+            return None
+
+    def skip(self, step: int, error: NonFiniteError) -> None:
+        """Count a batch that is left out; raises NonFiniteError, with stage and step, when that is one too many."""
+        self.skipped += 1
+        text = f"{self.stage}, step {step + 1}: {error}"
+        if self.skipped > self.cfg.max_skipped_batches:
+            raise NonFiniteError(f"{text}; max_skipped_batches is {self.cfg.max_skipped_batches}")
+        self.say(f"{text}; left out ({self.skipped} of at most {self.cfg.max_skipped_batches})")
 
     def forget(self) -> None:
         """The stage is published: drop what a resume would have needed."""
+        release_signals()
+        self.accelerator.wait_for_everyone()  # nobody leaves while the main process publishes
         if self.main:
             shutil.rmtree(self.state, ignore_errors=True)
 
@@ -139,17 +203,29 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that left the state."""
         config = {key: value for key, value in to_dict(self.cfg).items() if key not in FREE}
-        return {**config, "parent_hash": lineage(self.cfg.parent).get("parent_hash"), "processes": self.processes}
+        parent = lineage(self.cfg.parent).get("parent_hash")
+        return {**config, "parent_hash": parent, "global_batch": self.global_batch}
 
-    def prepare(self, model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[Any, ...]:
-        """(model, *optimizers) placed, in train mode, compiled if the config says so; `model` itself stays the raw one."""
-        model, *rest = self.accelerator.prepare(model, *optimizers)
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """(model, optimizer) placed, in train mode, compiled if the config says so; `model` itself stays the raw one."""
+        for module in model.modules():
+            if isinstance(module, Trunk):
+                module.checkpointing = self.cfg.gradient_checkpointing
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["names"] = [names[id(p)] for p in group["params"]]
+        if self.found:
+            load_weights(model, self.found[0])
+        if zero_stage(self.accelerator):
+            model.forward = self.autocast()(model.forward)
+        model, optimizer = self.accelerator.prepare(model, optimizer)
         model.train()
-        return (torch.compile(model) if self.cfg.torch_compile else model), *rest
+        return (torch.compile(model) if self.cfg.torch_compile else model), optimizer
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """The precision that prepared modules train in, for modules used outside `prepare`."""
-        return self.accelerator.autocast()
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "no")
 
     def progress(self, total: int, done: int = 0, unit: str = "step", label: str | None = None) -> tqdm:
         """A progress bar on the main process, where someone watches; log lines appear above it, or alone in a file."""
@@ -198,7 +274,6 @@ class Run:
         """The content of stage.json; prints the gate: one line on whether the stage learned what it should."""
         if self.bar is not None:
             self.bar.close()
-        release_signals()
         passed, text = gate
         self.say(f"gate {self.stage}: {'PASS' if passed else 'FAIL'}  {text}")
         if self.cfg.report_to:
@@ -214,10 +289,17 @@ class Run:
             "gate": {"passed": bool(passed), "text": text},
             "wall_time": round(time.perf_counter() - self.started, 2),
             "processes": self.processes,
-            "precision": self.accelerator.mixed_precision,
+            "precision": self.precision,
+            "skipped_batches": self.skipped,
             **provenance(),
             **extra,
         }
+
+
+def catch_signals(handler: Callable[[int, Any], None]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, handler)
 
 
 def release_signals() -> None:

@@ -1,23 +1,29 @@
 """What a run in mid-way needs to go on as if it had never stopped: written whole or not at all, verified before it is read.
 
-`state/step-N/` holds what accelerate saves (weights, optimizers, scaler, random generators) and loop.json: the loop's own
-values, the lengths of the log files, and what the run must have in common with the one that goes on from it.
+`state/step-N/` holds the whole weights and optimizer moments by parameter name, each process's random generator (safetensors)
+and loop.json: the loop's own values, the lengths of the log files, and what the run must have in common with the one that
+goes on. Nothing in it says how many processes wrote it, so any number may go on from it, with or without ZeRO.
 """
 
 import json
-import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from common.checkpoint import MANIFEST, dump, verify, write_atomically, write_manifest
-from common.config import InputError
+from common.config import Failure, InputError
+from common.placement import put_moments, whole_moments, whole_weights
 
 LOOP = "loop.json"
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # at each save it warns of tied embeddings, which load well
+SPARE = 64 * 2**20  # bytes that a save leaves free on the disk
 
 
 def folders(folder: Path) -> list[Path]:
@@ -26,20 +32,51 @@ def folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
 
 
-def save_state(accelerator: Accelerator, folder: Path, step: int, loop: dict[str, Any], keep: int) -> None:
-    """Write `folder`/step-N; then drop all but the newest `keep`. Every process must call it."""
-    target, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """State of the random generators that training draws from, on this process."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def save_state(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    loop: dict[str, Any],
+    random: dict[str, Tensor],
+    keep: int,
+) -> None:
+    """Write `folder`/step-N of loop["step"] = N; then drop all but the newest `keep`. Every process must call it.
+
+    Raises Failure when the disk has no room: what was saved before is untouched then.
+    """
+    target = folder / f"step-{loop['step']}"
+    temporary = target.with_name(target.name + ".tmp")
+    tensors = {
+        "weights.safetensors": whole_weights(accelerator, module),
+        "moments.safetensors": whole_moments(accelerator, optimizer, module),
+        "random.safetensors": {f"{n}.{key}": t for n, one in enumerate(gather_object([random])) for key, t in one.items()},
+    }
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_atomically(temporary / LOOP, dump(loop))
-        write_manifest(temporary, [file for file in temporary.rglob("*") if file.is_file()])
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + SPARE
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            if (free := shutil.disk_usage(folder).free) < needed:
+                raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free")
+            for name, group in tensors.items():
+                save_file(group, temporary / name)
+                with (temporary / name).open("rb") as handle:
+                    os.fsync(handle.fileno())
+            write_atomically(temporary / LOOP, dump(loop))
+            write_manifest(temporary, [temporary / name for name in (*tensors, LOOP)])
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = next(iter(folders(folder)), None)
+            kept = f"{last} is as it was" if last else "nothing was saved before"
+            raise Failure(f"{target}: could not be saved: {error}; {kept}. Make room, then the same command goes on") from None
         for old in folders(folder)[keep:]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -56,6 +93,24 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except InputError as error:
             warnings.warn(f"state passed over: {error}", stacklevel=2)
     return None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Before the module is prepared, which may split it."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, tensor in load_file(path / "weights.safetensors").items():
+            parameters[name].copy_(tensor)
+
+
+def load_moments(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Optimizer and generators as they were. With other processes than wrote it, the generators go on from the seed."""
+    put_moments(accelerator, optimizer, module, load_file(path / "moments.safetensors"))
+    saved, rank, device = load_file(path / "random.safetensors"), accelerator.process_index, accelerator.device
+    if {int(name.split(".")[0]) for name in saved} == set(range(accelerator.num_processes)):
+        torch.set_rng_state(saved[f"{rank}.cpu"])
+        if device.type == "cuda" and f"{rank}.cuda" in saved:
+            torch.cuda.set_rng_state(saved[f"{rank}.cuda"], device)
 
 
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:

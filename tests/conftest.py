@@ -72,7 +72,7 @@ def tiny_reward(tokenizer) -> Callable[..., RewardModel]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stage_dir(tokenizer, tmp_path_factory) -> Callable[..., str]:
     """stage_dir(model, own_tokenizer=None, **stage.json keys) -> path of a new published directory."""
 

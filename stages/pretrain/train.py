@@ -17,12 +17,14 @@ from pydantic import Field
 from common.architecture import ArchitectureConfig, new_model
 from common.chat import prompt_ids, stop_ids
 from common.checkpoint import load_model, load_tokenizer, publish
-from common.config import InputError, cli, stage_config
+from common.config import InputError, cli, fingerprint, stage_config
 from common.costs import GPUS, forward_flops
-from common.data import Shards
+from common.data import Shards, share
 from common.generate import check_prompts, sample
 from common.model import GPT
-from common.optim import adamw, muon, parameter_groups, schedule, set_learning_rate, split_for_muon, steps_for, update
+from common.muon import muon
+from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.placement import sampler, whole
 from common.run import Run
 from common.scoring import same_ids
 from common.tokenizer import Tokenizer
@@ -87,12 +89,13 @@ def peak_flops(device: torch.device, precision: str) -> float:
 def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_size: int, eot_id: int | None) -> float:
     """Mean next-token loss in nats over the first `rows` rows of the held-out split (the same ones every time)."""
     model.eval()
-    rows = min(rows, shards.rows)
     total = torch.zeros(2, device=run.device)
-    for start in range(run.rank * batch_size, rows, run.processes * batch_size):
-        batch = shards.batch(0, start, min(batch_size, rows - start)).to(run.device)
-        total[0] += next_token_loss(model, batch, eot_id, shards.stride)
-        total[1] += len(batch) * shards.stride
+    for chosen in share(range(min(rows, shards.rows)), run.rank, run.processes, batch_size, blank=lambda row: None):
+        run.poll()
+        real = [row for row in chosen if row is not None]
+        batch = torch.cat([shards.batch(0, row, 1) for row in real or [0]]).to(run.device)
+        summed = next_token_loss(model, batch, eot_id, shards.stride)
+        total += torch.stack([summed * bool(real), summed.new_tensor(len(real) * shards.stride)])
     model.train()
     loss, count = run.accelerator.reduce(total, "sum").tolist()
     return loss / count
@@ -110,8 +113,13 @@ def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | N
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
-def continuations(cfg: Config, raw: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> list[dict[str, str]]:
-    answers = sample(raw, prompts, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=stop_ids(tokenizer))
+def continuations(
+    cfg: Config, run: Run, raw: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]
+) -> list[dict[str, str]]:
+    """What the model goes on with after `sample_prompts`; every process must call it."""
+    answers = sample(
+        sampler(run.accelerator, raw), prompts, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=stop_ids(tokenizer)
+    )
     texts = [tokenizer.decode(answer.ids) for answer in answers]
     return [{"prompt": prompt, "sample": text} for prompt, text in zip(cfg.sample_prompts, texts, strict=True)]
 
@@ -127,18 +135,15 @@ def main(cfg: Config) -> None:
     raw = build_model(cfg, tokenizer.vocab_size)
     parameters = sum(p.numel() for p in raw.parameters())
     if cfg.optimizer == "muon":
-        _, rest = split_for_muon(raw)
-        rest = torch.nn.ParameterList(rest)
-        optimizers = [muon(raw, cfg.muon_learning_rate, cfg.weight_decay)]
-        optimizers += [adamw(parameter_groups(rest, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)]
+        dtype = torch.float32 if run.precision == "no" else torch.bfloat16
+        optimizer = muon(raw, cfg.muon_learning_rate, cfg.learning_rate, cfg.weight_decay, cfg.adam_beta2, dtype)
     else:
-        optimizers = [adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)]
-    model, *optimizers = run.prepare(raw, *optimizers)
+        optimizer = adamw(parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
+    model, optimizer = run.prepare(raw, optimizer)
 
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]
     check_prompts(raw, prompts)  # now, not after hours of training
-    micro, accumulation = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
-    batch_rows = micro * accumulation * run.processes
+    micro, accumulation, batch_rows = cfg.per_device_train_batch_size, run.accumulation, run.global_batch
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, shards.rows, batch_rows)
     tokens_per_step = batch_rows * cfg.max_length
     peak = peak_flops(run.device, run.accelerator.mixed_precision) * run.processes
@@ -154,41 +159,37 @@ def main(cfg: Config) -> None:
     if cfg.eval_only:
         found = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
         run.say(f"held-out loss {found:.4f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})")
-        for row in continuations(cfg, raw, tokenizer, prompts) if prompts and run.main else ():
+        for row in continuations(cfg, run, raw, tokenizer, prompts):
             run.say(f"{row['prompt']}{row['sample']}")
         return
-    first_step, kept = run.resume()
-    if not kept:
-        kept = {"initial": evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)}
-        run.log(0, {"eval_loss": kept["initial"], "ln_vocab": math.log(tokenizer.vocab_size)})
+    first_step, kept = run.start_or_resume(raw, optimizer, fingerprint(shards.meta))
     bar, clock, clock_step = run.progress(steps, first_step), time.perf_counter(), first_step
-    for step in range(first_step, steps):
+    for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
+        if step in (0, steps) or (cfg.eval_steps and step % cfg.eval_steps == 0):
+            eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
+            run.log(step, {"eval_loss": eval_loss} | ({} if step else {"ln_vocab": math.log(tokenizer.vocab_size)}))
+            if step:
+                run.log_samples(step, continuations(cfg, run, raw, tokenizer, prompts))
+            else:
+                kept["initial"] = eval_loss
+            clock, clock_step = time.perf_counter(), step
+        if step == steps:
+            break
         first = step * batch_rows + run.rank * micro * accumulation
         micro_batches = [shards.batch(cfg.seed, first + i * micro, micro).to(run.device) for i in range(accumulation)]
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate(optimizers, factor)
+        set_learning_rate(optimizer, factor)
         counts = torch.tensor([sum(len(batch) * shards.stride for batch in micro_batches)])
-        done = update(
-            run.accelerator,
-            model,
-            optimizers,
-            micro_batches,
-            lambda batch: next_token_loss(model, batch, eot_id, shards.stride)[None],
-            counts,
-            cfg.max_grad_norm,
-        )
+        done = run.update(
+            step, model, optimizer, micro_batches,
+            lambda batch: next_token_loss(model, batch, eot_id, shards.stride)[None], counts,
+        )  # fmt: skip
         bar.update()
-        if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
+        if done and ((step + 1) % cfg.logging_steps == 0 or step + 1 == steps):
             speed = (step + 1 - clock_step) * tokens_per_step / (time.perf_counter() - clock)
             metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
             run.log(step + 1, metrics | {"tokens/s": round(speed), "mfu": speed * flops_per_token / peak})
-            clock, clock_step = time.perf_counter(), step + 1
-        if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
-            eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
-            run.log(step + 1, {"eval_loss": eval_loss})
-            if prompts and run.main:
-                run.log_samples(step + 1, continuations(cfg, raw, tokenizer, prompts))
             clock, clock_step = time.perf_counter(), step + 1
 
     text = (
@@ -199,8 +200,9 @@ def main(cfg: Config) -> None:
         steps, (eval_loss < kept["initial"] - enough, text), parameters=parameters, tokens_seen=steps * tokens_per_step,
         data={"train": shards.meta["fingerprint"], "epochs": seen},
     )  # fmt: skip
-    if run.main:
-        publish(run.folder, raw, tokenizer, stage)
+    with whole(run.accelerator, raw):
+        if run.main:
+            publish(run.folder, raw, tokenizer, stage)
     run.forget()
 
 

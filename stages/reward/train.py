@@ -17,11 +17,12 @@ from torch import Tensor
 
 from common.chat import comparison_prompt, prompt_ids
 from common.checkpoint import load_model, load_tokenizer, publish
-from common.config import InputError, cli, stage_config
+from common.config import InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, pad, share
 from common.lora import add_lora, merged_state, save_adapter
 from common.model import RewardModel
-from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
+from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.placement import whole
 from common.run import Run
 from common.tokenizer import Tokenizer
 from common.train_config import NonNegative, RowsConfig
@@ -120,7 +121,8 @@ def collate(comparisons: Sequence[Comparison], pad_id: int, device: torch.device
         weights += [1 / len(comparison.pairs)] * len(comparison.pairs)
         rows += comparison.rows
     lengths = torch.tensor([len(row) for row in rows])
-    return Batch(*(t.to(device) for t in (pad(rows, pad_id), lengths, *map(torch.tensor, (better, worse, weights)))))
+    chosen = torch.tensor([better, worse], dtype=torch.long)
+    return Batch(*(t.to(device) for t in (pad(rows, pad_id), lengths, *chosen, torch.tensor(weights, dtype=torch.float))))
 
 
 @torch.no_grad()
@@ -132,6 +134,7 @@ def evaluate(
     gaps, groups, policy = [], [], []
     own = any(comparison.policy for comparison in comparisons)
     for start in range(0, len(comparisons), batch_size):
+        run.poll()
         part = comparisons[start : start + batch_size]
         batch = collate(part, pad_id, run.device)
         scores = model(batch.ids, batch.lengths).float()
@@ -184,10 +187,10 @@ def main(cfg: Config) -> None:
     raw = RewardModel(parent.config, parent.trunk)
     if cfg.lora_r:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
+    optimizer = adamw(parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
     model, optimizer = run.prepare(raw, optimizer)
     micro = cfg.per_device_train_batch_size
-    batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
+    batch_rows = run.global_batch
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(comparisons), batch_rows)
     order = Order([sum(map(len, comparison.rows)) for comparison in comparisons], batch_rows, cfg.seed)
 
@@ -195,47 +198,50 @@ def main(cfg: Config) -> None:
         scores = model(batch.ids, batch.lengths)
         return comparison_loss(scores.float(), batch.better, batch.worse, batch.weights, cfg.margin, cfg.centering)[None]
 
-    first_step, _ = run.resume()
+    first_step, _ = run.start_or_resume(raw, optimizer, fingerprint(comparisons))
     bar, clock, tokens = run.progress(steps, first_step), time.perf_counter(), 0
-    for step in range(first_step, steps):
+    for step in range(first_step, steps + 1):
         run.checkpoint(step)
+        if step == steps or (step and cfg.eval_steps and step % cfg.eval_steps == 0):
+            gaps, groups, scores = evaluate(run, model, heldout, micro, tokenizer.pad_id)
+            mean, half = accuracy(gaps, groups)
+            run.log(step, {"eval_accuracy": mean, "eval_loss": float(torch.nn.functional.softplus(-gaps).mean())})
+            clock = time.perf_counter()
+        if step == steps:
+            break
         chosen = [comparisons[row] for row in order.rows(step)]
-        parts = list(share(chosen, run.rank, run.processes, micro))
-        counted = torch.tensor([float(sum(map(len, parts)))])
+        parts = list(share(chosen, run.rank, run.processes, micro, lambda comparison: comparison._replace(pairs=[])))
+        counted = torch.tensor([float(sum(bool(comparison.pairs) for part in parts for comparison in part))])
         micro_batches = [collate(part, tokenizer.pad_id, run.device) for part in parts]
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate([optimizer], factor)
-        done = update(run.accelerator, model, [optimizer], micro_batches, loss, counted, cfg.max_grad_norm)
+        set_learning_rate(optimizer, factor)
+        done = run.update(step, model, optimizer, micro_batches, loss, counted)
         tokens += sum(len(row) for comparison in chosen for row in comparison.rows)
         bar.update()
-        if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
+        if done and ((step + 1) % cfg.logging_steps == 0 or step + 1 == steps):
             metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
             run.log(step + 1, metrics | {"tokens/s": round(tokens / (time.perf_counter() - clock))})
             clock, tokens = time.perf_counter(), 0
-        if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
-            gaps, groups, scores = evaluate(run, model, heldout, micro, tokenizer.pad_id)
-            mean, half = accuracy(gaps, groups)
-            run.log(step + 1, {"eval_accuracy": mean, "eval_loss": float(torch.nn.functional.softplus(-gaps).mean())})
-            clock = time.perf_counter()
 
     for bucket, pairs, right, claim in accuracy_by_margin(gaps):
         run.say(f"  score gap {bucket:>8}: {pairs:>6} pairs, {right:.1%} right, {claim:.1%} by the model's own reckoning")
     # The origin is set on training prompts: held-out ones stay unseen by every number that ships.
     _, _, scores = evaluate(run, model, comparisons[: max(200, len(heldout))], micro, tokenizer.pad_id)
-    before, std = set_origin(raw, scores, cfg.normalize)
-    run.log(steps, {"score_mean_before": before, "score_std_before": std})
-    share_right = f"orders {mean:.1%} +- {half:.1%} of {len(gaps)} held-out pairs as the labels do"
-    whose = "SFT answers" if any(comparison.policy for comparison in comparisons) else "all answers"
-    text = f"{share_right}; {whose} scored {before:+.2f} on average, now 0"
-    margins = [dict(zip(("gap", "pairs", "accuracy", "claimed"), row, strict=True)) for row in accuracy_by_margin(gaps)]
-    stage = run.finish(
-        steps, (mean - half > 0.5, text), accuracy={"mean": mean, "ci95": [mean - half, mean + half], "n": len(gaps)},
-        margins=margins, data={"train": counts, "eval": heldout_counts},
-    )  # fmt: skip
-    if run.main:
-        if cfg.lora_r:
-            save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
-        publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
+    with whole(run.accelerator, raw):
+        before, std = set_origin(raw, scores, cfg.normalize)
+        run.log(steps, {"score_mean_before": before, "score_std_before": std})
+        share_right = f"orders {mean:.1%} +- {half:.1%} of {len(gaps)} held-out pairs as the labels do"
+        whose = "SFT answers" if any(comparison.policy for comparison in comparisons) else "all answers"
+        text = f"{share_right}; {whose} scored {before:+.2f} on average, now 0"
+        margins = [dict(zip(("gap", "pairs", "accuracy", "claimed"), row, strict=True)) for row in accuracy_by_margin(gaps)]
+        stage = run.finish(
+            steps, (mean - half > 0.5, text), accuracy={"mean": mean, "ci95": [mean - half, mean + half], "n": len(gaps)},
+            margins=margins, data={"train": counts, "eval": heldout_counts},
+        )  # fmt: skip
+        if run.main:
+            if cfg.lora_r:
+                save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
+            publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
     run.forget()
 
 

@@ -5,6 +5,7 @@ Shape legend: B episodes, T response tokens.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from common.config import stage_config
 from common.data import share
-from common.ops import entropy, masked_mean, masked_moments, token_logprobs, whiten
-from common.optim import NonFiniteError, Update, update
+from common.ops import entropy, masked_mean, token_logprobs, whiten
+from common.optim import NonFiniteError, Update
 from common.run import Run
 from common.tokenizer import Tokenizer
 from common.train_config import NonNegative, Positive, TrainConfig
@@ -87,23 +88,22 @@ def learn(
     cfg: PPOConfig,
     step: int,
 ) -> dict[str, float]:
-    """PPO epochs over one rollout (this process's part); returns means over all response tokens of all updates.
+    """PPO epochs over one rollout (of all processes); returns means over all response tokens of all updates.
 
     texts(n): pretraining rows (rows, length + 1) for the rollout's update number n, whose loss PTX adds.
     """
-    moments = run.accelerator.reduce(masked_moments(batch.advantages_BT, batch.mask_BT), "sum")
-    advantages_BT = whiten(batch.advantages_BT, batch.mask_BT, moments)
+    advantages_BT = whiten(batch.advantages_BT, batch.mask_BT)
     lengths = (batch.prompt_lengths_B + batch.mask_BT.sum(1)).tolist()
     per_minibatch = math.ceil(len(lengths) / cfg.num_minibatches)
-    stats: list[Tensor] = []
+    stats: list[Tensor] = []  # of each update, over all processes
     updates: list[Update] = []
     for epoch in range(cfg.num_ppo_epochs):
         # The order is that of a shuffled deck: which episodes share a minibatch is new in every epoch.
         order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(lengths)).tolist()
-        for start in range(0, len(order), per_minibatch):
+        for number, start in enumerate(range(0, len(order), per_minibatch)):
             rows = sorted(order[start : start + per_minibatch], key=lambda row: lengths[row])
-            parts = list(share(rows, 0, 1, cfg.per_device_train_batch_size))
-            ptx = None if texts is None else texts(len(updates))
+            parts = list(share(rows, run.rank, run.processes, cfg.per_device_train_batch_size))
+            ptx = None if texts is None else texts(epoch * cfg.num_minibatches + number)
             ptx_parts = [None] * len(parts) if ptx is None else [p if len(p) else None for p in ptx.tensor_split(len(parts))]
             micro_batches = []
             for part, ptx_part in zip(parts, ptx_parts, strict=True):
@@ -111,24 +111,23 @@ def learn(
                 micro_batches.append(MicroBatch(episodes, advantages_BT[part][:, : episodes.mask_BT.shape[1]], ptx_part))
             tokens = sum(micro.episodes.mask_BT.sum() for micro in micro_batches)
             counts = torch.tensor([float(tokens), float(0 if ptx is None else ptx[:, 1:].numel())])
-            done = update(
-                run.accelerator,
-                model,
-                [optimizer],
-                micro_batches,
-                lambda micro: terms(model, micro, cfg, stats, eot_id),
-                counts,
-                cfg.max_grad_norm,
+            sums: list[Tensor] = []
+            done = run.update(
+                step, model, optimizer, micro_batches, partial(terms, model, cfg=cfg, stats=sums, eot_id=eot_id), counts
             )
+            if done is None:
+                continue
             updates.append(done)
-            recent = run.accelerator.reduce(torch.stack(stats[-len(parts) :]).sum(0), "sum")
-            if cfg.early_stop_kl and float(recent[4] / recent[0]) > 1.5 * cfg.early_stop_kl:
-                return summarise(run, cfg, stats, updates, epoch + 1)
-    return summarise(run, cfg, stats, updates, cfg.num_ppo_epochs)
+            stats.append(run.accelerator.reduce(torch.stack(sums).sum(0), "sum"))
+            if cfg.early_stop_kl and float(stats[-1][4] / stats[-1][0]) > 1.5 * cfg.early_stop_kl:
+                return summarise(cfg, stats, updates, epoch + 1)
+    return summarise(cfg, stats, updates, cfg.num_ppo_epochs)
 
 
-def summarise(run: Run, cfg: PPOConfig, stats: list[Tensor], updates: list[Update], epochs: int) -> dict[str, float]:
-    tokens, *sums = run.accelerator.reduce(torch.stack(stats).sum(0), "sum").tolist()
+def summarise(cfg: PPOConfig, stats: list[Tensor], updates: list[Update], epochs: int) -> dict[str, float]:
+    if not updates:  # all were left out, as not finite
+        return {"ppo_epochs": epochs}
+    tokens, *sums = torch.stack(stats).sum(0).tolist()
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
     means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
     means |= {"grad_norm": sum(done.grad_norm for done in updates) / len(updates), "ppo_epochs": epochs}
@@ -137,27 +136,22 @@ def summarise(run: Run, cfg: PPOConfig, stats: list[Tensor], updates: list[Updat
     return means
 
 
-def describe(run: Run, batch: Trajectory, cfg: PPOConfig) -> dict[str, float]:
-    """Means over the episodes of a rollout, all processes; KL in nats an episode."""
+def describe(batch: Trajectory) -> dict[str, float]:
+    """Means over the episodes of a rollout; KL in nats an episode. Raises NonFiniteError."""
+    mask_BT = batch.mask_BT
     k1_BT, _, _ = kl_estimates(batch.logprobs_BT, batch.ref_logprobs_BT)
-    episodes = torch.stack(
-        [
-            torch.ones_like(batch.scores_B),
-            batch.scores_B,
-            (batch.rewards_BT * batch.mask_BT).sum(1),
-            (k1_BT * batch.mask_BT).sum(1),
-            batch.mask_BT.sum(1).float(),
-            batch.stopped_B.float(),
-        ]
-    ).sum(1)
-    count, *sums = run.accelerator.reduce(episodes, "sum").tolist()
-    names = ("score", "reward", "kl", "length", "stop_rate")
-    metrics = {name: total / count for name, total in zip(names, sums, strict=True)}
+    metrics = {
+        "score": batch.scores_B.mean(),
+        "reward": (batch.rewards_BT * mask_BT).sum(1).mean(),
+        "kl": (k1_BT * mask_BT).sum(1).mean(),
+        "length": mask_BT.sum(1).float().mean(),
+        "stop_rate": batch.stopped_B.float().mean(),
+        "explained_variance": explained_variance(batch.values_BT[mask_BT], batch.returns_BT[mask_BT]),
+        "rollout_entropy": masked_mean(batch.entropy_BT, mask_BT),
+    }
+    metrics = {name: float(value) for name, value in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
         raise NonFiniteError(f"rollout statistics {metrics}; no update was applied")
-    mask = batch.mask_BT
-    metrics["explained_variance"] = float(explained_variance(batch.values_BT[mask], batch.returns_BT[mask]))
-    metrics["rollout_entropy"] = float(masked_mean(batch.entropy_BT, mask))
     return metrics
 
 

@@ -3,7 +3,7 @@
 Shape legend: B episodes, S tokens of prompt and response, T response tokens, N response tokens of all episodes, row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,17 @@ class Trajectory(NamedTuple):
         return self.ids_BS[:, 1:][self.predicts_BS()[:, :-1]]
 
 
+def joined(parts: Sequence[Trajectory]) -> Trajectory:
+    """One rollout from those of all processes, each of which had every so-many-th prompt; in the order of the prompts."""
+    fields = []
+    for name, pieces in zip(Trajectory._fields, zip(*parts, strict=True), strict=True):
+        if name.endswith(("S", "T")):
+            width = max(piece.shape[1] for piece in pieces)
+            pieces = [torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
+        fields.append(torch.stack(list(pieces), dim=1).flatten(0, 1))
+    return Trajectory(*fields)
+
+
 @torch.no_grad()
 def rollout(
     model: ActorCritic,
@@ -93,17 +104,23 @@ def rollout(
     missing_stop_penalty: float,
     batch_size: int,
     score_batch_size: int,
+    sampler: GPT | None = None,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[..., object] | None = None,
 ) -> Trajectory:
     """Sample an answer to each prompt and evaluate it with policy, reference, critic and reward model.
 
     Call it under the autocast of training: the log-probs that the ratio starts from are recomputed in its numerics.
+    sampler: to sample from, where not from model.policy itself; part: (process, processes) where `prompts` are one process's;
+    progress: called now and then.
     """
-    device = next(model.parameters()).device
+    sampler = sampler or model.policy
+    device = next(sampler.parameters()).device
     # Weights stay as they are: under autocast every one-token step would cast them again.
     with torch.autocast(device.type, enabled=False):
         answers = sample(
-            model.policy, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-            stop_ids=stop_ids, batch_size=batch_size,
+            sampler, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, part=part,
+            stop_ids=stop_ids, batch_size=batch_size, progress=progress,
         )  # fmt: skip
     lengths = torch.tensor([len(answer.ids) for answer in answers], device=device)
     mask_BT = length_mask(lengths, int(lengths.max()))
@@ -117,7 +134,7 @@ def rollout(
         stopped_B=torch.tensor([answer.stopped for answer in answers], device=device),
         rewards_BT=zeros_BT, advantages_BT=zeros_BT, returns_BT=zeros_BT,
     )  # fmt: skip
-    full = evaluate(empty, model, reference, reward_model, temperature, score_batch_size)
+    full = evaluate(empty, model, reference, reward_model, temperature, score_batch_size, progress)
     shaped_B = shape_scores(full.scores_B, full.stopped_B, score_clip, missing_stop_penalty)
     k1_BT, _, _ = kl_estimates(full.logprobs_BT, full.ref_logprobs_BT)
     rewards_BT = token_rewards(shaped_B, k1_BT, mask_BT, kl_coef)
@@ -132,6 +149,7 @@ def evaluate(
     reward_model: RewardModel,
     temperature: float,
     batch_size: int,
+    progress: Callable[..., object] | None = None,
 ) -> Trajectory:
     """`trajectory` with log-probs, entropy, values and scores filled in; rows of like length share a batch."""
     totals = trajectory.prompt_lengths_B + trajectory.mask_BT.sum(1)
@@ -141,6 +159,8 @@ def evaluate(
         scores_B=trajectory.scores_B.clone(),
     )
     for start in range(0, len(order), batch_size):
+        if progress:
+            progress()
         rows = order[start : start + batch_size]
         part = trajectory.rows(rows)
         predicts, targets = part.predicts_BS(), part.targets_N()

@@ -12,21 +12,23 @@ from functools import partial
 from typing import Annotated
 
 import torch
+from accelerate.utils import gather_object
 from pydantic import Field
 
 from common.chat import prompt_ids, rows_to_prompt
-from common.checkpoint import load_model, load_tokenizer, publish
-from common.config import InputError, cli, stage_config
+from common.checkpoint import lineage, load_model, load_tokenizer, publish
+from common.config import InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, Shards, read_rows
 from common.lora import add_lora, merged_state, save_adapter
-from common.optim import SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.optim import NonFiniteError, SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.placement import frozen, sampler, whole
 from common.run import Run
 from common.scoring import same_ids
 from common.tokenizer import Tokenizer
 from common.train_config import NonNegative, Positive
 from stages.rl.learn import PPOConfig, describe, episode_samples, learn
 from stages.rl.ppo import next_kl_coef
-from stages.rl.rollout import ActorCritic, rollout
+from stages.rl.rollout import ActorCritic, Trajectory, joined, rollout
 
 
 @stage_config
@@ -106,8 +108,8 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, max_prompt_lengt
 def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, torch.nn.Module]:
     """(policy and critic, frozen reference, frozen reward model); dropout is off in all of them."""
     actor_critic = ActorCritic(load_model(cfg.parent, "lm"), load_model(cfg.critic or cfg.reward_model, "reward"))
-    reference = load_model(cfg.reference or cfg.parent, "lm").requires_grad_(False).to(run.device)
-    reward_model = load_model(cfg.reward_model, "reward").requires_grad_(False).to(run.device)
+    reference = load_model(cfg.reference or cfg.parent, "lm")
+    reward_model = load_model(cfg.reward_model, "reward")
     for name in (cfg.reference, cfg.reward_model, cfg.critic):
         if name and not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
             raise InputError(
@@ -126,7 +128,7 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
     context = min(model.config.max_length for model in (actor_critic.policy, reference, reward_model, actor_critic.critic))
     if needed > context:
         raise InputError(f"max_prompt_length + max_new_tokens = {needed}: the models' context is {context}")
-    return actor_critic, reference, reward_model
+    return actor_critic, frozen(run.accelerator, reference), frozen(run.accelerator, reward_model)
 
 
 def main(cfg: Config) -> None:
@@ -143,14 +145,13 @@ def main(cfg: Config) -> None:
         add_lora(raw.policy, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
         add_lora(raw.critic, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     critic_rate = cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate
-    groups = parameter_groups(raw.policy, cfg.learning_rate, cfg.weight_decay)
+    groups = parameter_groups(raw.policy.parameters(), cfg.learning_rate, cfg.weight_decay)
     policy_groups = len(groups)
-    groups += parameter_groups(raw.critic, critic_rate, cfg.weight_decay)
+    groups += parameter_groups(raw.critic.parameters(), critic_rate, cfg.weight_decay)
     model, optimizer = run.prepare(raw, adamw(groups, cfg.adam_beta2, cfg.adam_eps))
     model.eval()  # no dropout in RL: old log-probs must be those that training computes
 
-    minibatch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.processes
-    episodes = minibatch * cfg.num_minibatches
+    episodes = run.global_batch * cfg.num_minibatches
     if episodes > len(prompts):
         raise InputError(f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches")
     shards = Shards(cfg.ptx_data, "train", cfg.max_length) if cfg.ptx_data else None
@@ -158,23 +159,25 @@ def main(cfg: Config) -> None:
         raise InputError(f"ptx_data {cfg.ptx_data}: its ids are not those of {cfg.parent}; prepare it with that tokenizer")
     order = Order([1] * len(prompts), episodes, cfg.seed, drop_last=True)
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, order.per_epoch * episodes, episodes)
-    first_step, kept = run.resume(kl_coef=cfg.kl_coef, history=[])
+    models = [lineage(path).get("parent_hash") for path in (cfg.reference, cfg.reward_model, cfg.critic)]
+    data = fingerprint([prompts, shards and shards.meta, models])
+    first_step, kept = run.start_or_resume(raw, optimizer, data, kl_coef=cfg.kl_coef, history=[])
     bar = run.progress(steps, first_step, unit="rollout")
     for step in range(first_step, steps):
         run.checkpoint(step, kept)
         kl_coef, history = kept["kl_coef"], kept["history"]
-        chosen = [prompts[row] for row in order.rows(step)][run.rank :: run.processes]
+        chosen = [prompts[row] for row in order.rows(step)]
         with run.autocast():
-            batch = rollout(
-                raw,
+            part = rollout(
+                model,
                 reference,
                 reward_model,
-                chosen,
+                chosen[run.rank :: run.processes],
                 max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 stop_ids=[tokenizer.eot_id],
                 pad_id=tokenizer.pad_id,
-                seed=hash((cfg.seed, step, run.rank)) % 2**31,
+                seed=hash((cfg.seed, step, 0)) % 2**31,
                 kl_coef=kl_coef,
                 gamma=cfg.gamma,
                 gae_lambda=cfg.gae_lambda,
@@ -182,11 +185,21 @@ def main(cfg: Config) -> None:
                 missing_stop_penalty=cfg.missing_stop_penalty,
                 batch_size=256,
                 score_batch_size=cfg.per_device_train_batch_size,
+                sampler=sampler(run.accelerator, raw.policy),
+                part=(run.rank, run.processes),
+                progress=run.poll,
             )
-        metrics = describe(run, batch, cfg)
+        # Every process gets all episodes: what is whitened, drawn and logged is the same, however many there are.
+        parts = gather_object([[field.cpu() for field in part]])
+        batch = joined([Trajectory(*(field.to(run.device) for field in fields)) for fields in parts])
+        try:
+            metrics = describe(batch)
+        except NonFiniteError as error:
+            run.skip(step, error)
+            continue
         history.append(metrics)
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate([optimizer], factor)
+        set_learning_rate(optimizer, factor)
         if step < cfg.critic_warmup_steps:
             for group in optimizer.param_groups[:policy_groups]:
                 group["lr"] = 0.0
@@ -206,13 +219,13 @@ def main(cfg: Config) -> None:
     rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
     text = f"{rise} at KL {mean['kl']:.1f} nats, {mean['stop_rate']:.0%} complete"
     stage = run.finish(steps, (mean["score"] > history[0]["score"], text), episodes=steps * episodes)
-    if run.main:
-        policy = merged_state(raw.policy) if cfg.lora_r else None
-        if cfg.lora_r:
-            save_adapter(raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
-        publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
-        critic = merged_state(raw.critic) if cfg.lora_r else None
-        publish(run.folder / "critic", raw.critic, tokenizer, {**stage, "kind": "reward"}, weights=critic)
+    with whole(run.accelerator, raw):
+        if run.main:
+            policy, critic = (merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic))
+            if cfg.lora_r:
+                save_adapter(raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
+            publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
+            publish(run.folder / "critic", raw.critic, tokenizer, {**stage, "kind": "reward"}, weights=critic)
     run.forget()
 
 

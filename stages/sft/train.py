@@ -18,13 +18,14 @@ from torch import Tensor
 from common.architecture import ArchitectureConfig, new_model
 from common.chat import colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
 from common.checkpoint import load_model, load_tokenizer, publish
-from common.config import InputError, cli, stage_config
+from common.config import InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, pad, share, write_jsonl
 from common.generate import sample
 from common.lora import add_lora, merged_state, save_adapter
 from common.model import GPT
 from common.ops import token_logprobs
-from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for, update
+from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.placement import sampler, whole
 from common.run import Run
 from common.tokenizer import Tokenizer
 from common.train_config import RowsConfig
@@ -83,12 +84,17 @@ def loss(model: torch.nn.Module, examples: Sequence[Example], pad_id: int, devic
     return -token_logprobs(logits, ids[:, 1:][targets]).sum(), int(targets.sum())
 
 
+def blank(example: Example) -> Example:
+    return example._replace(mask=[0] * len(example.mask))
+
+
 @torch.no_grad()
 def evaluate(run: Run, model: torch.nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
     """Mean loss in nats a supervised token over `examples`."""
     model.eval()
     total = torch.zeros(2, device=run.device)
-    for rows in share(examples, run.rank, run.processes, batch_size):
+    for rows in share(examples, run.rank, run.processes, batch_size, blank):
+        run.poll()
         summed, count = loss(model, rows, pad_id, run.device)
         total += torch.stack([summed, torch.tensor(float(count), device=run.device)])
     model.train()
@@ -152,52 +158,49 @@ def main(cfg: Config) -> None:
 
     if cfg.lora_r:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    optimizer = adamw(parameter_groups(raw, cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
+    optimizer = adamw(parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
     model, optimizer = run.prepare(raw, optimizer)
     micro = cfg.per_device_train_batch_size
-    batch_rows = micro * cfg.gradient_accumulation_steps * run.processes
+    batch_rows = run.global_batch
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), batch_rows)
     order = Order([len(example.ids) for example in examples], batch_rows, cfg.seed)
 
-    first_step, kept = run.resume()
-    if not kept:
-        kept = {"initial": evaluate(run, model, heldout, micro, tokenizer.pad_id), "tokens_seen": 0}
-        run.log(0, {"eval_loss": kept["initial"]})
+    first_step, kept = run.start_or_resume(raw, optimizer, fingerprint(examples), tokens_seen=0)
     bar, clock, tokens = run.progress(steps, first_step), time.perf_counter(), 0
-    for step in range(first_step, steps):
+    for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
+        if step in (0, steps) or (cfg.eval_steps and step % cfg.eval_steps == 0):
+            eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
+            run.log(step, {"eval_loss": eval_loss})
+            if not step:
+                kept["initial"] = eval_loss
+            else:
+                speaker = sampler(run.accelerator, raw)
+                run.log_samples(step, sample_answers(cfg, speaker, tokenizer, heldout_rows[: cfg.samples]))
+                if cfg.eval_exact_match:
+                    match, mistakes = exact_match(speaker, tokenizer, heldout_rows, cfg.sample_tokens)
+                    run.log(step, {"exact_match": match})
+                    for row in mistakes[:8]:
+                        run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
+            clock = time.perf_counter()
+        if step == steps:
+            break
         chosen = [examples[row] for row in order.rows(step)]
-        micro_batches = list(share(chosen, run.rank, run.processes, micro))
+        micro_batches = list(share(chosen, run.rank, run.processes, micro, blank))
         counted = torch.tensor([sum(sum(example.mask[1:]) for batch in micro_batches for example in batch)])
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate([optimizer], factor)
-        done = update(
-            run.accelerator,
-            model,
-            [optimizer],
-            micro_batches,
-            lambda batch: loss(model, batch, tokenizer.pad_id, run.device)[0][None],
-            counted,
-            cfg.max_grad_norm,
-        )
+        set_learning_rate(optimizer, factor)
+        done = run.update(
+            step, model, optimizer, micro_batches,
+            lambda batch: loss(model, batch, tokenizer.pad_id, run.device)[0][None], counted,
+        )  # fmt: skip
         new = sum(len(example.ids) for example in chosen)
         tokens, kept["tokens_seen"] = tokens + new, kept["tokens_seen"] + new
         bar.update()
-        if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
+        if done and ((step + 1) % cfg.logging_steps == 0 or step + 1 == steps):
             metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
             run.log(step + 1, metrics | {"tokens/s": round(tokens / (time.perf_counter() - clock))})
             clock, tokens = time.perf_counter(), 0
-        if step + 1 == steps or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0):
-            eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
-            run.log(step + 1, {"eval_loss": eval_loss})
-            if run.main and cfg.samples:
-                run.log_samples(step + 1, sample_answers(cfg, raw, tokenizer, heldout_rows[: cfg.samples]))
-            if cfg.eval_exact_match:
-                match, mistakes = exact_match(raw, tokenizer, heldout_rows, cfg.sample_tokens)
-                run.log(step + 1, {"exact_match": match})
-                for row in mistakes[:8]:
-                    run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
-            clock = time.perf_counter()
 
     if cfg.eval_exact_match:
         run.say(f"{len(mistakes)} of {len(heldout_rows)} held-out answers are not exact: {run.folder / 'mistakes.jsonl'}")
@@ -210,10 +213,11 @@ def main(cfg: Config) -> None:
         steps, (eval_loss < kept["initial"], text), tokens_seen=kept["tokens_seen"],
         data={"train": counts, "eval": heldout_counts},
     )  # fmt: skip
-    if run.main:
-        if cfg.lora_r:
-            save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
-        publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
+    with whole(run.accelerator, raw):
+        if run.main:
+            if cfg.lora_r:
+                save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
+            publish(run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None)
     run.forget()
 
 

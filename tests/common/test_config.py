@@ -1,6 +1,7 @@
 """What a config accepts, and that every refusal is one line that names key, value and place."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -275,8 +276,12 @@ def test_a_program_that_ends_well_exits_with_zero_and_other_errors_keep_their_tr
     with pytest.raises(SystemExit) as stop:
         guard(lambda: 75)
     assert stop.value.code == 75
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as stop:
         cli(Config, lambda cfg: 1 / 0, ["--output_dir", "x"])
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert re.search(r"^error: .*ZeroDivisionError: division by zero$", told.splitlines()[-1])
 
 
 def test_as_a_program(tmp_path):

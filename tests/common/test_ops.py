@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.ops import entropy, length_mask, masked_mean, masked_moments, masked_sum, token_logprobs, whiten
+from common.ops import entropy, length_mask, masked_mean, masked_sum, token_logprobs, whiten
 
 NAN = float("nan")
 
@@ -72,15 +72,6 @@ def test_whiten_ragged_rows_have_mean_0_and_std_1():
     assert mean == pytest.approx(0, abs=1e-4)
     assert math.fsum((value - mean) ** 2 for value in kept) / len(kept) == pytest.approx(1, abs=1e-3)
     assert all(value == 0 for row, n in zip(white.tolist(), lengths, strict=True) for value in row[n:])
-
-
-def test_whiten_over_processes_uses_the_global_moments():
-    x = torch.tensor([[1.0, 2.0, 7.0], [3.0, 6.0, 7.0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
-    moments = masked_moments(x[:1], mask[:1]) + masked_moments(x[1:], mask[1:])
-    assert moments.tolist() == [4.0, 12.0, 50.0]  # count, sum, 1 + 4 + 9 + 36
-    root = math.sqrt(3.5)
-    assert whiten(x[:1], mask[:1], moments).tolist()[0] == pytest.approx([-2 / root, -1 / root, 0.0], abs=1e-5)
 
 
 def test_length_mask_literals():

@@ -13,7 +13,6 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from common.config import InputError
-from stages.pretrain import prepare
 from stages.pretrain import train as pretrain
 from stages.reward import train as reward
 from stages.rl import train as rl
@@ -28,51 +27,7 @@ class Crash(Exception):
     pass
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("toy")
-    texts = [f"The fox number {n % 10} met the bird number {n % 7} by the river." for n in range(200)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.main(prepare.Config(train_data=[str(folder)], output_dir=str(folder / "shards"), vocab_size=290, eval_fraction=0.1))
-    return str(folder / "shards")
-
-
-@pytest.fixture
-def setting(tmp_path, shards, tiny_gpt, tiny_reward, stage_dir):
-    """setting(stage, **keys) -> keys of a run of 7 updates over more than one epoch, saved every 2, with dropout."""
-    answers = ["Yes.", "No, it is not.", "The fox."]
-    rows = {
-        "sft": [{"prompt": f"Is it {n}?", "completion": answers[n % 3]} for n in range(20)],
-        "reward": [{"prompt": f"Is it {n}?", "answers": answers, "ranks": [n % 2, 1, 2]} for n in range(20)],
-        "rl": [{"prompt": f"Is it {n}?"} for n in range(20)],
-    }
-    for name, group in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
-    parent = stage_dir(tiny_gpt("llama", seed=1))
-    shared = {"mixed_precision": "no", "max_steps": 7, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    trained = {"parent": parent, "eval_fraction": 0.2, "eval_steps": 3, "per_device_train_batch_size": 4, "max_length": 48}
-    own = {
-        "pretrain": {
-            "train_data": shards, "n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 32, "dropout": 0.2,
-            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "eval_steps": 3, "eval_rows": 8,
-            "optimizer": "muon", "sample_prompts": ["Who?"], "sample_tokens": 4,
-        },
-        "sft": {"train_data": str(tmp_path / "sft.jsonl"), "dropout": 0.2, "samples": 1, "sample_tokens": 4, **trained},
-        "reward": {"train_data": str(tmp_path / "reward.jsonl"), **trained},
-        "rl": {
-            "parent": parent, "reward_model": stage_dir(tiny_reward("llama", seed=2)), "train_data": str(tmp_path / "rl.jsonl"),
-            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
-            "target_kl": 1.0, "kl_horizon": 20, "critic_warmup_steps": 1,
-        },
-    }  # fmt: skip
-    return lambda stage, **keys: {**shared, **own[stage], **keys}
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def run(stage: str, keys: dict) -> None:
@@ -110,8 +65,7 @@ def crash_in_update(monkeypatch, number: int) -> None:
             raise Crash
         return real(*args, **kwargs)
 
-    for name in ("stages.pretrain.train", "stages.sft.train", "stages.reward.train", "stages.rl.learn"):
-        monkeypatch.setattr(sys.modules[name], "update", update)
+    monkeypatch.setattr(sys.modules["common.run"], "update", update)
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])
@@ -168,12 +122,12 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(setting, tmp_path,
     run("pretrain", setting("pretrain", output_dir=str(tmp_path / "whole")))
     keys = setting("pretrain", output_dir=str(tmp_path / "cut"))
     interrupted(keys, tmp_path, monkeypatch)
-    file = tmp_path / "cut" / "state" / "step-4" / "model.safetensors"
+    file = tmp_path / "cut" / "state" / "step-4" / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     (tmp_path / "cut" / "state" / "step-6.tmp").mkdir()  # a save that was cut short
-    with pytest.warns(UserWarning, match=r"step-4.model\.safetensors: damaged"):
+    with pytest.warns(UserWarning, match=r"step-4.weights\.safetensors: damaged"):
         run("pretrain", keys)
     assert "step-2" in capsys.readouterr().out
     assert results(str(tmp_path / "cut")) == results(str(tmp_path / "whole"))

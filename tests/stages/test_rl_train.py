@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from common import run as run_module
 from common.checkpoint import load_model
 from common.config import InputError, load
 from common.data import Row, Shards
@@ -80,8 +81,8 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def spy(monkeypatch, name: str, note) -> None:
-    """Let <name> run as it is where main() or learn() calls it, and note(args, result) of each call."""
-    module = train if name in ("rollout", "load_models") else learning
+    """Let <name> run as it is where main(), Run or learn() calls it, and note(args, result) of each call."""
+    module = train if name in ("rollout", "load_models") else run_module if name == "update" else learning
     real = getattr(module, name)
 
     def watched(*args, **kwargs):
@@ -171,7 +172,7 @@ def test_learning_rate_counts_rollouts(setting, monkeypatch):
     rates: list[tuple[float, float]] = []
 
     def note(args, result, kwargs):
-        policy, *_, critic = args[2][0].param_groups
+        policy, *_, critic = args[2].param_groups
         rates.append((policy["lr"], critic["lr"]))
 
     spy(monkeypatch, "update", note)
@@ -237,7 +238,7 @@ def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[float]:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_sixteen_episodes_equal_four_times_four(setting, episodes, kind):
     """Invariant 4: the same weights, though the micro-batches hold different numbers of tokens."""
-    make = {"sgd": None, "adamw": lambda model: adamw(parameter_groups(model, 1e-3, 0.0), eps=1e-5)}[kind]
+    make = {"sgd": None, "adamw": lambda model: adamw(parameter_groups(model.parameters(), 1e-3, 0.0), eps=1e-5)}[kind]
     keys = {"num_ppo_epochs": 2, "optimizer": make}
     whole, said = taught(setting, episodes, per_device_train_batch_size=16, gradient_accumulation_steps=1, **keys)
     parts, said_too = taught(setting, episodes, per_device_train_batch_size=4, gradient_accumulation_steps=4, **keys)
@@ -414,7 +415,7 @@ def test_describe_counts_episodes_and_real_tokens(setting):
         ids, ones, mask, logprobs, reference, entropy, values, torch.tensor([3.0, 6.0]), torch.tensor([True, False]), rewards,
         rewards, values + 1,
     )  # fmt: skip
-    said = describe(Run(setting(), "rl", "lm"), batch, setting())
+    said = describe(batch)
     assert said["score"] == 4.5
     assert said["reward"] == 3.5
     assert said["kl"] == pytest.approx((1 + 0.5 - 1 + 3) / 2)  # nats an episode

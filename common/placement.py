@@ -1,0 +1,220 @@
+"""Where a run lives: one process, several (DDP), or DeepSpeed ZeRO, as `accelerate launch` says; and what differs between them.
+
+Only DeepSpeed does: its engine owns the optimizer step, and under ZeRO-3 no process has a whole parameter. DeepSpeed keeps
+weights and optimizer in fp32 here as everywhere; the precision of the arithmetic is autocast's.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from common.config import InputError
+from common.lora import merged_state
+from common.model import GPT, RewardModel
+
+
+def has_bf16() -> bool:
+    """Whether bf16 arithmetic (not emulation) is at hand."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # The flags are private in torch; /proc/cpuinfo says the same on Linux, and a Mac's CPU is best left in fp32.
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: Any) -> Accelerator:
+    """The Accelerator of a stage. Raises InputError for what the placement cannot do."""
+    gpu = torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if precision == "fp16" and not gpu:
+        raise InputError("mixed_precision fp16: there is no GPU here, and CPUs train in no or bf16; use auto")
+    if precision == "fp16" and deepspeed:
+        raise InputError("mixed_precision fp16: DeepSpeed has no loss scaling over fp32 weights; use bf16 or auto")
+    if deepspeed and not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate does not look for DeepSpeed
+    # Our buffers are constants: nothing to broadcast at every forward.
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if deepspeed and not gpu:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    made = Accelerator(
+        mixed_precision="no" if deepspeed else precision,
+        cpu=not gpu and not deepspeed,
+        kwargs_handlers=handlers,
+        **more,
+    )
+    if deepspeed:
+        settings = made.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = micro_batch
+        settings["gradient_accumulation_steps"] = 1  # update() accumulates, and normalises, by itself
+        settings["gradient_clipping"] = max_grad_norm
+        settings["zero_force_ds_cpu_optimizer"] = False  # offloaded or not, the optimizer is ours
+    return made
+
+
+def zero_stage(made: Accelerator) -> int:
+    """1, 2 or 3 under DeepSpeed, else 0."""
+    plugin = made.state.deepspeed_plugin
+    return plugin.zero_stage if plugin else 0
+
+
+@contextmanager
+def whole(made: Accelerator, module: nn.Module) -> Iterator[None]:
+    """Inside, each process has every parameter of `module` whole, to read. All processes must enter together."""
+    if zero_stage(made) == 3:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+    else:
+        yield
+
+
+def sampler(made: Accelerator, module: GPT) -> GPT:
+    """A GPT to sample from, with the weights of `module`: itself, or under ZeRO-3 a copy gathered once, not at each token."""
+    if zero_stage(made) < 3:
+        return module
+    with torch.random.fork_rng(), whole(made, module):
+        copy = GPT(module.config).to(made.device)
+        copy.load_state_dict(merged_state(module))
+    return copy.eval()
+
+
+def frozen(made: Accelerator, module: GPT | RewardModel) -> nn.Module:
+    """`module` prepared for inference only; split over the processes under ZeRO-3."""
+    module = module.requires_grad_(False).eval()
+    if zero_stage(made) < 3:
+        return module.to(made.device)
+    import deepspeed
+
+    settings = made.state.deepspeed_plugin.deepspeed_config
+    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "steps_per_print")
+    engine, *_ = deepspeed.initialize(model=module, config={key: settings[key] for key in kept if key in settings})
+    engine.eval()
+    return engine
+
+
+def whole_weights(made: Accelerator, module: nn.Module) -> dict[str, Tensor]:
+    """{name: fp32 weight, on the CPU} of what trains. All processes must call it; only the main one gets more than {}."""
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    if zero_stage(made):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trained = ((name, safe_get_full_fp32_param(p)) for name, p in trained)
+    return collected(made, trained)
+
+
+def collected(made: Accelerator, pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    kept = {}
+    for name, tensor in pairs:  # one at a time: no process holds them all on its GPU
+        if made.is_main_process:
+            kept[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return kept
+
+
+def whole_moments(made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """{"name/key": tensor} of the optimizer's state. All processes must call it; only the main one gets more than {}."""
+    if zero_stage(made):
+        return collected(made, zero_moments(made, module))
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    state = optimizer.state_dict()["state"]
+    return collected(made, ((f"{names[n]}/{key}", t) for n, of_one in state.items() for key, t in of_one.items()))
+
+
+def put_moments(made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    if zero_stage(made):
+        put_zero_moments(made, module, moments)
+        return
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in moments.items():
+        name, kind = key.rsplit("/", 1)
+        by_name.setdefault(name, {})[kind] = tensor
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    state = {n: by_name[name] for n, name in enumerate(names) if name in by_name}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+# DeepSpeed maps whole parameters to its flat pieces of them at any time; moments only of the first group, and only once a
+# step was made (0.19.8). So moments travel through the place of the weights, which are put back.
+
+
+def pieces(made: Accelerator) -> list[tuple[Tensor, dict[str, Any]]]:
+    """(flat fp32 weights, group of the optimizer) that this process holds."""
+    engine = made.deepspeed_engine_wrapped.engine
+    groups, zero = engine.basic_optimizer.param_groups, engine.optimizer
+    if zero_stage(made) < 3:
+        return [(group["params"][0], group) for group in groups]
+    return [(piece, groups[zero.sub_group_to_group_id[n]]) for n, piece in enumerate(zero.fp32_partitioned_groups_flat)]
+
+
+def moments_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if "shape" in group else ("exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def weights_lent(held: Sequence[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+    weights = [piece.clone() for piece, _ in held]
+    yield
+    for (piece, _), weight in zip(held, weights, strict=True):
+        piece.copy_(weight)
+
+
+@torch.no_grad()
+def zero_moments(made: Accelerator, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    held, parameters = pieces(made), dict(module.named_parameters())
+    state, groups = made.deepspeed_engine_wrapped.engine.basic_optimizer.state, optimizer_groups(made)
+    step = max(float(of_one["step"]) for of_one in state.values())
+    with weights_lent(held):
+        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            for piece, group in held:
+                if kind in moments_of(group):
+                    piece.copy_(state[piece][kind])
+            for group in groups:
+                for name in group["names"] if kind in moments_of(group) else ():
+                    yield f"{name}/{kind}", safe_get_full_fp32_param(parameters[name])
+    for group in groups:
+        for name in group["names"]:
+            yield f"{name}/step", torch.tensor(0.0 if "shape" in group else step)
+
+
+@torch.no_grad()
+def put_zero_moments(made: Accelerator, module: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    held, parameters = pieces(made), dict(module.named_parameters())
+    state, groups = made.deepspeed_engine_wrapped.engine.basic_optimizer.state, optimizer_groups(made)
+    with weights_lent(held):
+        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            for group in groups:
+                for name in group["names"] if kind in moments_of(group) else ():
+                    put_zero_weight(parameters[name], moments[f"{name}/{kind}"], made)
+            for piece, group in held:
+                if kind in moments_of(group):
+                    state[piece][kind] = piece.clone()
+    for piece, group in held:
+        state[piece]["step"] = moments[f"{group['names'][0]}/step"].to(piece.device)
+
+
+def optimizer_groups(made: Accelerator) -> list[dict[str, Any]]:
+    return made.deepspeed_engine_wrapped.engine.basic_optimizer.param_groups
+
+
+def put_zero_weight(parameter: nn.Parameter, value: Tensor, made: Accelerator) -> None:
+    """`value`, whole, into the fp32 pieces of a parameter."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    value = value.to(made.device)
+    if zero_stage(made) < 3:
+        safe_set_full_fp32_param(parameter, value)
+        return
+    size = safe_get_local_fp32_param(parameter).numel()  # the last piece is padded, which safe_set_full does not do
+    flat = nn.functional.pad(value.flatten(), (0, size * made.num_processes - value.numel()))
+    safe_set_local_fp32_param(parameter, flat.view(-1, size)[made.process_index])
