@@ -4,6 +4,7 @@ It lends tools and owns no loop.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -60,7 +61,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.found = newest_state(self.state)
-        if not cfg.resume and self.folder.exists() and any(self.folder.iterdir()):
+        if not cfg.resume and self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise InputError(
                 f"resume false: {cfg.output_dir} is not empty; to start over name an empty output_dir, or clear it"
             )
@@ -112,6 +113,8 @@ class Run:
             path, loop = found
             check_same_run(path, {"data": loop["data"]}, {"data": data})
             load_moments(self.accelerator, module, optimizer, path)
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(loop["scaler"])
             step, kept, self.last, self.skipped = loop["step"], loop["kept"], loop["last"], loop["skipped"]
             self.started -= loop["seconds"]
             if self.main:
@@ -145,6 +148,7 @@ class Run:
         if loop["step"] > self.saved:
             loop |= {"run": self.identity(), "data": self.data}
             loop["per_process"] = self.cfg.per_device_train_batch_size * self.cfg.gradient_accumulation_steps
+            loop["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()  # fp16's
             loop["seconds"] = round(time.perf_counter() - self.started, 2)
             keep = self.cfg.save_total_limit
             save_state(self.accelerator, self.raw, self.optimizer, self.state, loop, random, keep)
@@ -310,6 +314,8 @@ def release_signals() -> None:
 
 def number(value: float) -> str:
     """Short and aligned enough to read in a log line."""
+    if not math.isfinite(value):  # a gradient norm that fp16's loss scale has overflown
+        return str(value)
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
     return f"{value:.2e}" if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"

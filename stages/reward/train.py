@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
@@ -131,22 +132,22 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(score gap better - worse of every pair (P), comparison each belongs to (P), scores of the SFT model's answers)."""
     model.eval()
-    gaps, groups, policy = [], [], []
-    own = any(comparison.policy for comparison in comparisons)
-    for start in range(0, len(comparisons), batch_size):
+    own, found = any(comparison.policy for comparison in comparisons), []
+    for rows in share(range(len(comparisons)), run.rank, run.processes, batch_size, blank=lambda row: row):
         run.poll()
-        part = comparisons[start : start + batch_size]
+        part = [comparisons[row] for row in rows]
         batch = collate(part, pad_id, run.device)
-        scores = model(batch.ids, batch.lengths).float()
-        gaps.append((scores[batch.better] - scores[batch.worse]).cpu())
-        groups += [start + n for n, comparison in enumerate(part) for _ in comparison.pairs]
-        first = 0
-        for comparison in part:
-            wanted = comparison.policy if own else range(len(comparison.rows))
-            policy += [float(scores[first + i]) for i in wanted]
-            first += len(comparison.rows)
+        scores = iter(model(batch.ids, batch.lengths).tolist())
+        for row, comparison in zip(rows, part, strict=True):
+            mine = [next(scores) for _ in comparison.rows]
+            wanted = comparison.policy if own else range(len(mine))
+            found.append((row, [mine[i] - mine[j] for i, j in comparison.pairs], [mine[i] for i in wanted]))
     model.train()
-    return torch.cat(gaps), torch.tensor(groups), torch.tensor(policy)
+    each = {row: (gaps, policy) for row, gaps, policy in gather_object(found)}  # once each, though a blank has come twice
+    in_order = [(row, *each[row]) for row in sorted(each)]
+    gaps = torch.tensor([gap for _, gaps, _ in in_order for gap in gaps])
+    groups = torch.tensor([row for row, gaps, _ in in_order for _ in gaps])
+    return gaps, groups, torch.tensor([score for _, _, policy in in_order for score in policy])
 
 
 def accuracy(gaps: Tensor, groups: Tensor) -> tuple[float, float]:

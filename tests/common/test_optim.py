@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from common.config import InputError
@@ -236,3 +237,26 @@ def test_a_non_finite_gradient_changes_nothing(accelerator):
     assert module.weight.tolist() == [[0.0, 1.0]] and not optimizer.state
     update(accelerator, module, optimizer, [0], lambda _: module.weight.sum()[None], torch.tensor([1]), 1.0)
     assert torch.isfinite(module.weight).all()
+
+
+def test_fp16_lowers_its_loss_scale_and_goes_on():
+    """The scaler's own way out of an overflow: no update, half the scale; a loss that is not finite still ends it."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer, optimizer = accelerator.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.5))
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)  # on a GPU accelerate does it
+    start, weights, norms = layer.weight.item(), [], []
+    for _ in range(6):
+        done = update(accelerator, layer, optimizer, [8.0], lambda x: (layer.weight.sum() * x)[None], torch.tensor([1]), 1.0)
+        weights.append(layer.weight.item())
+        norms.append(done.grad_norm)
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    assert 2 <= skipped <= 5  # 8 x 2^127 is too much, and so is 8 x 2^126
+    assert weights[:skipped] == [start] * skipped
+    assert norms[skipped:] == pytest.approx([8.0] * (6 - skipped))
+    assert weights[skipped:] == pytest.approx([start - 0.5 * n for n in range(1, 7 - skipped)], abs=1e-5)  # clipped to norm 1
+    with pytest.raises(NonFiniteError, match="loss"):
+        update(accelerator, layer, optimizer, [math.nan], lambda x: (layer.weight.sum() * x)[None], torch.tensor([1]), 1.0)
+    AcceleratorState._reset_state(True)
