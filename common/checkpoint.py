@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.config import InputError
-from common.hf import export_config, export_weights, import_config, import_weights, read_config, read_weights
+from common.hf import UNREAD, export_config, export_weights, import_config, import_weights, read_config, read_weights
 from common.model import GPT, GPTConfig, RewardModel
 from common.tokenizer import Tokenizer
 
@@ -96,6 +96,8 @@ def locate(path: str) -> Path:
     if Path(path).is_dir():
         verify(Path(path))
         return Path(path)
+    if Path(path).is_file():
+        raise InputError(f"{path}: is a file; a model is a directory of config.json and model.safetensors ({UNREAD})")
     if path.count("/") > 1 or path.startswith((".", "/", "runs/")):
         raise InputError(f"{path}: no such directory; run the stage that makes it first")
     from huggingface_hub import snapshot_download
@@ -110,6 +112,12 @@ def locate(path: str) -> Path:
 def load_config(path: str) -> GPTConfig:
     folder = locate(path)
     return import_config(read_config(folder), str(folder))
+
+
+def check_context(path: str, length: int, key: str) -> None:
+    """Raise InputError when the model there sees fewer than `length` tokens: config.json tells, before weights are read."""
+    if length > (context := load_config(path).max_length):
+        raise InputError(f"{key} {length}: the model's context is {context} ({path})")
 
 
 def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | RewardModel:

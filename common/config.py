@@ -132,8 +132,12 @@ def _parse(cls: type, argv: Sequence[str]) -> dict[str, Any]:
             default = fields[key].get_default(call_default_factory=True)
             default = "REQUIRED" if fields[key].is_required() else f"default {json.dumps(default)}"
             about = f"({_describe(schemas[key])}; {default}) {schemas[key]['description']}"
-            nargs = "*" if "array" in _kinds(schemas[key]) else None
-            group.add_argument(f"--{key}", metavar="X", nargs=nargs, help=about.replace("%", "%%"))
+            kinds = _kinds(schemas[key])
+            nargs = "*" if "array" in kinds else "?" if "boolean" in kinds else None
+            const = "true" if nargs == "?" else None
+            group.add_argument(f"--{key}", metavar="X", nargs=nargs, const=const, help=about.replace("%", "%%"))
+            if "boolean" in kinds and fields[key].default is True:
+                group.add_argument(f"--no_{key}", dest=key, action="store_const", const="false", help=f"--{key} false")
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         key = word.partition("=")[0].removeprefix("--")
@@ -219,6 +223,11 @@ def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = Non
     guard(program)
 
 
+def one_line(text: Any) -> str:
+    """Fit for a terminal: what is quoted from data must neither drive it nor be more than it can encode."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and its state is saved."""
 
@@ -229,7 +238,7 @@ def guard(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         code = 2
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)

@@ -21,7 +21,8 @@ SHARD_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     """Atomically: a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
     temporary.replace(path)
 
 

@@ -9,28 +9,29 @@ starts from the SFT model, the critic from the reward model (Stiennon 2020, Inst
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from common.chat import prompt_ids, rows_to_prompt
-from common.checkpoint import load_model, load_tokenizer, publish
+from common.checkpoint import check_context, load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
 from common.data import Order, Row, Shards, read_rows
 from common.lora import add_lora, merged_state, save_adapter
 from common.optim import SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
 from common.run import Run
 from common.scoring import same_ids
+from common.sources import BadRows
 from common.tokenizer import Tokenizer
-from common.train_config import NonNegative, Positive
+from common.train_config import NonNegative, Positive, ReadsRows
 from stages.rl.learn import PPOConfig, describe, episode_samples, learn
 from stages.rl.ppo import next_kl_coef
 from stages.rl.rollout import ActorCritic, rollout
 
 
 @stage_config
-class Config(PPOConfig):
+class Config(ReadsRows, PPOConfig):
     """Improve an assistant with PPO."""
 
     parent: str
@@ -89,22 +90,25 @@ def texts(run: Run, shards: Shards, cfg: Config, step: int, update: int) -> torc
     return shards.batch(cfg.seed, ((step * updates + update) * run.processes + run.rank) * rows, rows).to(run.device)
 
 
-def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, max_prompt_length: int) -> tuple[list[list[int]], int]:
-    """Prompt ids, and how many rows were left out as too long. Raises InputError naming file and line."""
-    prompts = []
-    for row in rows:
-        try:
-            prompts.append(prompt_ids(tokenizer, rows_to_prompt(row.data)))
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
-    kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
+def parse(tokenizer: Tokenizer, row: dict[str, Any]) -> list[int]:
+    return prompt_ids(tokenizer, rows_to_prompt(row))
+
+
+def short_enough(rows: Sequence[Row], max_prompt_length: int) -> tuple[list[list[int]], int]:
+    """Ids of the prompts of parsed rows, and how many were left out as too long."""
+    kept = [row.parsed for row in rows if len(row.parsed) <= max_prompt_length]
     if not kept:
-        raise InputError(f"all {len(rows)} prompts are longer than max_prompt_length {max_prompt_length}")
-    return kept, len(prompts) - len(kept)
+        all_of = f"{rows[0].origin}: this and all {len(rows)} prompts"
+        raise InputError(f"{all_of} are longer than max_prompt_length {max_prompt_length}")
+    return kept, len(rows) - len(kept)
 
 
 def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, torch.nn.Module]:
     """(policy and critic, frozen reference, frozen reward model); dropout is off in all of them."""
+    for name in filter(None, (cfg.parent, cfg.reference, cfg.reward_model, cfg.critic)):
+        check_context(name, cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens")
+    if cfg.ptx_data:
+        check_context(cfg.parent, cfg.max_length, "max_length")
     actor_critic = ActorCritic(load_model(cfg.parent, "lm"), load_model(cfg.critic or cfg.reward_model, "reward"))
     reference = load_model(cfg.reference or cfg.parent, "lm").requires_grad_(False).to(run.device)
     reward_model = load_model(cfg.reward_model, "reward").requires_grad_(False).to(run.device)
@@ -122,10 +126,6 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
         raise InputError(
             f"{cfg.parent}: its embeddings lack our control tokens; start from a model that went through stages.sft"
         )
-    needed = cfg.max_prompt_length + cfg.max_new_tokens
-    context = min(model.config.max_length for model in (actor_critic.policy, reference, reward_model, actor_critic.critic))
-    if needed > context:
-        raise InputError(f"max_prompt_length + max_new_tokens = {needed}: the models' context is {context}")
     return actor_critic, reference, reward_model
 
 
@@ -137,7 +137,8 @@ def main(cfg: Config) -> None:
     run = Run(cfg, "rl", "lm")
     tokenizer = load_tokenizer(cfg.parent)
     raw, reference, reward_model = load_models(cfg, run)
-    prompts, left_out = tokenize_prompts(read_rows(cfg.train_data), tokenizer, cfg.max_prompt_length)
+    bad = BadRows(cfg.on_bad_row)
+    prompts, left_out = short_enough(read_rows(cfg.train_data, partial(parse, tokenizer), bad), cfg.max_prompt_length)
     run.say(f"{len(prompts):,} prompts, {left_out} left out as longer than {cfg.max_prompt_length} tokens")
     if cfg.lora_r:
         add_lora(raw.policy, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
@@ -205,7 +206,8 @@ def main(cfg: Config) -> None:
     mean = {name: sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")}
     rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
     text = f"{rise} at KL {mean['kl']:.1f} nats, {mean['stop_rate']:.0%} complete"
-    stage = run.finish(steps, (mean["score"] > history[0]["score"], text), episodes=steps * episodes)
+    stage = run.finish(steps, (mean["score"] > history[0]["score"], text), episodes=steps * episodes,
+                       data={"skipped": bad.counts})  # fmt: skip
     if run.main:
         policy = merged_state(raw.policy) if cfg.lora_r else None
         if cfg.lora_r:
