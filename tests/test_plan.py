@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_files_that_exist_are_counted(tmp_path, capsys, tokenizer):
     (data / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 50))
     assert by_step(report(capsys, folder))["sft"]["tokens"] == 100 * 128  # no tokenizer yet: the longest
     tokenizer.save(made)
-    examples, _ = sft.tokenize(read_rows(str(data / "sft.jsonl")), tokenizer, 128)
+    examples, _ = sft.cut(read_rows(str(data / "sft.jsonl"), partial(sft.parse, tokenizer)), 128)
     assert by_step(report(capsys, folder))["sft"]["tokens"] == pytest.approx(sum(len(e.ids) for e in examples))
 
 
