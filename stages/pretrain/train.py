@@ -60,7 +60,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
             raise InputError(
                 f"{cfg.train_data}: its ids are not those of {cfg.parent}; prepare it with `tokenizer: {cfg.parent}`"
             )
-        check_context(cfg.parent, cfg.max_length, "max_length")
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
         model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
         model.resize_vocabulary(vocab_size)
         return model

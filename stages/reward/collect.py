@@ -132,7 +132,7 @@ def question(row: dict[str, Any]) -> str:
 
 def main(cfg: Config) -> None:
     started = time.perf_counter()
-    check_context(cfg.parent, cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens")
+    check_context(cfg.parent, "lm", cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens")
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stage.json").unlink(missing_ok=True)  # the folder counts again once it is back

@@ -144,7 +144,7 @@ def set_origin(model: RewardModel, scores: Tensor, normalize: bool) -> tuple[flo
 
 def main(cfg: Config) -> None:
     run = Run(cfg, "reward", "reward")
-    check_context(cfg.parent, cfg.max_length, "max_length")
+    check_context(cfg.parent, "lm", cfg.max_length, "max_length")
     parent = load_model(cfg.parent, "lm")
     tokenizer = load_tokenizer(cfg.parent)
     parent.resize_vocabulary(tokenizer.vocab_size)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from common.chat import prompt_ids, rows_to_prompt
-from common.checkpoint import check_context, load_model, load_tokenizer, publish
+from common.checkpoint import check_context, load_config, load_model, load_tokenizer, publish
 from common.config import InputError, cli, stage_config
 from common.data import Order, Row, Shards, read_rows
 from common.lora import add_lora, merged_state, save_adapter
@@ -105,19 +105,18 @@ def short_enough(rows: Sequence[Row], max_prompt_length: int) -> tuple[list[list
 
 def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, torch.nn.Module]:
     """(policy and critic, frozen reference, frozen reward model); dropout is off in all of them."""
-    for name in filter(None, (cfg.parent, cfg.reference, cfg.reward_model, cfg.critic)):
-        check_context(name, cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens")
-    if cfg.ptx_data:
-        check_context(cfg.parent, cfg.max_length, "max_length")
-    actor_critic = ActorCritic(load_model(cfg.parent, "lm"), load_model(cfg.critic or cfg.reward_model, "reward"))
-    reference = load_model(cfg.reference or cfg.parent, "lm").requires_grad_(False).to(run.device)
-    reward_model = load_model(cfg.reward_model, "reward").requires_grad_(False).to(run.device)
-    for name in (cfg.reference, cfg.reward_model, cfg.critic):
-        if name and not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
+    needed, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
+    reference, critic = cfg.reference or cfg.parent, cfg.critic or cfg.reward_model
+    kinds = ((cfg.parent, "lm"), (critic, "reward"), (reference, "lm"), (cfg.reward_model, "reward"))
+    for name, kind in kinds:  # all that does not fit together is refused before any weights are read
+        check_context(name, kind, needed, key)
+        if not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
             raise InputError(
                 f"{name}: its tokenizer is not that of {cfg.parent}; policy, reward model and critic must share one"
             )
-    sizes = [model.config.vocab_size for model in (actor_critic.policy, actor_critic.critic, reference, reward_model)]
+    if cfg.ptx_data:
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
+    sizes = [load_config(name).vocab_size for name, _ in kinds]
     if len(set(sizes)) > 1:
         raise InputError(
             f"vocabularies of policy, critic, reference and reward model differ: {sizes}; use models of one lineage"
@@ -126,7 +125,8 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
         raise InputError(
             f"{cfg.parent}: its embeddings lack our control tokens; start from a model that went through stages.sft"
         )
-    return actor_critic, reference, reward_model
+    frozen = (load_model(name, kind).requires_grad_(False).to(run.device) for name, kind in kinds[2:])
+    return ActorCritic(load_model(cfg.parent, "lm"), load_model(critic, "reward")), *frozen
 
 
 def main(cfg: Config) -> None:

@@ -102,7 +102,7 @@ def evaluate(run: Run, model: torch.nn.Module, examples: Sequence[Example], batc
 
 def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
     if cfg.parent:
-        check_context(cfg.parent, cfg.max_length, "max_length")
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
         raw, tokenizer = load_model(cfg.parent, "lm", dropout=cfg.dropout), load_tokenizer(cfg.parent).with_chat()
         raw.resize_vocabulary(tokenizer.vocab_size)
     elif cfg.tokenizer:
