@@ -17,6 +17,7 @@ Fields are int, float, bool, str, Literal, list of these, each `| None`, with py
 import argparse
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import json
@@ -239,6 +240,11 @@ def guard(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except InputError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)  # a path that cannot be used
         code = 2
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)

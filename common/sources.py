@@ -118,7 +118,7 @@ def file_rows(path: Path, bad: BadRows) -> Iterator[Row]:
         for n, line in enumerate(text, 1):  # ends lines at line ends alone, not at U+2028 and its like as splitlines() does
             if line.strip():
                 with bad.row(f"{path}:{n}"):
-                    yield Row(parse_json(check_utf8(line), dict), f"{path}:{n}")
+                    yield Row(parse_json(check_utf8(line.rstrip()), dict), f"{path}:{n}")
     except InputError:
         if path.suffix in PACKED:  # what looks like a broken text may come of damage to the packed bytes: then say that
             collections.deque(blocks(path), 0)

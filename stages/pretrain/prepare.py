@@ -149,7 +149,7 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         done = sum(source["done"] for source in shelf.sources)
         print(f"prepare: going on from {folder / JOURNAL}, {done:,} documents are done")
         return shelf, given or Tokenizer.load(folder)
-    with tqdm(unit=" documents", desc="read", mininterval=1, leave=False) as bar:
+    with tqdm(unit=" documents", desc="read", mininterval=1, leave=False, disable=None) as bar:
         sources = [content | survey(content["source"], cfg.on_bad_row, bar) for content in contents]
     masks = held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
     pairs = zip(cfg.train_data, masks, strict=True)

@@ -100,7 +100,7 @@ def sampled(cfg: Config, tokenizer: Tokenizer, rows: Sequence[Row], rng: random.
     model = load_model(cfg.parent, "lm")
     kept = [row.parsed for row in rows if len(row.parsed[1]) <= cfg.max_prompt_length]
     prompts = [ids for _, ids, _ in kept for _ in range(cfg.answers_per_prompt)]
-    with tqdm(total=len(prompts), unit="answer", desc="collect", mininterval=1) as bar:
+    with tqdm(total=len(prompts), unit="answer", desc="collect", mininterval=1, disable=None) as bar:
         answers = sample(
             model, prompts, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed,
             stop_ids=[tokenizer.eot_id], batch_size=cfg.batch_size, progress=bar.update,
