@@ -26,7 +26,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 import yaml
@@ -36,6 +36,23 @@ from common.strict_yaml import InputError, Loader, load_yaml, read_yaml  # noqa:
 T = TypeVar("T")
 INTERRUPTED = 75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
 CLI = "command line"
+
+
+def check_output_dir(path: str) -> str:
+    if not path or not path.isprintable():
+        raise ValueError("a directory's name is wanted")
+    if ".." in Path(path).parts:
+        raise ValueError("a path through `..` may lead where nobody looks for it; write it without")
+    try:
+        files = [str(folder) for folder in (Path(path), *Path(path).parents) if folder.exists() and not folder.is_dir()]
+    except OSError as error:  # a name too long, say
+        raise ValueError(str(error.strerror)) from None
+    if files:
+        raise ValueError(f"{files[0]} is a file; name a directory")
+    return path
+
+
+OutputDir = Annotated[str, pydantic.AfterValidator(check_output_dir)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))

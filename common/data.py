@@ -73,7 +73,7 @@ def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str
     for row in rows:
         try:
             prompts.append(str(prompt_of(row.data)))
-        except InputError:  # whoever tokenizes the row names it
+        except InputError:  # it trains without having a prompt that could be answered
             prompts.append(row.origin)
     different = list(dict.fromkeys(prompts))
     held = set(different[-max(1, int(len(different) * fraction)) :])

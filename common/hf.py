@@ -241,6 +241,8 @@ def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
         )  # fmt: skip
     except KeyError as error:
         raise InputError(f"{origin}: key {error} is missing") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a word for a number, a width of 0
+        raise InputError(f"{origin}: config.json describes no model ({error})") from None
 
 
 def refuse(raw: dict[str, Any], origin: str, **allowed: tuple) -> None:

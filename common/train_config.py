@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from common.config import InputError, stage_config
+from common.config import InputError, OutputDir, stage_config
 from common.data import Row, hold_out, read_rows
 from common.optim import SchedulerType
 from common.sources import BadRows
@@ -16,23 +16,6 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Precision = Literal["auto", "no", "bf16", "fp16"]
-
-
-def check_output_dir(path: str) -> str:
-    if not path or not path.isprintable():
-        raise ValueError("a directory's name is wanted")
-    if ".." in Path(path).parts:
-        raise ValueError("a path through `..` may lead where nobody looks for it; write it without")
-    try:
-        files = [str(folder) for folder in (Path(path), *Path(path).parents) if folder.exists() and not folder.is_dir()]
-    except OSError as error:  # a name too long, say
-        raise ValueError(str(error.strerror)) from None
-    if files:
-        raise ValueError(f"{files[0]} is a file; name a directory")
-    return path
-
-
-OutputDir = Annotated[str, AfterValidator(check_output_dir)]
 
 
 def refuse_overwriting(cfg: Any) -> None:

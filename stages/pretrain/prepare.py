@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from common.chat import rows_to_messages
 from common.checkpoint import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
-from common.config import InputError, cli, fingerprint, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, fingerprint, stage_config, to_dict
 from common.data import Mixture
 from common.sources import BadRows, content_of, iter_rows
 from common.tokenizer import Tokenizer, check_text
-from common.train_config import OutputDir, ReadsRows, Seed, refuse_overwriting
+from common.train_config import ReadsRows, Seed, refuse_overwriting
 from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, tokenise
 
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from common.chat import Message, comparison_prompt, prompt_ids, rows_to_messages, rows_to_prompt
 from common.checkpoint import check_context, dump, lineage, load_model, load_tokenizer, provenance, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Row, read_rows, write_jsonl
 from common.generate import sample
 from common.sources import BadRows
 from common.tokenizer import Tokenizer
-from common.train_config import OutputDir, ReadsRows, Seed, refuse_overwriting
+from common.train_config import ReadsRows, Seed, refuse_overwriting
 from stages.reward.comparisons import ranked
 
 Labeller = Callable[[str, list[str], random.Random], list[int]]

@@ -223,7 +223,7 @@ def test_a_bare_flag_is_true_and_no_turns_off_what_is_on(words, values):
 
 @pytest.mark.parametrize("words", ["--no_compile", "--no_bias", "--no_steps", "--no_resume=false", "--no_resume x"])
 def test_no_is_only_for_what_is_on(words, capsys):
-    with pytest.raises(InputError, match="command line: .*(--no_|unexpected x)"):
+    with pytest.raises(InputError, match=r"command line: .*(--no_|unexpected x)"):
         load(Switches, words.split())
     with pytest.raises(SystemExit):
         load(Switches, ["--help"])
