@@ -22,7 +22,7 @@ from rich.table import Table
 from common import page
 from common.architecture import ArchitectureConfig, new_model
 from common.checkpoint import dump, lineage, load_model, load_tokenizer, provenance, read_stage, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Shards
 from common.markov import INSTALL, Chain, draw, has_graphviz
 from common.model import GPT
@@ -37,7 +37,7 @@ class Config:
 
     model: str
     """Directory of a language model."""
-    output_dir: str
+    output_dir: OutputDir
     """Where the pictures, chain.html, chain.json and stage.json go."""
     context: Annotated[int, Field(gt=0)] | None = None
     """Tokens in a state; null = the model's whole context."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import report
 from common.chat import Message, prompt_ids
 from common.checkpoint import dump, lineage, load_config, load_model, load_tokenizer, provenance, read_stage, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import read_rows
 from common.gate import checks, verdict
 from common.measure import (
@@ -87,7 +87,7 @@ class Config:
     """Write a self-contained page there."""
     chat: bool = False
     """Talk with the one model named."""
-    output_dir: str | None = None
+    output_dir: OutputDir | None = None
     """Write a report there: compare.json, compare.html, stage.json, plots."""
 
 
@@ -139,8 +139,6 @@ def check(cfg: Config) -> None:
         raise InputError("name one or more model directories: python compare.py runs/demo/sft runs/demo/rl --prompt TEXT")
     if cfg.chat and len(cfg.models) > 1:
         raise InputError(f"--chat takes one model, these are {len(cfg.models)}: {', '.join(cfg.models)}")
-    if cfg.output_dir and Path(cfg.output_dir).is_file():
-        raise InputError(f"output_dir {cfg.output_dir}: is a file; name a directory")
     if cfg.best_of and not (cfg.reward and cfg.reference):
         raise InputError("best_of needs reward (which chooses) and reference (which answers)")
     if cfg.comparisons and not (cfg.reward and cfg.gold):

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from common import page, report
 from common.checkpoint import dump, load_config, provenance, read_stage, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Shards
 from common.gate import failures, want
 from common.model import GPT
@@ -37,7 +37,7 @@ class Config:
 
     runs: Annotated[list[str], Field(min_length=1)]
     """Stage directories, in the order of the table."""
-    output_dir: str
+    output_dir: OutputDir
     """Where curves.json, curves.png, curves.html and stage.json go."""
     bigram: str | None = None
     """Folder of stages.pretrain.prepare whose bigrams are counted, for runs without layers to be compared with."""

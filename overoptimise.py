@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import page, report
 from common.checkpoint import dump, lineage, load_model, load_tokenizer, provenance, read_stage, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Row, read_rows
 from common.gate import failures, want
 from common.measure import Gold, Judges, answer_prompts, best_of_table, families, interval, load_gold, mean, read_prompts
@@ -34,7 +34,7 @@ class Config:
 
     runs: Annotated[list[str], Field(min_length=1)]
     """Directories of PPO runs, one curve: a later one went on from an earlier one (steps are counted on)."""
-    output_dir: str
+    output_dir: OutputDir
     """Where overoptimise.json, overoptimise.html, overoptimise.png and stage.json go."""
     gold: str
     """Module with judge(prompt, answer, stopped), the ground truth."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.config import stage_config
+from common.config import InputError, stage_config
 from common.model import GPT, GPTConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -86,4 +86,9 @@ def shape_of(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPTCo
 
 
 def new_model(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPT:
-    return GPT(shape_of(cfg, vocab_size, max_length))
+    """InputError when its context is shorter than the rows of max_length that it is to learn from."""
+    shape = shape_of(cfg, vocab_size, max_length)
+    if max_length > shape.max_length:
+        given = f"context_length {cfg.context_length}" if cfg.context_length else f"preset {cfg.preset}"
+        raise InputError(f"max_length {max_length}: the context of the new model is {shape.max_length} ({given})")
+    return GPT(shape)

@@ -46,17 +46,19 @@ class Rendered(NamedTuple):
 def check_messages(messages: Sequence[Mapping]) -> None:
     """Raise InputError unless `messages` is a non-empty list of known roles with text; callers add file and line."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InputError(f"messages must be a non-empty list of {{'role', 'content'}}, not {_short(messages)}")
+        raise InputError(f"messages must be a non-empty list of {{'role', 'content'}}, not {_short(messages)}", "no messages")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise InputError(f"message {number} must be {{'role', 'content'}}, not {_short(message)}")
+            raise InputError(f"message {number} must be {{'role', 'content'}}, not {_short(message)}", "wrong type")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"message {number}: role {_short(role)} is none of {', '.join(ROLES)}")
+            raise InputError(f"message {number}: role {_short(role)} is none of {', '.join(ROLES)}", "unknown role")
         if not isinstance(content, str):
-            raise InputError(f"message {number} ({role}): content must be text, not {_short(content)}")
+            raise InputError(f"message {number} ({role}): content must be text, not {_short(content)}", "wrong type")
         if role == "assistant" and not content:
-            raise InputError(f"message {number} (assistant): content is empty, there is nothing to learn from it")
+            raise InputError(
+                f"message {number} (assistant): content is empty, there is nothing to learn from it", "empty answer"
+            )
 
 
 def render(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> Rendered:
@@ -82,7 +84,7 @@ def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]
     """
     check_messages(messages)
     if messages[-1]["role"] != "user":
-        raise InputError(f"a prompt must end with the user's message, not the {messages[-1]['role']}'s")
+        raise InputError(f"a prompt must end with the user's message, not the {messages[-1]['role']}'s", "no prompt")
     if not tokenizer.has_control:
         return tokenizer.encode(messages[-1]["content"])
     if not tokenizer.chat:
@@ -103,7 +105,7 @@ def rows_to_messages(row: Mapping) -> list[Message]:
     """
     messages = _read_columns(row, with_answer=True)
     if messages[-1]["role"] != "assistant":
-        raise InputError(f"the last message is the {messages[-1]['role']}'s, there is no answer to learn from")
+        raise InputError(f"the last message is the {messages[-1]['role']}'s, there is no answer to learn from", "no answer")
     return messages
 
 
@@ -113,7 +115,7 @@ def rows_to_prompt(row: Mapping) -> list[Message]:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
-        raise InputError("the row has no user's message at its end, or right before its answer, to be the prompt")
+        raise InputError("the row has no user's message at its end, or right before its answer, to be the prompt", "no prompt")
     return messages
 
 
@@ -125,9 +127,11 @@ def comparison_prompt(row: Mapping) -> list[Message]:
     prompt = row["prompt"] if row.get("prompt") is not None else row.get("conversations")
     if prompt is None and isinstance(row.get("chosen"), list):
         prompt = row["chosen"][:-1]
-    if not prompt:
+    if prompt is None or prompt == []:
         found = ", ".join(sorted(map(str, row))) or "none"
-        raise InputError(f"columns found: {found}; a comparison needs prompt (or conversations), and answers or chosen")
+        raise InputError(
+            f"columns found: {found}; a comparison needs prompt (or conversations), and answers or chosen", "columns"
+        )
     messages = [_sharegpt(turn) for turn in _side(prompt, "user")]
     check_messages(messages)
     return [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -146,7 +150,7 @@ def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:
     else:
         found = ", ".join(sorted(map(str, has))) or "none"
         accepted = "prompt, completion | instruction, (input,) output" if with_answer else "prompt | instruction, (input)"
-        raise InputError(f"columns found: {found}; accepted: messages | {accepted} | conversations (a list)")
+        raise InputError(f"columns found: {found}; accepted: messages | {accepted} | conversations (a list)", "columns")
     check_messages(messages)
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -166,21 +170,21 @@ def colour_preview(tokenizer: "Tokenizer", ids: Sequence[int], mask: Sequence[in
 
 def _side(value: object, role: str) -> list:
     if not isinstance(value, str | list):
-        raise InputError(f"the {role}'s side must be text or a list of messages, not {_short(value)}")
+        raise InputError(f"the {role}'s side must be text or a list of messages, not {_short(value)}", "wrong type")
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _alpaca_user(row: Mapping) -> Message:
     instruction, extra = row["instruction"], row.get("input") or ""
     if not isinstance(instruction, str) or not isinstance(extra, str):
-        raise InputError(f"instruction and input must be text, not {_short(instruction)} and {_short(extra)}")
+        raise InputError(f"instruction and input must be text, not {_short(instruction)} and {_short(extra)}", "wrong type")
     return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
 
 
 def _sharegpt(turn: object) -> object:
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
-    role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
+    role = {"human": "user", "gpt": "assistant"}.get(str(turn["from"]), turn["from"])
     return {"role": role, "content": turn.get("value")}
 
 

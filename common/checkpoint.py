@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.config import InputError
-from common.hf import export_config, export_weights, import_config, import_weights, read_config, read_weights
+from common.hf import UNREAD, export_config, export_weights, import_config, import_weights, read_config, read_weights
 from common.model import GPT, GPTConfig, RewardModel
 from common.tokenizer import Tokenizer
 
@@ -72,8 +72,11 @@ def write_manifest(folder: Path, files: Sequence[Path]) -> None:
     write_atomically(folder / MANIFEST, dump(manifest))
 
 
-def verify(folder: Path) -> None:
-    """Raise InputError unless every file is as the manifest says. Directories of other makers have none, and pass."""
+def verify(folder: Path, weights: bool = True) -> None:
+    """Raise InputError unless every file is as the manifest says. Directories of other makers have none, and pass.
+
+    Without `weights` gigabytes of them are not hashed, where only the other files are read.
+    """
     if (folder / "stage.json").exists() and not (folder / MANIFEST).exists():
         raise InputError(f"{folder}: the save was cut short (no {MANIFEST}); run its stage again")
     if not (folder / MANIFEST).exists():
@@ -87,15 +90,18 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.exists():
             raise InputError(f"{file}: missing, though {MANIFEST} lists it; run the stage again")
-        if file.stat().st_size != size or sha256(file) != digest:
+        hashed = weights or file.suffix != ".safetensors"
+        if file.stat().st_size != size or (hashed and sha256(file) != digest):
             raise InputError(f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again")
 
 
-def locate(path: str) -> Path:
-    """A local directory as it is; anything else is a Hub id, fetched without any pickle."""
+def locate(path: str, weights: bool = True) -> Path:
+    """A local directory as it is, verified; anything else is a Hub id, fetched without any pickle."""
     if Path(path).is_dir():
-        verify(Path(path))
+        verify(Path(path), weights)
         return Path(path)
+    if Path(path).is_file():
+        raise InputError(f"{path}: is a file; a model is a directory of config.json and model.safetensors ({UNREAD})")
     if path.count("/") > 1 or path.startswith((".", "/", "runs/")):
         raise InputError(f"{path}: no such directory; run the stage that makes it first")
     from huggingface_hub import snapshot_download
@@ -107,30 +113,36 @@ def locate(path: str) -> Path:
         raise InputError(f"{path}: neither a directory here nor a model that the Hub would give ({reason})") from None
 
 
-def load_config(path: str) -> GPTConfig:
-    folder = locate(path)
-    return import_config(read_config(folder), str(folder))
+def load_config(path: str, kind: Kind | None = None) -> GPTConfig:
+    """Shape of the model of a stage or transformers directory; no weights are read. A wrong kind is an InputError."""
+    folder = locate(path, weights=False)
+    raw = read_config(folder)
+    found: Kind = "reward" if "SequenceClassification" in str(raw.get("architectures")) else "lm"
+    if kind and found != kind:
+        hint = f"; did you mean its parent {parent}?" if (parent := read_stage(path).get("parent")) and kind == "lm" else ""
+        raise InputError(f"{path} holds a {NAMES[found]}, a {NAMES[kind]} is wanted here{hint}")
+    return import_config(raw, str(folder))
+
+
+def check_context(path: str, kind: Kind, length: int, key: str) -> None:
+    """Raise InputError when the model there is not of this kind, or sees fewer than `length` tokens."""
+    if length > (context := load_config(path, kind).max_length):
+        raise InputError(f"{key} {length}: the model's context is {context} ({path})")
 
 
 def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | RewardModel:
     """The model of a stage or transformers directory, fp32 on the CPU, in eval mode. A wrong kind is an InputError."""
-    folder = locate(path)
-    raw = read_config(folder)
-    found: Kind = "reward" if "SequenceClassification" in str(raw.get("architectures")) else "lm"
-    if found != kind:
-        hint = f"; did you mean its parent {parent}?" if (parent := read_stage(path).get("parent")) and kind == "lm" else ""
-        raise InputError(f"{path} holds a {NAMES[found]}, a {NAMES[kind]} is wanted here{hint}")
-    config = import_config(raw, str(folder))
+    folder, config = locate(path), load_config(path, kind)
     config = GPTConfig(**{**config.__dict__, "dropout": dropout})
     model = GPT(config) if kind == "lm" else RewardModel(config)
     import_weights(model, read_weights(folder), str(folder))
     if isinstance(model, RewardModel):
-        model.shift.fill_(raw.get("score_shift", 0.0))
+        model.shift.fill_(read_config(folder).get("score_shift", 0.0))
     return model.eval()
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    return Tokenizer.load(locate(path))
+    return Tokenizer.load(locate(path, weights=False))
 
 
 def read_stage(path: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ Fields are int, float, bool, str, Literal, list of these, each `| None`, with py
 import argparse
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import json
@@ -26,7 +27,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 import yaml
@@ -36,6 +37,23 @@ from common.strict_yaml import InputError, Loader, load_yaml, read_yaml  # noqa:
 T = TypeVar("T")
 INTERRUPTED = 75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
 CLI = "command line"
+
+
+def check_output_dir(path: str) -> str:
+    if not path or not path.isprintable():
+        raise ValueError("a directory's name is wanted")
+    if ".." in Path(path).parts:
+        raise ValueError("a path through `..` may lead where nobody looks for it; write it without")
+    try:
+        files = [str(folder) for folder in (Path(path), *Path(path).parents) if folder.exists() and not folder.is_dir()]
+    except OSError as error:  # a name too long, say
+        raise ValueError(str(error.strerror)) from None
+    if files:
+        raise ValueError(f"{files[0]} is a file; name a directory")
+    return path
+
+
+OutputDir = Annotated[str, pydantic.AfterValidator(check_output_dir)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))
@@ -133,8 +151,12 @@ def _parse(cls: type, argv: Sequence[str]) -> dict[str, Any]:
             default = fields[key].get_default(call_default_factory=True)
             default = "REQUIRED" if fields[key].is_required() else f"default {json.dumps(default)}"
             about = f"({_describe(schemas[key])}; {default}) {schemas[key]['description']}"
-            nargs = "*" if "array" in _kinds(schemas[key]) else None
-            group.add_argument(f"--{key}", metavar="X", nargs=nargs, help=about.replace("%", "%%"))
+            kinds = _kinds(schemas[key])
+            nargs = "*" if "array" in kinds else "?" if "boolean" in kinds else None
+            const = "true" if nargs == "?" else None
+            group.add_argument(f"--{key}", metavar="X", nargs=nargs, const=const, help=about.replace("%", "%%"))
+            if "boolean" in kinds and fields[key].default is True:
+                group.add_argument(f"--no_{key}", dest=key, action="store_const", const="false", help=f"--{key} false")
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         key = word.partition("=")[0].removeprefix("--")
@@ -224,6 +246,11 @@ class Failure(Exception):
     """The run cannot go on (numbers that are not finite, a full disk): one line, exit code 1."""
 
 
+def one_line(text: Any) -> str:
+    """Fit for a terminal: what is quoted from data must neither drive it nor be more than it can encode."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and its state is saved."""
 
@@ -237,10 +264,10 @@ def guard(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except InputError as error:
-        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}error: {one_line(error)}", file=sys.stderr)
         code = 2
     except Failure as error:
-        print(f"{who}error: {error}", file=sys.stderr)
+        print(f"{who}error: {one_line(error)}", file=sys.stderr)
         code = 1
     except Interrupted as stop:
         print(f"{who}interrupted: {stop}", file=sys.stderr)
@@ -248,10 +275,13 @@ def guard(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        traceback.print_exc()
-        program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
-        print(f"{who}error: {program}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 1
+        code = 2 if getattr(error, "errno", None) in (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS) else 1
+        if code == 2:  # a path that cannot be used
+            print(f"{who}error: {one_line(error)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
+            print(f"{who}error: {program}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
     if code:
         if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1: tell the pipeline
             Path(path).write_text(str(code))

@@ -21,7 +21,8 @@ SHARD_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     """Atomically: a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
     temporary.replace(path)
 
 
@@ -72,7 +73,7 @@ def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str
     for row in rows:
         try:
             prompts.append(str(prompt_of(row.data)))
-        except InputError:  # whoever tokenizes the row names it
+        except InputError:  # it trains without having a prompt that could be answered
             prompts.append(row.origin)
     different = list(dict.fromkeys(prompts))
     held = set(different[-max(1, int(len(different) * fraction)) :])

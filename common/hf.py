@@ -20,6 +20,8 @@ from torch import Tensor
 from common.config import InputError
 from common.model import GPT, GPTConfig, RewardModel
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+UNREAD = "weights are read from safetensors only, as a pickle can run code"
 # Ours -> theirs, within block N. A tuple is a concatenation along the output dimension, in this order.
 LLAMA_BLOCK = {
     "norm1": "input_layernorm",
@@ -239,6 +241,8 @@ def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
         )  # fmt: skip
     except KeyError as error:
         raise InputError(f"{origin}: key {error} is missing") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a word for a number, a width of 0
+        raise InputError(f"{origin}: config.json describes no model ({error})") from None
 
 
 def refuse(raw: dict[str, Any], origin: str, **allowed: tuple) -> None:
@@ -252,9 +256,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{folder}: no config.json there, so it is not a model directory")
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: broken JSON ({error.msg})") from None
+    except ValueError as error:  # no UTF-8
+        raise InputError(f"{file}: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -265,11 +274,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index}: damaged; fetch or save the model again") from None
+        if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise InputError(f"{index}: names {foreign[0]}; {UNREAD}")
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
         if not (folder / name).exists():
-            raise InputError(f"{folder}: no {name}; weights are read from safetensors only (a pickle can run code)")
+            others = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+            raise InputError(f"{folder}: no {name}{f', only {others[0]}' if others else ''}; {UNREAD}")
         try:
             tensors |= load_file(folder / name)
         except SafetensorError as error:

@@ -5,6 +5,7 @@ weights and optimizer in fp32 here as everywhere; the precision of the arithmeti
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,8 @@ def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: 
     if deepspeed and not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate does not look for DeepSpeed
-    # Our buffers are constants: nothing to broadcast at every forward.
+    # Our buffers are constants: nothing to broadcast at every forward. torch 2.13 renames the switch, accelerate not yet.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if deepspeed and not gpu:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))

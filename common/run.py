@@ -46,10 +46,6 @@ class Run:
             self.precision = "bf16" if has_bf16() else "no"
         self.cfg, self.stage, self.kind = cfg, stage, kind
         self.folder = Path(cfg.output_dir)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"output_dir {cfg.output_dir}: is a file; name a directory")
-        if cfg.parent and self.folder.resolve() == Path(cfg.parent).resolve():
-            raise InputError(f"output_dir {cfg.output_dir}: is the parent itself, which would be overwritten")
         self.accelerator = accelerator(
             self.precision,
             cfg.per_device_train_batch_size,

@@ -4,18 +4,21 @@ What is held at a time: a line of .jsonl, a thousand rows of .parquet, but all o
 a packed .parquet.
 """
 
-import codecs
 import collections
+import contextlib
 import hashlib
 import io
-import itertools
 import json
+import os
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.config import InputError
+from tqdm import tqdm
+
+from common.config import InputError, one_line
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 PACKED = (".gz", ".zst")  # behind one of FORMATS: x.jsonl.zst
@@ -27,33 +30,62 @@ class Row(NamedTuple):
 
     data: dict[str, Any]
     origin: str
+    parsed: Any = None  # what the stage that reads it makes of `data`
 
 
-def read_rows(source: str) -> list[Row]:
+class BadRows:
+    """What becomes of rows that cannot be used: the first one ends the stage, or each is skipped and counted by its reason."""
+
+    def __init__(self, on_bad_row: str = "error", shown: int = 5) -> None:
+        self.skip, self.shown = on_bad_row == "skip", shown
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    @contextlib.contextmanager
+    def row(self, origin: str) -> Iterator[None]:
+        """Around all that is done with one row: an InputError gets its origin, or is noted, and the row is left behind."""
+        try:
+            yield
+        except InputError as error:
+            if not self.skip:
+                raise InputError(f"{origin}: {error}") from None
+            self.counts[error.reason] += 1
+            if self.counts.total() <= self.shown and int(os.environ.get("RANK", 0)) == 0:
+                tqdm.write(one_line(f"skipped {origin}: {error}"), file=sys.stdout)
+
+
+def read_rows(source: str, parse: Callable[[dict], Any] | None = None, bad: BadRows | None = None) -> list[Row]:
     """All records of `iter_rows`, in memory; a Hub data set is downloaded, and kept on disk for the next time."""
-    return list(iter_rows(source, streaming=False))
+    return list(iter_rows(source, parse, bad, streaming=False))
 
 
-def iter_rows(source: str, streaming: bool = True) -> Iterator[Row]:
+def iter_rows(
+    source: str, parse: Callable[[dict], Any] | None = None, bad: BadRows | None = None, streaming: bool = True
+) -> Iterator[Row]:
     """Records of a .jsonl, .json (a list), .parquet or .txt file (also .gz, .zst), a folder of such, or a Hub data set.
 
     A .txt file is one record {"text": ...}. A Hub data set is `owner/name` or `owner/name:config`, its train split; with
-    `streaming` nothing of it is kept on disk. Raises InputError naming file and line (row, byte) of what cannot be read,
-    and a source without rows.
+    `streaming` nothing of it is kept on disk. `bad` says what becomes of a row that cannot be read, or that `parse` refuses
+    (InputError). Raises InputError naming file and line (row, byte) of what cannot be read, and a source without rows.
     """
-    path, n = Path(source), 0
-    if path.is_dir():
-        rows = (row for file in files_in(path) for row in iter_rows(str(file)))
-    elif path.exists():
-        rows = file_rows(path)
-    else:
-        rows = hub_rows(source, streaming)
-    for n, row in enumerate(rows, 1):  # noqa: B007 (n is looked at below)
-        if not isinstance(row.data, dict):
-            raise InputError(f"{row.origin}: a row must be a JSON object, this is {str(row.data)[:60]!r}")
-        yield row
+    path, bad, n = Path(source), bad or BadRows(), 0
+    before = bad.counts.copy()
+    try:
+        if path.is_dir():
+            rows = (row for file in files_in(path) for row in iter_rows(str(file), None, bad))
+        else:
+            rows = file_rows(path, bad) if path.exists() else hub_rows(source, streaming)
+        for row in rows:
+            with bad.row(row.origin):
+                if not isinstance(row.data, dict):
+                    raise InputError(f"a row must be a JSON object, this is {str(row.data)[:60]!r}", "not an object")
+                row = row._replace(parsed=parse(row.data) if parse else None)
+                n += 1
+                yield row
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror or error}") from None
     if not n:
-        raise InputError(f"{source}: no rows")
+        skipped = ", ".join(f"{count} x {reason}" for reason, count in (bad.counts - before).items())
+        raise InputError(f"{source}: no rows" + (f" that can be used; skipped: {skipped}" if skipped else ""))
 
 
 def suffix_of(path: Path) -> str:
@@ -65,37 +97,56 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if suffix_of(file) in FORMATS)
 
 
-def file_rows(path: Path) -> Iterator[Row]:
+def file_rows(path: Path, bad: BadRows) -> Iterator[Row]:
     kind = suffix_of(path)
     if kind == ".parquet":
         yield from parquet_rows(path)
         return
-    text = io.TextIOWrapper(io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig")
+    if kind and kind not in FORMATS:
+        raise InputError(f"{path}: a {kind} file is not read; the formats are {', '.join(FORMATS)}")
+    # Bytes that are no UTF-8 come as surrogates, so that one of them costs its line and not the file.
+    text = io.TextIOWrapper(io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig", errors="surrogateescape")
     try:
-        if kind == ".txt":
-            yield Row({"text": text.read()}, str(path))
-        elif kind == ".json":
-            rows = parse_json(text.read(), str(path), list)
+        if kind in (".txt", ".json"):
+            with BadRows().row(str(path)):
+                content = check_utf8(text.read())
+                rows = parse_json(content, list) if kind == ".json" else []
+            if kind == ".txt":
+                yield Row({"text": content}, str(path))
             yield from (Row(data, f"{path}:row {n}") for n, data in enumerate(rows, 1))
-        else:  # a text file's iterator ends lines at line ends alone, not at U+2028 and its like as splitlines() does
-            lines = ((n, line) for n, line in enumerate(text, 1) if line.strip())
-            yield from (Row(parse_json(line, f"{path}:{n}", dict), f"{path}:{n}") for n, line in lines)
-    except (UnicodeDecodeError, InputError) as error:
+            return
+        for n, line in enumerate(text, 1):  # ends lines at line ends alone, not at U+2028 and its like as splitlines() does
+            if line.strip():
+                with bad.row(f"{path}:{n}"):
+                    yield Row(parse_json(check_utf8(line.rstrip()), dict), f"{path}:{n}")
+    except InputError:
         if path.suffix in PACKED:  # what looks like a broken text may come of damage to the packed bytes: then say that
             collections.deque(blocks(path), 0)
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not UTF-8 at byte {bad_byte(path)}; convert it first (iconv -t utf-8)") from None
+        raise
 
 
-def parse_json(text: str, origin: str, kind: type) -> Any:
+def check_utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
+        place = f"line {line + 1}, column {error.start - start}" if line else f"column {error.start + 1}"
+        byte = ord(text[error.start]) - 0xDC00
+        raise InputError(f"not UTF-8 at {place} (byte 0x{byte:02x}); convert it first (iconv -t utf-8)", "not UTF-8") from None
+    return text
+
+
+def parse_json(text: str, kind: type) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{origin}: broken JSON at column {error.colno}: {error.msg}") from None
+        place = f"line {error.lineno}, column {error.colno}" if kind is list else f"column {error.colno}"
+        raise InputError(f"broken JSON at {place}: {error.msg}", "broken JSON") from None
+    except (RecursionError, ValueError) as error:  # [[[[..., or a number of 5000 digits
+        raise InputError(f"JSON that Python does not read: {error}", "broken JSON") from None
     if not isinstance(value, kind):
         wanted = "list of rows" if kind is list else "object"
-        raise InputError(f"{origin}: expected a JSON {wanted}, found {type(value).__name__}")
+        raise InputError(f"expected a JSON {wanted}, found {type(value).__name__}", "not an object")
     return value
 
 
@@ -177,18 +228,6 @@ class Unpacked(io.RawIOBase):
         size = min(len(buffer), len(self.rest))
         buffer[:size], self.rest = self.rest[:size], self.rest[size:]
         return size
-
-
-def bad_byte(path: Path) -> int:
-    """Where a file (unpacked) ceases to be UTF-8."""
-    decoder, end = codecs.getincrementaldecoder("utf-8")(), 0
-    for block in itertools.chain(filter(None, blocks(path)), [b""]):
-        end += len(block)
-        try:
-            decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            return end - len(error.object) + error.start
-    raise ValueError(f"{path} is UTF-8")
 
 
 def content_of(source: str) -> str | None:

@@ -8,7 +8,14 @@ import yaml
 
 
 class InputError(Exception):
-    """Bad input from the user (config, data, directory): one line naming value, place and fix; exit code 2."""
+    """Bad input from the user (config, data, directory): one line naming value, place and fix; exit code 2.
+
+    `reason`: what a row that it refuses is counted under when such rows are skipped.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Loader(yaml.SafeLoader):

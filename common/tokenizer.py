@@ -96,8 +96,8 @@ def check_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        where = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start} of the text"
-        raise InputError(f"{where}, not valid Unicode: decode it again from its source, or drop it") from None
+        what = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start} of the text, not valid Unicode"
+        raise InputError(f"{what}: decode it again from its source, or drop it", "lone surrogate") from None
     return text
 
 
@@ -230,14 +230,15 @@ class Tokenizer:
         except BaseException as error:  # a Rust panic derives from BaseException; GPT-2's pattern on 10^6 spaces
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError("the text holds a run of some million spaces: shorten it") from None
+            raise InputError("the text holds a run of some million spaces: shorten it", "long run of spaces") from None
 
     def _char_id(self, text: str, index: int) -> int:
         try:
             return self._char_ids[text[index]]
         except KeyError:
             what = f"character {text[index]!r} (U+{ord(text[index]):04X}) at position {index}"
-            raise InputError(f"{what} is none of this tokenizer's {len(self._char_ids)}; a BPE knows them all") from None
+            known = f"none of this tokenizer's {len(self._char_ids)}; a BPE knows them all"
+            raise InputError(f"{what} is {known}", "unknown character") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token (a control token's name). Raises KeyError for an id outside the vocabulary."""

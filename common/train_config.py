@@ -1,28 +1,50 @@
 """The keys that stages share: what each is called, what it may be, what it means."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.config import stage_config
+from common.config import InputError, OutputDir, stage_config
 from common.data import Row, hold_out, read_rows
 from common.optim import SchedulerType
+from common.sources import BadRows
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Precision = Literal["auto", "no", "bf16", "fp16"]
+
+
+def refuse_overwriting(cfg: Any) -> None:
+    """ValueError when the folder that the stage is to write is one that it reads."""
+    if not Path(cfg.output_dir).is_dir():
+        return
+    for key, value in vars(cfg).items():
+        if key != "output_dir" and isinstance(value, str) and os.path.realpath(value) == os.path.realpath(cfg.output_dir):
+            raise ValueError(f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; name another directory")
+
+
+@stage_config
+class ReadsRows:
+    """What becomes of bad rows."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used (broken JSON, wrong columns or types, unknown role, no answer) ends the stage; or it is
+    skipped and counted by reason, and the first few are named. Without any that can be used the stage ends all the same."""
 
 
 @stage_config
 class TrainConfig:
     """Keys that all four stages share."""
 
-    output_dir: str
+    output_dir: OutputDir
     """Where the stage publishes its directory."""
     parent: str | None = None
     """Directory (or Hub id) of the model to start from; null = from scratch, where that makes sense."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of weights, data order and sampling."""
     max_steps: Positive | None = None
     """Number of optimizer updates (null: use num_train_epochs)."""
@@ -66,18 +88,24 @@ class TrainConfig:
     """Go on from a state in output_dir; --no_resume starts over, and wants an empty output_dir."""
     save_total_limit: Positive = 2
     """Saved states that are kept; all go when the stage is done."""
-    report_to: list[str] = []
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
     lora_r: Annotated[int, Field(ge=0)] = 0
     """Rank of LoRA adapters (0 = full finetuning); published merged, the adapter beside it."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA scale is lora_alpha / lora_r."""
-    lora_targets: list[str] = ["qkv", "out", "up", "down"]
+    lora_targets: Annotated[list[Literal["qkv", "out", "up", "down"]], Field(min_length=1)] = ["qkv", "out", "up", "down"]
     """Linear layers that get an adapter."""
+
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            given = f"max_steps {self.max_steps}, num_train_epochs {self.num_train_epochs}"
+            raise ValueError(f"{given}: give one of the two, null for the other")
 
 
 @stage_config
-class RowsConfig(TrainConfig):
+class RowsConfig(ReadsRows, TrainConfig):
     """Keys of the stages that train on rows and hold some out."""
 
     train_data: str
@@ -87,7 +115,18 @@ class RowsConfig(TrainConfig):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts held out when there is no eval_data."""
 
-    def read(self, prompt_of: Callable[[dict[str, Any]], Any]) -> tuple[list[Row], list[Row]]:
-        """(training, held-out) rows; prompt_of(row) tells what may not lie on both sides."""
-        rows = read_rows(self.train_data)
-        return (rows, read_rows(self.eval_data)) if self.eval_data else hold_out(rows, self.eval_fraction, prompt_of)
+    def read(
+        self, prompt_of: Callable[[dict], Any], parse: Callable[[dict], Any]
+    ) -> tuple[list[Row], list[Row], dict[str, int]]:
+        """(training rows, held-out rows, how many were skipped by reason), each row parsed.
+
+        prompt_of(row) tells what may not lie on both sides. Raises InputError when there are fewer rows than processes.
+        """
+        bad = BadRows(self.on_bad_row)
+        rows = read_rows(self.train_data, parse, bad)
+        held = read_rows(self.eval_data, parse, bad) if self.eval_data else []
+        if not held:
+            rows, held = hold_out(rows, self.eval_fraction, prompt_of)
+        if len(rows) < (processes := int(os.environ.get("WORLD_SIZE", 1))):
+            raise InputError(f"train_data {self.train_data}: {len(rows)} training rows for {processes} processes; use fewer")
+        return rows, held, dict(bad.counts)

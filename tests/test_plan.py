@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_files_that_exist_are_counted(tmp_path, capsys, tokenizer):
     (data / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 50))
     assert by_step(report(capsys, folder))["sft"]["tokens"] == 100 * 128  # no tokenizer yet: the longest
     tokenizer.save(made)
-    examples, _ = sft.tokenize(read_rows(str(data / "sft.jsonl")), tokenizer, 128)
+    examples, _ = sft.cut(read_rows(str(data / "sft.jsonl"), partial(sft.parse, tokenizer)), 128)
     assert by_step(report(capsys, folder))["sft"]["tokens"] == pytest.approx(sum(len(e.ids) for e in examples))
 
 
@@ -217,7 +218,7 @@ def test_pretraining_refuses_lora_in_the_stage_s_words(tmp_path, capsys):
     given = (file, "--vocab_size", 300, "--memory", 1)
     plain, lora = (report(capsys, *given, f"--pretrain.lora_r={rank}") for rank in (0, 8))
     with pytest.raises(InputError) as refused:
-        train.main(train.Config(output_dir="x", train_data="y", lora_r=8))
+        train.main(train.Config(output_dir="x", train_data="y", max_steps=1, lora_r=8))
     assert lora["problems"] == [f"pretrain: {refused.value}"] and plain["problems"] == []
     assert lora["steps"] == plain["steps"] and lora["does_not_fit"] == plain["does_not_fit"]
     assert "What may: a larger GPU, gradient_checkpointing" in plain["does_not_fit"][0]

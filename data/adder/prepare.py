@@ -11,13 +11,13 @@ from typing import Annotated
 from pydantic import Field
 
 from common.checkpoint import dump, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import write_jsonl
 
 
 @stage_config
 class Config:
-    output_dir: str = "runs/adder/data"
+    output_dir: OutputDir = "runs/adder/data"
     """Where train.jsonl and eval.jsonl go."""
     digits: Annotated[int, Field(ge=1, le=6)] = 2
     """Digits of each number; all 100^digits sums are made up to 2 digits, else `sums` of them."""

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from common.chat import rows_to_messages
 from common.checkpoint import dump, provenance, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import read_rows, write_jsonl
 
 
@@ -24,7 +24,7 @@ class Config:
 
     instructions: str
     """Alpaca-like file: rows with instruction, (input,) output; or prompt, completion; or messages."""
-    output_dir: str
+    output_dir: OutputDir
     """Where the splits go."""
     eval_rows: Annotated[int, Field(gt=0)] = 200
     """Demonstrations held out."""

@@ -10,14 +10,14 @@ from typing import Annotated
 from pydantic import Field
 
 from common.checkpoint import dump, vouch, write_atomically
-from common.config import cli, stage_config, to_dict
+from common.config import OutputDir, cli, stage_config, to_dict
 from common.data import write_jsonl
 from common.tokenizer import Tokenizer
 
 
 @stage_config
 class Config:
-    output_dir: str = "runs/baby/data"
+    output_dir: OutputDir = "runs/baby/data"
     """Where documents.jsonl and the tokenizer go."""
     text: Annotated[str, Field(min_length=2)] = "111101111011110"
     """The sequence; each character is a symbol."""

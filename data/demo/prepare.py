@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from common.config import InputError, cli, stage_config
+from common.config import InputError, OutputDir, cli, stage_config
 from data.demo import flaws, gold, labeller, world
 from data.demo.documents import documents
 from data.demo.world import FAMILIES
@@ -21,7 +21,7 @@ SAMPLE = 1200  # demonstrations judged for the report
 
 @stage_config
 class Config:
-    output_dir: str = "runs/demo/data"
+    output_dir: OutputDir = "runs/demo/data"
     """Where the files go."""
     seed: int = 0
     """Draws everything but the facts about the animals, which are the same at every seed."""

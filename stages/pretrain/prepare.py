@@ -9,6 +9,7 @@ The sources are read twice (three times where a BPE is trained), never held: fir
 number of documents, and so that a broken row shows before hours of tokenising. The same command goes on after a kill.
 """
 
+import collections
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,28 +22,29 @@ from tqdm import tqdm
 
 from common.chat import rows_to_messages
 from common.checkpoint import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
-from common.config import InputError, cli, fingerprint, stage_config, to_dict
+from common.config import InputError, OutputDir, cli, fingerprint, stage_config, to_dict
 from common.data import Mixture
-from common.sources import Row, content_of, iter_rows
+from common.sources import BadRows, content_of, iter_rows
 from common.tokenizer import Tokenizer, check_text
+from common.train_config import ReadsRows, Seed, refuse_overwriting
 from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, tokenise
 
 
 @stage_config
-class Config:
+class Config(ReadsRows):
     """Tokenise text into shards for pretraining."""
 
-    train_data: list[str]
+    train_data: Annotated[list[str], Field(min_length=1)]
     """Files, folders or Hub data sets (name or name:config): .txt, .jsonl, .json or .parquet, each also .gz or
     .zst, with a `text` column or an SFT format."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None
     """One for each entry of train_data: its share of the rows that training sees, in any unit. Null: all text is one stream.
     Other weights take the shards of the same sources as they are."""
-    output_dir: str
+    output_dir: OutputDir
     """Where tokenizer and shards go."""
     tokenizer: str = "bpe"
     """bpe (byte-level, trained here), characters, or a directory or Hub id to take one from."""
-    vocab_size: Annotated[int, Field(gt=0)] = 1024
+    vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 1024
     """Ids of a BPE trained here, control tokens included."""
     tokenizer_documents: Annotated[int, Field(gt=0)] = 20_000
     """Documents that the BPE is trained on, drawn at random."""
@@ -52,10 +54,11 @@ class Config:
     """Tokens in one shard file."""
     num_proc: Annotated[int, Field(gt=0)] | None = None
     """Processes that tokenise; null: one a core, or just one for less than 100 MB of text. The shards are the same."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the split and of the tokenizer's sample."""
 
     def __post_init__(self) -> None:
+        refuse_overwriting(self)
         if self.weights is None:
             return
         if len(self.weights) != len(self.train_data):
@@ -71,31 +74,27 @@ class Config:
         return [weight / sum(self.weights) for weight in self.weights]
 
 
-def text_of(row: Row) -> str:
+def text_of(row: dict[str, Any]) -> str:
     """The document in a row: its `text`, or the conversation of an SFT row with its messages a line apart."""
-    if isinstance(row.data.get("text"), str):
-        return row.data["text"]
+    if isinstance(row.get("text"), str):
+        return check_text(row["text"])
     try:
-        return "\n".join(message["content"] for message in rows_to_messages(row.data))
+        return check_text("\n".join(message["content"] for message in rows_to_messages(row)))
     except InputError as error:
-        raise InputError(f"{row.origin}: no `text` column, and as a conversation: {error}") from None
+        raise InputError(f"no `text` column, and as a conversation: {error}", error.reason) from None
 
 
-def survey(source: str, bar: tqdm) -> dict[str, int]:
-    """Numbers of documents and of empty ones, which are left out, and the size of the text in bytes."""
-    found = {"documents": 0, "empty": 0, "size": 0}
-    for row in iter_rows(source):
-        text = text_of(row)
-        try:
-            size = len(check_text(text).encode())
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
-        found["documents" if text.strip() else "empty"] += 1
-        found["size"] += size if text.strip() else 0
+def survey(source: str, on_bad_row: str, bar: tqdm) -> dict[str, Any]:
+    """Numbers of documents, of empty ones and of bad ones by reason, which are left out; the size of the text in bytes."""
+    found, bad = {"documents": 0, "empty": 0, "size": 0}, BadRows(on_bad_row)
+    for row in iter_rows(source, text_of, bad):
+        full = bool(row.parsed.strip())
+        found["documents" if full else "empty"] += 1
+        found["size"] += len(row.parsed.encode()) if full else 0
         bar.update()
     if not found["documents"]:
         raise InputError(f"train_data {source}: too little text: all {found['empty']} documents are empty")
-    return found
+    return found | {"skipped": bad.counts}
 
 
 def held_out_masks(numbers: Sequence[int], eval_fraction: float, seed: int) -> list[np.ndarray | None]:
@@ -111,16 +110,17 @@ def held_out_masks(numbers: Sequence[int], eval_fraction: float, seed: int) -> l
     return masks
 
 
-def documents_of(source: str, held_out: np.ndarray | None, eval_fraction: float) -> Iterator[Document]:
-    """The documents of a source in their order, each for its split; empty ones are left out."""
-    rows = ((text_of(row), row.origin) for row in iter_rows(source))
-    for n, (text, origin) in enumerate((text, origin) for text, origin in rows if text.strip()):
+def documents_of(source: str, held_out: np.ndarray | None, cfg: Config) -> Iterator[Document]:
+    """The documents of a source in their order, each for its split; those that `survey` left out are left out again."""
+    rows = iter_rows(source, text_of, BadRows(cfg.on_bad_row, shown=0))
+    for n, row in enumerate(row for row in rows if row.parsed.strip()):
+        text = row.parsed
         if held_out is not None:
-            yield Document({"eval" if held_out[n] else "train": text}, origin)
+            yield Document({"eval" if held_out[n] else "train": text}, row.origin)
         else:
-            cut = len(text) - round(len(text) * eval_fraction)
+            cut = len(text) - round(len(text) * cfg.eval_fraction)
             tail = {"eval": text[cut:]} if text[cut:].strip() else {}
-            yield Document({"train": text[:cut], **tail}, origin)
+            yield Document({"train": text[:cut], **tail}, row.origin)
 
 
 def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> Tokenizer:
@@ -149,11 +149,11 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         done = sum(source["done"] for source in shelf.sources)
         print(f"prepare: going on from {folder / JOURNAL}, {done:,} documents are done")
         return shelf, given or Tokenizer.load(folder)
-    with tqdm(unit=" documents", desc="read", mininterval=1, leave=False) as bar:
-        sources = [content | survey(content["source"], bar) for content in contents]
+    with tqdm(unit=" documents", desc="read", mininterval=1, leave=False, disable=None) as bar:
+        sources = [content | survey(content["source"], cfg.on_bad_row, bar) for content in contents]
     masks = held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
     pairs = zip(cfg.train_data, masks, strict=True)
-    documents = (document for pair in pairs for document in documents_of(*pair, cfg.eval_fraction))
+    documents = (document for pair in pairs for document in documents_of(*pair, cfg))
     tokenizer = given or make_tokenizer(cfg, documents, training_documents(sources, masks))
     tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -171,7 +171,7 @@ def main(cfg: Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     small = sum(source["size"] for source in shelf.sources) < SMALL
     tokenise(
-        shelf, tokenizer, lambda n: documents_of(cfg.train_data[n], masks[n], cfg.eval_fraction),
+        shelf, tokenizer, lambda n: documents_of(cfg.train_data[n], masks[n], cfg),
         cfg.num_proc or (1 if small else cores),
     )  # fmt: skip
 
@@ -191,6 +191,7 @@ def main(cfg: Config) -> None:
         "config": to_dict(cfg),
         "seed": cfg.seed,
         "gate": {"passed": True, "text": text},
+        "data": {"skipped": sum((collections.Counter(source["skipped"]) for source in shelf.sources), collections.Counter())},
         "metrics": {"tokens": counts, "documents": number, "bytes": size, "empty": empty},
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),

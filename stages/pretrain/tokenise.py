@@ -232,7 +232,7 @@ def tokenise(shelf: Shelf, tokenizer: Tokenizer, documents_of: Callable[[int], I
     size = sum(source["size"] for source in shelf.sources)
     done = shelf.total("bytes", "train") + shelf.total("bytes", "eval")
     saved = time.monotonic()
-    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc="tokenise", mininterval=1) as bar:
+    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc="tokenise", mininterval=1, disable=None) as bar:
         for chunk in encode_all(tokenizer, rest(), processes):
             shelf.add(chunk)
             bar.update(sum(chunk.bytes.values()))

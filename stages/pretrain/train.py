@@ -16,7 +16,7 @@ from pydantic import Field
 
 from common.architecture import ArchitectureConfig, new_model
 from common.chat import prompt_ids, stop_ids
-from common.checkpoint import load_model, load_tokenizer, publish
+from common.checkpoint import check_context, load_model, load_tokenizer, publish
 from common.config import InputError, cli, fingerprint, stage_config
 from common.costs import GPUS, forward_flops
 from common.data import Shards, share
@@ -62,6 +62,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
             raise InputError(
                 f"{cfg.train_data}: its ids are not those of {cfg.parent}; prepare it with `tokenizer: {cfg.parent}`"
             )
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
         model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
         model.resize_vocabulary(vocab_size)
         return model

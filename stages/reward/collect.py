@@ -10,6 +10,7 @@ Comparisons made by people (`chosen`, `rejected`) are taken as they are. Writes 
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,25 +18,29 @@ from typing import Annotated, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from common.chat import comparison_prompt, prompt_ids, rows_to_messages, rows_to_prompt
-from common.checkpoint import dump, lineage, load_model, load_tokenizer, provenance, write_atomically
-from common.config import InputError, cli, stage_config, to_dict
+from common.chat import Message, comparison_prompt, prompt_ids, rows_to_messages, rows_to_prompt
+from common.checkpoint import check_context, dump, lineage, load_model, load_tokenizer, provenance, write_atomically
+from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Row, read_rows, write_jsonl
 from common.generate import sample
+from common.sources import BadRows
+from common.tokenizer import Tokenizer
+from common.train_config import ReadsRows, Seed, refuse_overwriting
+from stages.reward.comparisons import ranked
 
 Labeller = Callable[[str, list[str], random.Random], list[int]]
 Contrast = Callable[[str, random.Random], list[tuple[str, str]]]
 
 
 @stage_config
-class Config:
+class Config(ReadsRows):
     """Sample answers and collect rankings of them."""
 
     parent: str
     """The SFT model that answers."""
     train_data: str
     """Prompts: rows with `prompt`, or SFT rows, whose answer then serves as reference."""
-    output_dir: str
+    output_dir: OutputDir
     """Where comparisons.jsonl and eval.jsonl go."""
     labeller: str | None = None
     """module:function that ranks answers; null = the reference answer wins over the samples."""
@@ -57,8 +62,11 @@ class Config:
     """Answers sampled at once."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts whose comparisons are held out."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of sampling, labelling noise and split."""
+
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
 
 
 def hook(name: str | None) -> Callable[..., Any] | None:
@@ -67,35 +75,41 @@ def hook(name: str | None) -> Callable[..., Any] | None:
         return None
     module, _, function = name.partition(":")
     try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{name}: cannot be loaded as module:function ({error})") from None
+    if not callable(found):
+        raise InputError(f"{name}: is not a function but {str(found)[:60]!r}")
+    return found
 
 
-def sampled(cfg: Config, rows: Sequence[Row], rng: random.Random) -> tuple[list[dict[str, Any]], int]:
-    """Ranked answers for each prompt row, and the number of prompts left out as too long."""
+def parse(tokenizer: Tokenizer, needs_answer: bool, row: dict[str, Any]) -> tuple[list[Message], list[int], str | None]:
+    """(messages of the prompt, its ids, the reference answer where one is needed)."""
+    messages = rows_to_prompt(row)
+    ids = prompt_ids(tokenizer, messages)
+    try:
+        return messages, ids, rows_to_messages(row)[-1]["content"] if needs_answer else None
+    except InputError as error:
+        raise InputError(f"without a labeller each prompt needs its answer: {error}", error.reason) from None
+
+
+def sampled(cfg: Config, tokenizer: Tokenizer, rows: Sequence[Row], rng: random.Random) -> tuple[list[dict[str, Any]], int]:
+    """Ranked answers for each parsed prompt row, and the number of prompts left out as too long."""
     labeller: Labeller | None = hook(cfg.labeller)
     contrast: Contrast | None = hook(cfg.contrast)
-    tokenizer, model = load_tokenizer(cfg.parent), load_model(cfg.parent, "lm")
-    messages, ids = [], []
-    for row in rows:
-        try:
-            messages.append(rows_to_prompt(row.data))
-            ids.append(prompt_ids(tokenizer, messages[-1]))
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
-    kept = [i for i, prompt in enumerate(ids) if len(prompt) <= cfg.max_prompt_length]
-    prompts = [ids[i] for i in kept for _ in range(cfg.answers_per_prompt)]
-    with tqdm(total=len(prompts), unit="answer", desc="collect", mininterval=1) as bar:
+    model = load_model(cfg.parent, "lm")
+    kept = [row.parsed for row in rows if len(row.parsed[1]) <= cfg.max_prompt_length]
+    prompts = [ids for _, ids, _ in kept for _ in range(cfg.answers_per_prompt)]
+    with tqdm(total=len(prompts), unit="answer", desc="collect", mininterval=1, disable=None) as bar:
         answers = sample(
             model, prompts, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed,
             stop_ids=[tokenizer.eot_id], batch_size=cfg.batch_size, progress=bar.update,
         )  # fmt: skip
     comparisons = []
-    for n, i in enumerate(kept):
+    for n, (messages, _, reference) in enumerate(kept):
         mine = answers[n * cfg.answers_per_prompt : (n + 1) * cfg.answers_per_prompt]
         entries = [(tokenizer.decode(a.ids), "policy", a.stopped) for a in mine]
-        text = messages[i][-1]["content"]
+        text = messages[-1]["content"]
         if contrast:
             entries += [(answer, kind, True) for kind, answer in contrast(text, rng)]
         if labeller:
@@ -103,16 +117,12 @@ def sampled(cfg: Config, rows: Sequence[Row], rng: random.Random) -> tuple[list[
             if len(ranks) != len(entries):
                 raise InputError(f"labeller {cfg.labeller}: {len(ranks)} ranks for {len(entries)} answers")
         else:
-            try:
-                reference = rows_to_messages(rows[i].data)[-1]["content"]
-            except InputError as error:
-                raise InputError(f"{rows[i].origin}: without a labeller each prompt needs its answer: {error}") from None
             entries.insert(0, (reference, "reference", True))
             ranks = [0] + [1] * (len(entries) - 1)
         texts, sources, stopped = map(list, zip(*entries, strict=True))
-        row = {"prompt": messages[i], "answers": texts, "ranks": ranks, "sources": sources, "stopped": stopped}
+        row = {"prompt": messages, "answers": texts, "ranks": ranks, "sources": sources, "stopped": stopped}
         comparisons.append(row)
-    return comparisons, len(ids) - len(kept)
+    return comparisons, len(rows) - len(kept)
 
 
 def question(row: dict[str, Any]) -> str:
@@ -120,26 +130,20 @@ def question(row: dict[str, Any]) -> str:
     return str(comparison_prompt(row)[-1]["content"])
 
 
-def read_pairs(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """People's comparisons, each checked to have a prompt. Raises InputError naming file and line."""
-    rows = [row for source in sources for row in read_rows(source)]
-    for row in rows:
-        try:
-            question(row.data)
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
-    return [row.data for row in rows]
-
-
 def main(cfg: Config) -> None:
     started = time.perf_counter()
+    check_context(cfg.parent, "lm", cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens")
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stage.json").unlink(missing_ok=True)  # the folder counts again once it is back
     rng = random.Random(cfg.seed)
-    rows = read_rows(cfg.train_data)[: cfg.max_prompts]
-    people = read_pairs(cfg.pairs)  # before the sampling, so that a bad row costs no minutes
-    comparisons, left_out = sampled(cfg, rows, rng)
+    tokenizer, bad = load_tokenizer(cfg.parent), BadRows(cfg.on_bad_row)
+    rows = read_rows(cfg.train_data, partial(parse, tokenizer, cfg.labeller is None), bad)[: cfg.max_prompts]
+    # Before the sampling, so that a bad row costs no minutes.
+    people = [row.data for source in cfg.pairs for row in read_rows(source, partial(ranked, tokenizer), bad)]
+    comparisons, left_out = sampled(cfg, tokenizer, rows, rng)
+    if not comparisons and not people:
+        raise InputError(f"{cfg.train_data}: all {left_out} prompts are longer than max_prompt_length {cfg.max_prompt_length}")
     # Held out by prompt, from both kinds alike: no prompt lies on both sides, and people's few pairs are not lost.
     held: set[str] = set()
     for part in (comparisons, people):
@@ -147,6 +151,8 @@ def main(cfg: Config) -> None:
         prompts = list(dict.fromkeys(map(question, part)))
         held |= set(prompts[: max(1, round(len(prompts) * cfg.eval_fraction))])
     both = comparisons + people
+    if all(question(row) in held for row in both):
+        raise InputError(f"{cfg.train_data}: all {len(both)} comparisons share the held-out prompts; give more prompts")
     write_jsonl(folder / "eval.jsonl", [row for row in both if question(row) in held])
     write_jsonl(folder / "comparisons.jsonl", [row for row in both if question(row) not in held])
 
@@ -157,15 +163,15 @@ def main(cfg: Config) -> None:
         f"{answers:,} answers to {len(comparisons):,} prompts ranked, {len(ends):,} of them sampled ({complete:.0%} complete); "
         f"{len(people)} pairs from people; {len(held)} prompts held out; {left_out} prompts too long"
     )
-    passed = bool(comparisons or people)
-    print(f"gate collect: {'PASS' if passed else 'FAIL'}  {text}")
+    print(f"gate collect: PASS  {text}")
     stage = {
         "stage": "collect",
         "kind": "comparisons",
         **lineage(cfg.parent),
         "config": to_dict(cfg),
         "seed": cfg.seed,
-        "gate": {"passed": passed, "text": text},
+        "gate": {"passed": True, "text": text},
+        "data": {"skipped": bad.counts},
         "metrics": {"answers": answers, "prompts": len(comparisons), "pairs": len(people), "too_long": left_out},
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),

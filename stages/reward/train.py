@@ -8,16 +8,17 @@ model's own answers average 0, and scaled so that they deviate by 1.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
-from common.chat import comparison_prompt, prompt_ids
-from common.checkpoint import load_model, load_tokenizer, publish
+from common.chat import comparison_prompt
+from common.checkpoint import check_context, load_model, load_tokenizer, publish
 from common.config import InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, pad, share
 from common.lora import add_lora, merged_state, save_adapter
@@ -25,8 +26,8 @@ from common.model import RewardModel
 from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
 from common.placement import whole
 from common.run import Run
-from common.tokenizer import Tokenizer
 from common.train_config import NonNegative, RowsConfig
+from stages.reward.comparisons import ranked
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
 
 
@@ -60,44 +61,15 @@ class Batch(NamedTuple):
     weights: Tensor  # (P) 1 / pairs of the prompt
 
 
-def side(value: Any) -> str:
-    """The text of `chosen` or `rejected`: plain, a message, or messages of which the last is the answer."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        value = value[-1]
-    if isinstance(value, Mapping):
-        value = value.get("content", value.get("value"))
-    if not isinstance(value, str):
-        raise InputError(f"an answer must be text or a message, not {str(value)[:60]!r}")
-    return value
+def paired(rows: Sequence[Row], max_length: int) -> tuple[list[Comparison], dict[str, int]]:
+    """Comparisons of parsed rows, and counts: comparisons, pairs, ties (no pair left), answers too long, identical answers.
 
-
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Comparison], dict[str, int]]:
-    """Comparisons as ids, and counts: comparisons, pairs, ties (no pair left), answers too long (left out), identical answers.
-
-    An answer ends with the end token unless `stopped` says that it was cut off. Raises InputError naming file and line.
+    Raises InputError when no pair is left of any.
     """
     out: list[Comparison] = []
     counts = {"comparisons": 0, "pairs": 0, "tied": 0, "too_long": 0, "identical": 0}
     for row in rows:
-        try:
-            start = prompt_ids(tokenizer, comparison_prompt(row.data))
-            texts = [side(text) for text in row.data.get("answers") or (row.data["chosen"], row.data["rejected"])]
-            ranks = row.data.get("ranks") or [0, 1]
-            stopped = row.data.get("stopped") or [True] * len(texts)
-            sources = row.data.get("sources") or ["people"] * len(texts)
-            if not all(isinstance(rank, int | float) for rank in ranks):
-                raise InputError(f"ranks {ranks}: numbers are needed, 0 = best")
-            if not len(texts) == len(ranks) == len(stopped) == len(sources):
-                sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped, {len(sources)} sources"
-                raise InputError(f"{sizes}: as many are needed of each")
-            ids = [
-                [*start, *tokenizer.encode(text), *([tokenizer.eot_id] if ended else [])]
-                for text, ended in zip(texts, stopped, strict=True)
-            ]
-        except KeyError as error:
-            raise InputError(f"{row.origin}: no column {error}; need answers + ranks or chosen + rejected") from None
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
+        ids, ranks, sources = row.parsed
         # An over-long answer cannot be cut: its score is read at its end.
         fits = [i for i, answer in enumerate(ids) if len(answer) <= max_length]
         counts["too_long"] += len(ids) - len(fits)
@@ -110,7 +82,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
         counts["comparisons"] += 1
         counts["pairs"] += len(pairs)
     if not out:
-        raise InputError(f"none of the {len(rows)} comparisons is usable ({counts}); raise max_length {max_length}?")
+        why = f"this and all {len(rows)} comparisons are left without a pair ({counts}); raise max_length {max_length}?"
+        raise InputError(f"{rows[0].origin}: {why}")
     return out, counts
 
 
@@ -175,14 +148,13 @@ def set_origin(model: RewardModel, scores: Tensor, normalize: bool) -> tuple[flo
 
 def main(cfg: Config) -> None:
     run = Run(cfg, "reward", "reward")
+    check_context(cfg.parent, "lm", cfg.max_length, "max_length")
     parent = load_model(cfg.parent, "lm")
-    if cfg.max_length > parent.config.max_length:
-        raise InputError(f"max_length {cfg.max_length}: the parent's context is {parent.config.max_length}")
     tokenizer = load_tokenizer(cfg.parent)
     parent.resize_vocabulary(tokenizer.vocab_size)
-    rows, heldout_rows = cfg.read(comparison_prompt)
-    comparisons, counts = tokenize(rows, tokenizer, cfg.max_length)
-    heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
+    rows, heldout_rows, skipped = cfg.read(comparison_prompt, partial(ranked, tokenizer))
+    comparisons, counts = paired(rows, cfg.max_length)
+    heldout, heldout_counts = paired(heldout_rows, cfg.max_length)
     run.say(f"training: {counts}; held out: {heldout_counts}")
 
     raw = RewardModel(parent.config, parent.trunk)
@@ -237,7 +209,7 @@ def main(cfg: Config) -> None:
         margins = [dict(zip(("gap", "pairs", "accuracy", "claimed"), row, strict=True)) for row in accuracy_by_margin(gaps)]
         stage = run.finish(
             steps, (mean - half > 0.5, text), accuracy={"mean": mean, "ci95": [mean - half, mean + half], "n": len(gaps)},
-            margins=margins, data={"train": counts, "eval": heldout_counts},
+            margins=margins, data={"train": counts, "eval": heldout_counts, "skipped": skipped},
         )  # fmt: skip
         if run.main:
             if cfg.lora_r:

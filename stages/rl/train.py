@@ -9,14 +9,14 @@ starts from the SFT model, the critic from the reward model (Stiennon 2020, Inst
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from accelerate.utils import gather_object
 from pydantic import Field
 
 from common.chat import prompt_ids, rows_to_prompt
-from common.checkpoint import lineage, load_model, load_tokenizer, publish
+from common.checkpoint import check_context, lineage, load_config, load_model, load_tokenizer, publish
 from common.config import InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, Shards, read_rows
 from common.lora import add_lora, merged_state, save_adapter
@@ -24,15 +24,16 @@ from common.optim import NonFiniteError, SchedulerType, adamw, parameter_groups,
 from common.placement import frozen, sampler, whole
 from common.run import Run
 from common.scoring import same_ids
+from common.sources import BadRows
 from common.tokenizer import Tokenizer
-from common.train_config import NonNegative, Positive
+from common.train_config import NonNegative, Positive, ReadsRows
 from stages.rl.learn import PPOConfig, describe, episode_samples, learn
 from stages.rl.ppo import next_kl_coef
 from stages.rl.rollout import ActorCritic, Trajectory, joined, rollout
 
 
 @stage_config
-class Config(PPOConfig):
+class Config(ReadsRows, PPOConfig):
     """Improve an assistant with PPO."""
 
     parent: str
@@ -91,31 +92,33 @@ def texts(run: Run, shards: Shards, cfg: Config, step: int, update: int) -> torc
     return shards.batch(cfg.seed, ((step * updates + update) * run.processes + run.rank) * rows, rows).to(run.device)
 
 
-def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, max_prompt_length: int) -> tuple[list[list[int]], int]:
-    """Prompt ids, and how many rows were left out as too long. Raises InputError naming file and line."""
-    prompts = []
-    for row in rows:
-        try:
-            prompts.append(prompt_ids(tokenizer, rows_to_prompt(row.data)))
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
-    kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
+def parse(tokenizer: Tokenizer, row: dict[str, Any]) -> list[int]:
+    return prompt_ids(tokenizer, rows_to_prompt(row))
+
+
+def short_enough(rows: Sequence[Row], max_prompt_length: int) -> tuple[list[list[int]], int]:
+    """Ids of the prompts of parsed rows, and how many were left out as too long."""
+    kept = [row.parsed for row in rows if len(row.parsed) <= max_prompt_length]
     if not kept:
-        raise InputError(f"all {len(rows)} prompts are longer than max_prompt_length {max_prompt_length}")
-    return kept, len(prompts) - len(kept)
+        all_of = f"{rows[0].origin}: this and all {len(rows)} prompts"
+        raise InputError(f"{all_of} are longer than max_prompt_length {max_prompt_length}")
+    return kept, len(rows) - len(kept)
 
 
 def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, torch.nn.Module]:
     """(policy and critic, frozen reference, frozen reward model); dropout is off in all of them."""
-    actor_critic = ActorCritic(load_model(cfg.parent, "lm"), load_model(cfg.critic or cfg.reward_model, "reward"))
-    reference = load_model(cfg.reference or cfg.parent, "lm")
-    reward_model = load_model(cfg.reward_model, "reward")
-    for name in (cfg.reference, cfg.reward_model, cfg.critic):
-        if name and not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
+    needed, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
+    reference, critic = cfg.reference or cfg.parent, cfg.critic or cfg.reward_model
+    kinds = ((cfg.parent, "lm"), (critic, "reward"), (reference, "lm"), (cfg.reward_model, "reward"))
+    for name, kind in kinds:  # all that does not fit together is refused before any weights are read
+        check_context(name, kind, needed, key)
+        if not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
             raise InputError(
                 f"{name}: its tokenizer is not that of {cfg.parent}; policy, reward model and critic must share one"
             )
-    sizes = [model.config.vocab_size for model in (actor_critic.policy, actor_critic.critic, reference, reward_model)]
+    if cfg.ptx_data:
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
+    sizes = [load_config(name).vocab_size for name, _ in kinds]
     if len(set(sizes)) > 1:
         raise InputError(
             f"vocabularies of policy, critic, reference and reward model differ: {sizes}; use models of one lineage"
@@ -124,11 +127,8 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
         raise InputError(
             f"{cfg.parent}: its embeddings lack our control tokens; start from a model that went through stages.sft"
         )
-    needed = cfg.max_prompt_length + cfg.max_new_tokens
-    context = min(model.config.max_length for model in (actor_critic.policy, reference, reward_model, actor_critic.critic))
-    if needed > context:
-        raise InputError(f"max_prompt_length + max_new_tokens = {needed}: the models' context is {context}")
-    return actor_critic, frozen(run.accelerator, reference), frozen(run.accelerator, reward_model)
+    judges = (frozen(run.accelerator, load_model(name, kind)) for name, kind in kinds[2:])
+    return ActorCritic(load_model(cfg.parent, "lm"), load_model(critic, "reward")), *judges
 
 
 def main(cfg: Config) -> None:
@@ -139,7 +139,8 @@ def main(cfg: Config) -> None:
     run = Run(cfg, "rl", "lm")
     tokenizer = load_tokenizer(cfg.parent)
     raw, reference, reward_model = load_models(cfg, run)
-    prompts, left_out = tokenize_prompts(read_rows(cfg.train_data), tokenizer, cfg.max_prompt_length)
+    bad = BadRows(cfg.on_bad_row)
+    prompts, left_out = short_enough(read_rows(cfg.train_data, partial(parse, tokenizer), bad), cfg.max_prompt_length)
     run.say(f"{len(prompts):,} prompts, {left_out} left out as longer than {cfg.max_prompt_length} tokens")
     if cfg.lora_r:
         add_lora(raw.policy, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
@@ -218,7 +219,9 @@ def main(cfg: Config) -> None:
     mean = {name: sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")}
     rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
     text = f"{rise} at KL {mean['kl']:.1f} nats, {mean['stop_rate']:.0%} complete"
-    stage = run.finish(steps, (mean["score"] > history[0]["score"], text), episodes=steps * episodes)
+    stage = run.finish(
+        steps, (mean["score"] > history[0]["score"], text), episodes=steps * episodes, data={"skipped": bad.counts}
+    )  # fmt: skip
     with whole(run.accelerator, raw):
         if run.main:
             policy, critic = (merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic))

@@ -9,15 +9,16 @@ text and its end token (InstructGPT, appendix C.1); a row too long for max_lengt
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from common.architecture import ArchitectureConfig, new_model
-from common.chat import colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
-from common.checkpoint import load_model, load_tokenizer, publish
+from common.chat import Rendered, colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
+from common.checkpoint import check_context, load_model, load_tokenizer, publish
 from common.config import InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, pad, share, write_jsonl
 from common.generate import sample
@@ -52,17 +53,18 @@ class Example(NamedTuple):
     mask: list[int]  # 1 = supervised
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], dict[str, int]]:
-    """Rendered rows cut to max_length, and counts: rows, truncated, dropped (nothing to learn is left), tokens.
+def parse(tokenizer: Tokenizer, row: dict[str, Any]) -> Rendered:
+    return render(tokenizer, rows_to_messages(row))
 
-    Raises InputError naming file and line of a row that cannot be read, or when every row was dropped.
+
+def cut(rows: Sequence[Row], max_length: int) -> tuple[list[Example], dict[str, int]]:
+    """Parsed rows cut to max_length, and counts: rows, truncated, dropped (nothing to learn is left), tokens.
+
+    Raises InputError when every row was dropped.
     """
     examples, truncated, dropped = [], 0, 0
     for row in rows:
-        try:
-            ids, mask = render(tokenizer, rows_to_messages(row.data))
-        except InputError as error:
-            raise InputError(f"{row.origin}: {error}") from None
+        ids, mask = row.parsed
         truncated += len(ids) > max_length
         example = Example(ids[:max_length], mask[:max_length])
         if any(example.mask[1:]):
@@ -70,7 +72,9 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tupl
         else:
             dropped += 1
     if not examples:
-        raise InputError(f"all {len(rows)} rows have prompts of {max_length} tokens or more: raise max_length")
+        raise InputError(
+            f"{rows[0].origin}: this and all {len(rows)} rows have prompts of {max_length} tokens or more: raise max_length"
+        )
     supervised = sum(sum(example.mask) for example in examples)
     return examples, {"rows": len(examples), "truncated": truncated, "dropped": dropped, "supervised_tokens": supervised}
 
@@ -104,6 +108,7 @@ def evaluate(run: Run, model: torch.nn.Module, examples: Sequence[Example], batc
 
 def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
     if cfg.parent:
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
         raw, tokenizer = load_model(cfg.parent, "lm", dropout=cfg.dropout), load_tokenizer(cfg.parent).with_chat()
         raw.resize_vocabulary(tokenizer.vocab_size)
     elif cfg.tokenizer:
@@ -111,8 +116,6 @@ def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
         raw = new_model(cfg, tokenizer.vocab_size, cfg.max_length)
     else:
         raise InputError("parent null: a new model needs a tokenizer: a folder made by stages.pretrain.prepare, or a parent")
-    if cfg.max_length > raw.config.max_length:
-        raise InputError(f"max_length {cfg.max_length}: the model's context is {raw.config.max_length}")
     return raw, tokenizer
 
 
@@ -146,9 +149,9 @@ def sample_answers(cfg: Config, raw: torch.nn.Module, tokenizer: Tokenizer, rows
 def main(cfg: Config) -> None:
     run = Run(cfg, "sft", "lm")
     raw, tokenizer = new_or_parent(cfg)
-    rows, heldout_rows = cfg.read(rows_to_prompt)
-    examples, counts = tokenize(rows, tokenizer, cfg.max_length)
-    heldout, heldout_counts = tokenize(heldout_rows, tokenizer, cfg.max_length)
+    rows, heldout_rows, skipped = cfg.read(rows_to_prompt, partial(parse, tokenizer))
+    examples, counts = cut(rows, cfg.max_length)
+    heldout, heldout_counts = cut(heldout_rows, cfg.max_length)
     run.say("first example; the model learns the green part:")
     if run.main:
         from rich.console import Console
@@ -211,7 +214,7 @@ def main(cfg: Config) -> None:
     text += f"; {match:.2%} of {len(heldout_rows)} held-out answers exact" if cfg.eval_exact_match else ""
     stage = run.finish(
         steps, (eval_loss < kept["initial"], text), tokens_seen=kept["tokens_seen"],
-        data={"train": counts, "eval": heldout_counts},
+        data={"train": counts, "eval": heldout_counts, "skipped": skipped},
     )  # fmt: skip
     with whole(run.accelerator, raw):
         if run.main:

@@ -195,6 +195,42 @@ def test_refused_on_the_command_line(words, parts):
     assert all(part in str(error.value) for part in parts), str(error.value)
 
 
+@stage_config
+class Switches:
+    """Flags."""
+
+    compile: bool = False
+    """Compile the model."""
+    resume: bool = True
+    """Go on from a saved state."""
+    bias: bool | None = None
+    """Biases; null = as the family has them."""
+    steps: int = 1
+    """Updates."""
+
+
+@pytest.mark.parametrize(("words", "values"), [
+    ("", (False, True, None, 1)),
+    ("--compile", (True, True, None, 1)),
+    ("--compile --steps 3", (True, True, None, 3)),
+    ("--steps 3 --compile=false --no_resume", (False, False, None, 3)),
+    ("--no_resume --resume", (False, True, None, 1)),
+    ("--resume false --bias", (False, False, True, 1)),
+    ("--bias null", (False, True, None, 1)),
+])  # fmt: skip
+def test_a_bare_flag_is_true_and_no_turns_off_what_is_on(words, values):
+    assert tuple(to_dict(load(Switches, words.split())).values()) == values
+
+
+@pytest.mark.parametrize("words", ["--no_compile", "--no_bias", "--no_steps", "--no_resume=false", "--no_resume x"])
+def test_no_is_only_for_what_is_on(words, capsys):
+    with pytest.raises(InputError, match=r"command line: .*(--no_|unexpected x)"):
+        load(Switches, words.split())
+    with pytest.raises(SystemExit):
+        load(Switches, ["--help"])
+    assert "--no_resume" in (text := capsys.readouterr().out) and "--no_compile" not in text
+
+
 def test_an_annotation_alone_makes_an_inherited_key_required():
     @stage_config
     class Child(Shared):

@@ -184,6 +184,8 @@ def test_damaged_weights_of_theirs(tmp_path, damage):
         ("llama", {"model_type": "qwen2"}, ["model_type", "qwen2"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ("llama", {"head_dim": 16}, ["head_dim", "16"]),
+        ("llama", {"num_attention_heads": "four"}, ["describes no model"]),
+        ("gpt2", {"n_head": 0}, ["describes no model"]),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_type", "llama3"]),
         ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type", "yarn"]),
         # how configs said it before 2024, and transformers still reads
@@ -226,11 +228,18 @@ def test_weights_that_do_not_fit_are_named(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(None, "no config.json"), ('{\n"a": 1,\n}', r"config.json:3: broken JSON"), ("{}", "model_type")]
+    "content, words",
+    [
+        (None, "no config.json"),
+        (b'{\n"a": 1,\n}', r"config.json:3: broken JSON"),
+        (b"{}", "model_type"),
+        (b"[]", r"config.json: expected a JSON object, found list"),
+        (b'{"model_type": "\xff"}', r"config.json: .*can't decode byte 0xff"),
+    ],
 )
 def test_config_that_is_none(tmp_path, content, words):
     if content:
-        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=words):
         load_model(str(tmp_path))
 

@@ -118,7 +118,7 @@ def test_damaged_parquet_is_named(tmp_path):
 
 def test_txt_is_one_row(tmp_path):
     path = write(tmp_path / "x.txt", "\ufeffOne.\n\n{not json\nTwo \u2028 three.\n")
-    assert [tuple(row) for row in read_rows(path)] == [({"text": "One.\n\n{not json\nTwo \u2028 three.\n"}, path)]
+    assert [row[:2] for row in read_rows(path)] == [({"text": "One.\n\n{not json\nTwo \u2028 three.\n"}, path)]
 
 
 def test_folder_in_order_of_names(tmp_path):
@@ -132,7 +132,7 @@ def test_folder_in_order_of_names(tmp_path):
 
 def test_unreadable_sources(tmp_path):
     latin1 = write(tmp_path / "x.jsonl", '{"a": "é"}\n'.encode("latin-1"))
-    with pytest.raises(InputError, match=rf"{re.escape(latin1)}: not UTF-8 at byte 7"):
+    with pytest.raises(InputError, match=rf"{re.escape(latin1)}:1: not UTF-8 at column 8 \(byte 0xe9\)"):
         read_rows(latin1)
     for content in ("", "\n\n", "\ufeff"):
         empty = write(tmp_path / "empty.jsonl", content)
@@ -199,15 +199,15 @@ def test_damage_to_a_packed_file_is_named(tmp_path, suffix):
         read_rows(path)
 
 
-def test_the_byte_that_is_no_utf8_is_found_far_into_a_packed_file(tmp_path):
+def test_the_line_that_is_no_utf8_is_found_far_into_a_packed_file(tmp_path):
     content = ('{"text": "é"}\n' * 100_000).encode()
     at = content.index(b"\xc3", 1_200_000)
-    broken = content[: at + 1] + content[at + 2 :]
+    broken, line = content[: at + 1] + content[at + 2 :], 1 + content[:at].count(b"\n")
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(broken, 1))
-    with pytest.raises(InputError, match=rf"not UTF-8 at byte {at}; convert"):
+    with pytest.raises(InputError, match=rf"{re.escape(path)}:{line}: not UTF-8 at column 11 \(byte 0xc3\)"):
         read_rows(path)
-    path = write(tmp_path / "cut.txt", "abcé".encode()[:-1])
-    with pytest.raises(InputError, match="not UTF-8 at byte 3"):
+    path = write(tmp_path / "cut.txt", "One.\nabcé".encode()[:-1])
+    with pytest.raises(InputError, match=rf"{re.escape(path)}: not UTF-8 at line 2, column 4 \(byte 0xc3\)"):
         read_rows(path)
 
 
@@ -243,7 +243,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(iter_rows("owner/name:en"))
-    assert [tuple(row) for row in rows] == [({"text": "one"}, "owner/name:en:1"), ({"text": "two"}, "owner/name:en:2")]
+    assert [row[:2] for row in rows] == [({"text": "one"}, "owner/name:en:1"), ({"text": "two"}, "owner/name:en:2")]
     assert [row.data for row in read_rows("owner/name")] == [row.data for row in rows]
     assert asked == [("owner/name", "en", "train", True), ("owner/name", None, "train", False)]
 

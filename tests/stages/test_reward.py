@@ -13,8 +13,9 @@ from common.config import InputError
 from common.data import Row
 from common.model import GPTConfig, RewardModel
 from stages.reward import train
+from stages.reward.comparisons import ranked
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
-from stages.reward.train import Config, accuracy, collate, main, set_origin, tokenize
+from stages.reward.train import Config, accuracy, collate, main, paired, set_origin
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,10 @@ def fresh_accelerate():
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+def tokenize(rows, tokenizer, max_length):
+    return paired([row._replace(parsed=ranked(tokenizer, row.data)) for row in rows], max_length)
 
 
 def surprise(gap: float) -> float:
@@ -158,8 +163,8 @@ def test_an_answer_that_was_cut_off_gets_no_end_token(tokenizer):
     ],
 )
 def test_bad_rows_are_named(row, complaint, tokenizer):
-    with pytest.raises(InputError, match=rf"f\.jsonl:7: .*{complaint}"):
-        tokenize([Row(row, "f.jsonl:7")], tokenizer, 50)
+    with pytest.raises(InputError, match=complaint):
+        ranked(tokenizer, row)
 
 
 def test_accuracy_and_its_interval():
@@ -341,9 +346,9 @@ def test_a_prompt_is_never_on_both_sides_of_the_split(setting, tmp_path, monkeyp
     file = tmp_path / "people.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sides = []
-    real = train.tokenize
+    real = train.paired
     monkeypatch.setattr(
-        train, "tokenize", lambda rows, *rest: (sides.append({row.data["prompt"] for row in rows}), real(rows, *rest))[1]
+        train, "paired", lambda rows, *rest: (sides.append({row.data["prompt"] for row in rows}), real(rows, *rest))[1]
     )
     main(setting(max_steps=1, train_data=str(file), eval_fraction=0.2))
     assert len(sides) == 2

@@ -23,7 +23,7 @@ from stages.rl import learn as learning
 from stages.rl import train
 from stages.rl.learn import describe, learn
 from stages.rl.rollout import ActorCritic, Trajectory, rollout
-from stages.rl.train import Config, main, tokenize_prompts
+from stages.rl.train import Config, main, parse, short_enough
 
 EOT = 7  # an id that separates the documents in these tests' pretraining rows
 QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "The red fox and the blue bird", "Is it?", "Go on", "ok", "a"]
@@ -456,15 +456,14 @@ def test_lora_trains_adapters_and_publishes_the_sum(setting):
     torch.testing.assert_close(b[f"{key}.weight"] - a[f"{key}.weight"], delta, atol=1e-5, rtol=1e-4)
 
 
-def test_long_prompts_are_counted_and_bad_rows_named(tokenizer):
+def test_long_prompts_are_counted(tokenizer):
     rows = [Row({"prompt": "Hi"}, "p.jsonl:1"), Row({"prompt": "Name an animal. " * 9}, "p.jsonl:2")]
-    kept, left_out = tokenize_prompts(rows, tokenizer, 20)
+    rows = [row._replace(parsed=parse(tokenizer, row.data)) for row in rows]
+    kept, left_out = short_enough(rows, 20)
     assert kept == [[tokenizer.role_ids["user"], *tokenizer.encode("Hi"), tokenizer.role_ids["assistant"]]]
     assert left_out == 1
-    with pytest.raises(InputError, match=r"p\.jsonl:3"):
-        tokenize_prompts([*rows, Row({"question": "Hi"}, "p.jsonl:3")], tokenizer, 20)
-    with pytest.raises(InputError, match="max_prompt_length 2"):
-        tokenize_prompts(rows, tokenizer, 2)
+    with pytest.raises(InputError, match=r"p\.jsonl:1: this and all 2 prompts are longer than max_prompt_length 2"):
+        short_enough(rows, 2)
 
 
 def test_mistakes_are_told_before_anything_is_trained(setting, stage_dir, tiny_gpt):
