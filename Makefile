@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 
 demo: .venv/.installed
 	$(BIN)/python pipeline.py configs/demo
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Every kill, crash, flipped bit and stop of the issue, where the tests take a sample: 10 minutes.
+faults: .venv/.installed
+	FAULTS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults --timeout 1200
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -76,6 +76,16 @@ class Job:
             return json.loads(self.state_file.read_text())
         return {}
 
+    def write(self, note: Mapping[str, Any]) -> None:
+        """At once or not at all: half a note would cost the step."""
+        temporary = self.state_file.with_name(self.state_file.name + ".tmp")
+        temporary.write_text(json.dumps(note))
+        temporary.replace(self.state_file)
+
+    def published(self) -> int | None:  # date of the manifest, the last thing that a stage writes
+        manifest = self.folder / "manifest.json"
+        return manifest.stat().st_mtime_ns if manifest.exists() else None
+
     def state(self) -> dict[str, Any] | None:
         """The note of a step that ended well; None when it did not, or when a file that it made is gone."""
         note = self.note()
@@ -242,19 +252,22 @@ def execute(job: Job, key: str, options: argparse.Namespace, lock: int) -> tuple
     verdict_file, clock = job.folder / "stage.json", time.perf_counter()
     old = verdict_file.stat().st_mtime_ns if verdict_file.exists() else None
     job.folder.mkdir(parents=True, exist_ok=True)
-    if options.force or job.note().get("started") != key:  # what an interrupted run left goes on only where nothing has changed
+    note, stopped = {} if options.force else job.note(), False
+    done = note.get("started") == key and job.published() not in (None, note.get("published"))
+    if done or note.get("started") != key:  # what an interrupted run left goes on only where nothing has changed
         shutil.rmtree(job.folder / "state", ignore_errors=True)
-    job.state_file.write_text(json.dumps({"started": key}))
-    code, stopped = run(command(job, options), lock, Path(options.output_dir, ".exit_code"))
-    if code:
-        return code, {}
+    if not done:  # as it is where the stage outlived its pipeline
+        job.write({"started": key, "published": job.published()})
+        code, stopped = run(command(job, options), lock, Path(options.output_dir, ".exit_code"))
+        if code:
+            return code, {}
     state = {"fingerprint": key, "run": uuid.uuid4().hex, "seconds": round(time.perf_counter() - clock, 1), "gate": ""}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if verdict_file.stat().st_mtime_ns != old:
+        if done or verdict_file.stat().st_mtime_ns != old:
             verdict = json.loads(verdict_file.read_text())["gate"]
             state["gate"] = f"{'PASS' if verdict['passed'] else 'FAIL'}  {verdict['text']}"
     names = [path.name for path in job.folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    job.state_file.write_text(json.dumps(state | {"files": sorted(names) if job.step.output is None else []}))
+    job.write(state | {"files": sorted(names) if job.step.output is None else []})
     return (130 if stopped else 0), state
 
 

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.config import InputError
+from common.config import Failure, InputError
 from common.hf import UNREAD, export_config, export_weights, import_config, import_weights, read_config, read_weights
 from common.model import GPT, GPTConfig, RewardModel
 from common.tokenizer import Tokenizer
@@ -25,6 +27,7 @@ from common.tokenizer import Tokenizer
 Kind = Literal["lm", "reward"]
 MANIFEST = "manifest.json"
 NAMES = {"lm": "language model", "reward": "reward model"}
+SPARE = 64 * 2**20  # bytes that a save leaves free on the disk
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "tiktoken", "peft", "trl", "deepspeed", "datasets")
 
 
@@ -39,8 +42,6 @@ def publish(
     from safetensors.torch import save
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
     end, padding = (tokenizer.eot_id, tokenizer.pad_id) if tokenizer.has_control else (None, None)
     config = export_config(model, {"eos_token_id": end, "pad_token_id": padding})
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -49,20 +50,25 @@ def publish(
         "config.json": dump(config),
         "model.safetensors": save(export_weights(model, weights), metadata={"format": "pt"}),
     }
-    (folder / "generation_config.json").unlink(missing_ok=True)
     if isinstance(model, GPT):
         # Plain sampling is what the model was trained for; greedy and truncation are the caller's choice.
         files["generation_config.json"] = dump({**tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    tokenizer.save(folder, max_length=model.config.max_length)
-    vouch(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_room(folder, sum(map(len, files.values())))
+        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        tokenizer.save(folder, max_length=model.config.max_length)
+        vouch(folder)
 
 
 def vouch(folder: Path) -> None:
     """Write the manifest over every file that a hand-off consists of; from here on the directory counts."""
     names = {"config.json", "generation_config.json", "model.safetensors", "stage.json", "shards.json", "chat_template.jinja"}
-    names |= {file.name for file in folder.glob("tokenizer*.json")} | {f"adapter/{f.name}" for f in folder.glob("adapter/*")}
+    names |= {file.name for pattern in ("tokenizer*.json", "*.bin") for file in folder.glob(pattern)}
+    names |= {f"adapter/{f.name}" for f in folder.glob("adapter/*")}
     write_manifest(folder, [folder / name for name in sorted(names) if (folder / name).exists()])
 
 
@@ -187,8 +193,29 @@ def dump(value: Any) -> bytes:
 def write_atomically(file: Path, content: bytes) -> None:
     """All of `content` or the file as it was: temporary file, fsync, rename."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    with writing(file):
+        try:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, say, is a Failure: one line and no traceback."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise Failure(f"{path}: could not be written ({why}); when it can be, the same command goes on") from None
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError when the disk has no room for `size` bytes, and some to spare."""
+    if (free := shutil.disk_usage(folder).free) < size + SPARE:
+        raise OSError(f"{(size + SPARE) / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free")

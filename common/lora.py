@@ -1,11 +1,11 @@
 """LoRA (Hu 2021) through peft: inject adapters, merge them into the weights, save them beside under transformers' names."""
 
-import json
 import math
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from common.checkpoint import dump, write_atomically, writing
 from common.config import InputError
 from common.hf import layout, theirs
 from common.model import GPT, RewardModel
@@ -47,7 +47,7 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
 
     Our fused qkv and up share one A; transformers' separate matrices each get that A and their rows of B: the same map.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     modules: set[str] = set()
@@ -64,8 +64,9 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
             modules.add(their.rsplit(".", 1)[-1] if model.config.family == "llama" else ".".join(their.split(".")[-2:]))
     if isinstance(model, RewardModel):
         tensors["base_model.model.score.weight"] = model.score.weight.detach().cpu().clone()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if isinstance(model, GPT) else "SEQ_CLS",
@@ -79,4 +80,4 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    write_atomically(folder / "adapter_config.json", dump(config))

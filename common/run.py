@@ -5,7 +5,6 @@ It lends tools and owns no loop.
 
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -19,12 +18,12 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from common.checkpoint import lineage, provenance
+from common.checkpoint import lineage, provenance, writing
 from common.config import InputError, Interrupted, to_dict
 from common.model import Trunk
 from common.optim import NonFiniteError, Update, update
 from common.placement import accelerator, has_bf16, zero_stage
-from common.state import check_same_run, generators, load_moments, load_weights, newest_state, save_state
+from common.state import check_same_run, cut_back, generators, load_moments, load_weights, newest_state, save_state
 from common.train_config import TrainConfig
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -57,7 +56,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.found = newest_state(self.state)
-        if not cfg.resume and self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+        left = [path for path in self.folder.glob("*") if not path.name.startswith(".")]  # hidden ones are the pipeline's notes
+        if not cfg.resume and left:
             raise InputError(
                 f"resume false: {cfg.output_dir} is not empty; to start over name an empty output_dir, or clear it"
             )
@@ -114,8 +114,8 @@ class Run:
             step, kept, self.last, self.skipped = loop["step"], loop["kept"], loop["last"], loop["skipped"]
             self.started -= loop["seconds"]
             if self.main:
-                for name, size in loop["logs"].items():  # lines written after the save are about to be written again
-                    os.truncate(self.folder / name, size)
+                for name, size in loop["logs"].items():
+                    cut_back(self.folder / name, size)
             self.say(f"{self.stage}: going on from {path}")
         self.saved = step
         return step, kept
@@ -267,7 +267,7 @@ class Run:
                 self.say("  " + "  ".join(f"{k}: {v!r}" if isinstance(v, str) else f"{k}: {v}" for k, v in row.items()))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
+        with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self, step: int, gate: tuple[bool, str], **extra: Any) -> dict[str, Any]:

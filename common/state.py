@@ -18,18 +18,18 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.checkpoint import MANIFEST, dump, verify, write_atomically, write_manifest
+from common.checkpoint import MANIFEST, check_room, dump, verify, write_atomically, write_manifest
 from common.config import Failure, InputError
 from common.placement import put_moments, whole_moments, whole_weights
 
 LOOP = "loop.json"
-SPARE = 64 * 2**20  # bytes that a save leaves free on the disk
 
 
-def folders(folder: Path) -> list[Path]:
-    """Saved states, newest first; unfinished ones (`step-N.tmp`) are not among them."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+def folders(folder: Path) -> dict[Path, int]:
+    """{saved state: its step}, newest first; unfinished ones (`step-N.tmp`) are not among them."""
+    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    found = {path: int(step) for path, step in found.items() if step.isdigit()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:
@@ -58,15 +58,16 @@ def save_state(
         "random.safetensors": {f"{n}.{key}": t for n, one in enumerate(gather_object([random])) for key, t in one.items()},
     }
     if accelerator.is_main_process:
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + SPARE
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for unfinished in folder.glob("step-*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             temporary.mkdir(parents=True)
-            if (free := shutil.disk_usage(folder).free) < needed:
-                raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free")
+            check_room(folder, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
             for name, group in tensors.items():
                 save_file(group, temporary / name)
-                with (temporary / name).open("rb") as handle:
+            # The logs too: else a power cut could leave the state ahead of them.
+            for file in [*(temporary / name for name in tensors), *(folder.parent / name for name in loop["logs"])]:
+                with file.open("rb") as handle:
                     os.fsync(handle.fileno())
             write_atomically(temporary / LOOP, dump(loop))
             write_manifest(temporary, [temporary / name for name in (*tensors, LOOP)])
@@ -77,7 +78,10 @@ def save_state(
             last = next(iter(folders(folder)), None)
             kept = f"{last} is as it was" if last else "nothing was saved before"
             raise Failure(f"{target}: could not be saved: {error}; {kept}. Make room, then the same command goes on") from None
-        for old in folders(folder)[keep:]:
+        saved = folders(folder)
+        # One of a later step was passed over as damaged: it would only take the place of a good one.
+        good = [path for path, step in saved.items() if step <= loop["step"]][:keep]
+        for old in saved.keys() - set(good):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -111,6 +115,15 @@ def load_moments(accelerator: Accelerator, module: nn.Module, optimizer: torch.o
         torch.set_rng_state(saved[f"{rank}.cpu"])
         if device.type == "cuda" and f"{rank}.cuda" in saved:
             torch.cuda.set_rng_state(saved[f"{rank}.cuda"], device)
+
+
+def cut_back(log: Path, size: int) -> None:
+    """Drop the lines written after a save, which are about to be written again; `size`: bytes that the log had then."""
+    log.touch()
+    if log.stat().st_size < size:
+        warnings.warn(f"{log}: lines are missing that were there when the state was saved", stacklevel=2)
+        size = log.read_bytes().rfind(b"\n") + 1
+    os.truncate(log, size)
 
 
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads them
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from common.checkpoint import publish
 from common.model import GPT, GPTConfig, RewardModel
 from common.tokenizer import Tokenizer
+from stages.pretrain import prepare
 
 torch.set_num_threads(1)
 
@@ -84,3 +86,53 @@ def stage_dir(tokenizer, tmp_path_factory) -> Callable[..., str]:
         return str(folder)
 
     return make
+
+
+@pytest.fixture
+def fresh_accelerate():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    texts = [f"The fox number {n % 10} met the bird number {n % 7} by the river." for n in range(200)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare.main(prepare.Config(train_data=[str(folder)], output_dir=str(folder / "shards"), vocab_size=290, eval_fraction=0.1))
+    return str(folder / "shards")
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory, shards, tiny_gpt, tiny_reward, stage_dir):
+    """setting(stage, **keys) -> keys of a run of 7 updates over more than one epoch, saved every 2, with dropout."""
+    tmp_path = tmp_path_factory.mktemp("setting")
+    answers = ["Yes.", "No, it is not.", "The fox."]
+    rows = {
+        "sft": [{"prompt": f"Is it {n}?", "completion": answers[n % 3]} for n in range(20)],
+        "reward": [{"prompt": f"Is it {n}?", "answers": answers, "ranks": [n % 2, 1, 2]} for n in range(20)],
+        "rl": [{"prompt": f"Is it {n}?"} for n in range(20)],
+    }
+    for name, group in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
+    parent = stage_dir(tiny_gpt("llama", seed=1))
+    shared = {"mixed_precision": "no", "max_steps": 7, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    trained = {"parent": parent, "eval_fraction": 0.2, "eval_steps": 3, "per_device_train_batch_size": 4, "max_length": 48}
+    own = {
+        "pretrain": {
+            "train_data": shards, "n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 32, "dropout": 0.2,
+            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "eval_steps": 3, "eval_rows": 8,
+            "optimizer": "muon", "sample_prompts": ["Who?"], "sample_tokens": 4,
+        },
+        "sft": {"train_data": str(tmp_path / "sft.jsonl"), "dropout": 0.2, "samples": 1, "sample_tokens": 4, **trained},
+        "reward": {"train_data": str(tmp_path / "reward.jsonl"), **trained},
+        "rl": {
+            "parent": parent, "reward_model": stage_dir(tiny_reward("llama", seed=2)), "train_data": str(tmp_path / "rl.jsonl"),
+            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
+            "target_kl": 1.0, "kl_horizon": 20, "critic_warmup_steps": 1,
+        },
+    }  # fmt: skip
+    return lambda stage, **keys: {**shared, **own[stage], **keys}

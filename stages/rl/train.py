@@ -17,7 +17,7 @@ from pydantic import Field
 
 from common.chat import prompt_ids, rows_to_prompt
 from common.checkpoint import check_context, lineage, load_config, load_model, load_tokenizer, publish
-from common.config import InputError, cli, fingerprint, stage_config
+from common.config import Failure, InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, Shards, read_rows
 from common.lora import add_lora, merged_state, save_adapter
 from common.optim import NonFiniteError, SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
@@ -163,10 +163,12 @@ def main(cfg: Config) -> None:
     models = [lineage(path).get("parent_hash") for path in (cfg.reference, cfg.reward_model, cfg.critic)]
     data = fingerprint([prompts, shards and shards.meta, models])
     first_step, kept = run.start_or_resume(raw, optimizer, data, kl_coef=cfg.kl_coef, history=[])
-    bar = run.progress(steps, first_step, unit="rollout")
-    for step in range(first_step, steps):
+    bar, history = run.progress(steps, first_step, unit="rollout"), kept["history"]
+    for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
-        kl_coef, history = kept["kl_coef"], kept["history"]
+        if step == steps:
+            break
+        kl_coef = kept["kl_coef"]
         chosen = [prompts[row] for row in order.rows(step)]
         with run.autocast():
             part = rollout(
@@ -215,6 +217,8 @@ def main(cfg: Config) -> None:
             run.log(step + 1, metrics)
             run.log_samples(step + 1, episode_samples(batch, tokenizer, cfg.samples), shown=int((step + 1) % 10 == 0))
 
+    if not history:
+        raise Failure(f"rl: all {steps} rollouts were left out as not finite; nothing was learned, nothing is published")
     last = history[-max(1, min(5, steps // 4)) :]
     mean = {name: sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")}
     rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
@@ -227,8 +231,9 @@ def main(cfg: Config) -> None:
             policy, critic = (merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic))
             if cfg.lora_r:
                 save_adapter(raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
-            publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
+            # The critic first: the stage counts as finished from its own manifest on.
             publish(run.folder / "critic", raw.critic, tokenizer, {**stage, "kind": "reward"}, weights=critic)
+            publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
     run.forget()
 
 

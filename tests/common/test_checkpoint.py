@@ -9,7 +9,7 @@ import torch
 
 import common.checkpoint
 from common.checkpoint import lineage, load_config, load_model, load_tokenizer, locate, provenance, publish, read_stage
-from common.config import InputError
+from common.config import Failure, InputError
 
 LM_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "stage.json", "tokenizer.json", "tokenizer_config.json",
@@ -101,7 +101,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     file.write_bytes(b"old")
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Failure, match="disk full"):
         common.checkpoint.write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
 

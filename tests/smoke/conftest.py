@@ -11,8 +11,6 @@ import pytest
 import torch
 import yaml
 
-from stages.pretrain import prepare
-
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m"]
 PLAIN = [sys.executable, "-m"]
@@ -113,15 +111,6 @@ def arguments(tmp_path) -> dict:
     }  # fmt: skip
 
 
-@pytest.fixture
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def message(role: str, text: str) -> list[dict]:
     return [{"role": role, "content": text}]
 
@@ -135,44 +124,3 @@ def one_step(trainer) -> None:
     assert losses
     assert all(map(math.isfinite, losses))
     assert any(not torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("toy")
-    texts = [f"The fox number {n % 10} met the bird number {n % 7} by the river." for n in range(200)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.main(prepare.Config(train_data=[str(folder)], output_dir=str(folder / "shards"), vocab_size=290, eval_fraction=0.1))
-    return str(folder / "shards")
-
-
-@pytest.fixture(scope="session")
-def setting(tmp_path_factory, shards, tiny_gpt, tiny_reward, stage_dir):
-    """setting(stage, **keys) -> keys of a run of 7 updates over more than one epoch, saved every 2, with dropout."""
-    tmp_path = tmp_path_factory.mktemp("setting")
-    answers = ["Yes.", "No, it is not.", "The fox."]
-    rows = {
-        "sft": [{"prompt": f"Is it {n}?", "completion": answers[n % 3]} for n in range(20)],
-        "reward": [{"prompt": f"Is it {n}?", "answers": answers, "ranks": [n % 2, 1, 2]} for n in range(20)],
-        "rl": [{"prompt": f"Is it {n}?"} for n in range(20)],
-    }
-    for name, group in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
-    parent = stage_dir(tiny_gpt("llama", seed=1))
-    shared = {"mixed_precision": "no", "max_steps": 7, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    trained = {"parent": parent, "eval_fraction": 0.2, "eval_steps": 3, "per_device_train_batch_size": 4, "max_length": 48}
-    own = {
-        "pretrain": {
-            "train_data": shards, "n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 32, "dropout": 0.2,
-            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "eval_steps": 3, "eval_rows": 8,
-            "optimizer": "muon", "sample_prompts": ["Who?"], "sample_tokens": 4,
-        },
-        "sft": {"train_data": str(tmp_path / "sft.jsonl"), "dropout": 0.2, "samples": 1, "sample_tokens": 4, **trained},
-        "reward": {"train_data": str(tmp_path / "reward.jsonl"), **trained},
-        "rl": {
-            "parent": parent, "reward_model": stage_dir(tiny_reward("llama", seed=2)), "train_data": str(tmp_path / "rl.jsonl"),
-            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
-            "target_kl": 1.0, "kl_horizon": 20, "critic_warmup_steps": 1,
-        },
-    }  # fmt: skip
-    return lambda stage, **keys: {**shared, **own[stage], **keys}

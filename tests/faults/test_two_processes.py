@@ -1,0 +1,63 @@
+"""Two real processes under `accelerate launch`: one is killed. All end, the same command goes on, and so does one process."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from children import child
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def worker(launcher: int, rank: int) -> int:
+    """Process id of that rank."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == launcher and f"RANK={rank}" in (entry / "environ").read_text().split("\0"):
+                return int(entry.name)
+        except OSError:  # it has ended meanwhile
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_one_dies(setting, tmp_path):
+    keys = setting("sft", output_dir=str(tmp_path / "two"), max_steps=40, dropout=0.0, save_steps=2, eval_steps=None)
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(keys))
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launch += ["--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
+    command = [*launch, "-m", "stages.sft.train", "--config", str(tmp_path / "sft.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics, until = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
+        assert job.poll() is None and time.monotonic() < until
+        time.sleep(0.002)
+    os.kill(worker(job.pid, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    err = job.communicate(timeout=60)[1]
+    seconds = time.monotonic() - killed
+    print(f"{seconds:.1f} s from the death of one process to the end of all")
+    assert seconds < 30
+    assert job.returncode == 1
+    assert "stages.sft.train FAILED" in err and "Signal 9 (SIGKILL)" in err and "rank      : 1" in err, err
+    assert not (tmp_path / "two" / "manifest.json").exists()
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert again.returncode == 0 and "sft: going on from" in again.stdout, again.stderr
+    ended = child("sft", keys | {"output_dir": str(tmp_path / "one")})
+    assert ended.code == 0 and "sft: going on from" in ended.out, ended.err
+    whole = child("sft", keys | {"output_dir": str(tmp_path / "whole"), "gradient_accumulation_steps": 2})
+    assert whole.code == 0, whole.err
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "whole")}
+    for name in ("one", "two"):
+        far = max(float((weights[name][key] - tensor).abs().max()) for key, tensor in weights["whole"].items())
+        print(f"interrupted in two processes, ended in {name}: {far:.1e} from one uninterrupted process")
+        assert far < 1e-5
