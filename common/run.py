@@ -3,11 +3,9 @@
 It lends tools and owns no loop.
 """
 
-import json
-import math
+import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,35 +14,34 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from tqdm import tqdm
 
-from common.checkpoint import lineage, provenance, writing
+from common.checkpoint import lineage, provenance
 from common.config import InputError, Interrupted, to_dict
+from common.log import Log
 from common.model import Trunk
 from common.optim import NonFiniteError, Update, update
 from common.placement import accelerator, has_bf16, zero_stage
-from common.state import check_same_run, cut_back, generators, load_moments, load_weights, newest_state, save_state
+from common.state import check_same_run, generators, load_moments, load_weights, newest_state, save_state
 from common.train_config import TrainConfig
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
 # Keys that may change between an interrupted run and the one that goes on: they say where it writes and how it reports.
 # The two that make up a micro-batch are free because their product with the processes is compared.
 FREE = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to"}
 FREE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
 
 
-class Run:
+class Run(Log):
     """One stage's run: placement, metrics, and what stage.json says at the end."""
 
     def __init__(self, cfg: TrainConfig, stage: str, kind: str) -> None:
+        self.stage = stage
         self.stop: int | None = None  # number of the signal that asked for the end
         self.point: dict[str, Any] | None = None  # what a save of this moment holds, beside the tensors; None: not begun
         catch_signals(self.ask_to_stop)
         self.precision = cfg.mixed_precision
         if self.precision == "auto":
             self.precision = "bf16" if has_bf16() else "no"
-        self.cfg, self.stage, self.kind = cfg, stage, kind
-        self.folder = Path(cfg.output_dir)
+        self.cfg, self.kind = cfg, kind
         self.accelerator = accelerator(
             self.precision,
             cfg.per_device_train_batch_size,
@@ -53,7 +50,9 @@ class Run:
             project_dir=cfg.output_dir,
         )
         self.device = self.accelerator.device
-        self.main = self.accelerator.is_main_process
+        super().__init__(
+            stage, Path(cfg.output_dir), self.accelerator.is_main_process, self.accelerator.log if cfg.report_to else None
+        )
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.found = newest_state(self.state)
         left = [path for path in self.folder.glob("*") if not path.name.startswith(".")]  # hidden ones are the pipeline's notes
@@ -66,8 +65,6 @@ class Run:
             check_same_run(self.found[0], self.found[1]["run"], self.identity())
         set_seed(cfg.seed)
         self.started = time.perf_counter()
-        self.last: dict[str, Any] = {}  # newest metrics, by name
-        self.bar: tqdm | None = None
         self.skipped = 0  # updates left out, as not finite
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +100,7 @@ class Run:
         if found is None:
             if self.main:
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of an earlier run, perhaps with LoRA
-                for name in LOGS:
-                    (self.folder / name).write_text("")
+            self.empty()
         else:
             path, loop = found
             check_same_run(path, {"data": loop["data"]}, {"data": data})
@@ -113,26 +109,29 @@ class Run:
                 self.accelerator.scaler.load_state_dict(loop["scaler"])
             step, kept, self.last, self.skipped = loop["step"], loop["kept"], loop["last"], loop["skipped"]
             self.started -= loop["seconds"]
-            if self.main:
-                for name, size in loop["logs"].items():
-                    cut_back(self.folder / name, size)
+            self.cut_back(loop["logs"])
             self.say(f"{self.stage}: going on from {path}")
         self.saved = step
         return step, kept
 
     def ask_to_stop(self, number: int, _: Any) -> None:
-        self.stop = number
-        release_signals()
-        if self.point is None:
-            raise Interrupted(f"{self.stage}, not begun; the same command starts it")
+        """The first signal asks; a second one ends the process at once. Ctrl-C in a terminal comes twice where there is a
+        launcher, which passes on what the processes were told already."""
+        now = time.monotonic()
+        if self.stop is None:
+            self.stop, self.stopped = number, now
+            if self.point is None:
+                raise Interrupted(f"{self.stage}, not begun; the same command starts it")
+        elif now - self.stopped > 2 or os.environ.get("WORLD_SIZE", "1") == "1":
+            release_signals()
+            os.kill(os.getpid(), number)
 
     def checkpoint(self, step: int, kept: Mapping[str, Any] | None = None) -> None:
         """Before update number `step` (from 0): save if it is time, with the loop's own values (JSON) for the resume.
 
         Raises Interrupted after the save when a signal asked for the end.
         """
-        logs = {name: (self.folder / name).stat().st_size for name in LOGS} if self.main else {}
-        loop = {"step": step, "kept": dict(kept or {}), "last": dict(self.last), "logs": logs, "skipped": self.skipped}
+        loop = {"step": step, "kept": dict(kept or {}), "last": dict(self.last), "logs": self.sizes(), "skipped": self.skipped}
         self.point = {"loop": loop, "random": generators(self.device)}
         if self.cfg.save_steps and step % self.cfg.save_steps == 0:
             self.save()
@@ -227,49 +226,6 @@ class Run:
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "no")
 
-    def progress(self, total: int, done: int = 0, unit: str = "step", label: str | None = None) -> tqdm:
-        """A progress bar on the main process, where someone watches; log lines appear above it, or alone in a file."""
-        watched = self.main and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            unit=unit,
-            desc=label or self.stage,
-            disable=not watched,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
-        return self.bar
-
-    def say(self, line: Any) -> None:
-        if self.main:
-            tqdm.write(str(line), file=sys.stdout)
-            sys.stdout.flush()
-
-    def log(self, step: int, metrics: dict[str, float], note: str = "") -> None:
-        """One line to the terminal, one to metrics.jsonl, and to the trackers."""
-        metrics = {name: float(value) for name, value in metrics.items()}
-        self.last |= metrics
-        if not self.main:
-            return
-        self.say(f"{self.stage} {step:>5}  " + "  ".join(f"{k} {number(v)}" for k, v in metrics.items()) + note)
-        self.append("metrics.jsonl", {"step": step, **metrics})
-        if self.cfg.report_to:
-            self.accelerator.log(metrics, step=step)
-
-    def log_samples(self, step: int, samples: list[dict[str, Any]], shown: int = 1) -> None:
-        """Samples taken while training: all to samples.jsonl, the first few to the terminal."""
-        if not self.main:
-            return
-        for i, row in enumerate(samples):
-            self.append("samples.jsonl", {"step": step, **row})
-            if i < shown:
-                self.say("  " + "  ".join(f"{k}: {v!r}" if isinstance(v, str) else f"{k}: {v}" for k, v in row.items()))
-
-    def append(self, name: str, row: dict[str, Any]) -> None:
-        with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
     def finish(self, step: int, gate: tuple[bool, str], **extra: Any) -> dict[str, Any]:
         """The content of stage.json; prints the gate: one line on whether the stage learned what it should."""
         if self.bar is not None:
@@ -306,12 +262,3 @@ def release_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def number(value: float) -> str:
-    """Short and aligned enough to read in a log line."""
-    if not math.isfinite(value):  # a gradient norm that fp16's loss scale has overflown
-        return str(value)
-    if value == int(value) and abs(value) < 1e5:
-        return str(int(value))
-    return f"{value:.2e}" if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"

@@ -117,15 +117,6 @@ def load_moments(accelerator: Accelerator, module: nn.Module, optimizer: torch.o
             torch.cuda.set_rng_state(saved[f"{rank}.cuda"], device)
 
 
-def cut_back(log: Path, size: int) -> None:
-    """Drop the lines written after a save, which are about to be written again; `size`: bytes that the log had then."""
-    log.touch()
-    if log.stat().st_size < size:
-        warnings.warn(f"{log}: lines are missing that were there when the state was saved", stacklevel=2)
-        size = log.read_bytes().rfind(b"\n") + 1
-    os.truncate(log, size)
-
-
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError naming the first key in which the run that left this state differs from the one that is to go on."""
     for key in sorted(noted.keys() | now.keys()):

@@ -36,7 +36,8 @@ def flip(file: Path, rng: random.Random) -> str:
 
 
 def cut(file: Path, rng: random.Random) -> str:
-    size = rng.choice([0, rng.randrange(file.stat().st_size), file.stat().st_size - 1])
+    most = file.stat().st_size - 2  # JSON that lacks its last line end alone says the same
+    size = rng.choice([0, rng.randrange(most), most])
     os.truncate(file, size)
     return f"{file} cut to {size} bytes"
 
@@ -119,6 +120,7 @@ def published(setting, tmp_path) -> dict[str, tuple[list[Path], Callable[[], obj
         folder = tmp_path / stage
         lora_r = 0 if stage == "pretrain" else 2
         assert child(stage, setting(stage, output_dir=str(folder), max_steps=1, lora_r=lora_r)).code == 0
+        shutil.rmtree(folder / "end")  # of these tests alone
         kind = "reward" if stage == "reward" else "lm"
         files = [file for file in files_of(folder) if "critic" not in file.parts]
         found[stage] = (files, lambda f=str(folder), k=kind: (load_model(f, k), load_tokenizer(f)))

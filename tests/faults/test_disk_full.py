@@ -37,7 +37,7 @@ def in_publish(fill: Callable[[], None]) -> None:
 
 
 def in_log(fill: Callable[[], None]) -> None:
-    on_call(common.run.Run, "append", 5, fill)
+    on_call(common.run.Run, "log", 4, fill)
 
 
 def cases() -> Iterator[tuple[Callable, Callable, int]]:

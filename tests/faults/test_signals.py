@@ -30,9 +30,9 @@ PLACES = {
     "between saves": ("reward", (common.run.Run, "checkpoint"), 3, 3),
 }
 BEFORE = {  # where nothing has begun: nothing is saved
-    "tokenising in sft": ("sft", (STAGES["sft"], "tokenize")),
-    "tokenising in reward": ("reward", (STAGES["reward"], "tokenize")),
-    "tokenising in rl": ("rl", (STAGES["rl"], "tokenize_prompts")),
+    "tokenising in sft": ("sft", (STAGES["sft"], "parse")),
+    "tokenising in reward": ("reward", (STAGES["reward"], "ranked")),
+    "tokenising in rl": ("rl", (STAGES["rl"], "parse")),
     "loading": ("pretrain", (STAGES["pretrain"], "load_tokenizer")),
     "preparing": ("pretrain", (common.run.Run, "prepare")),
 }
