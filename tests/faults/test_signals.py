@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import STAGES, child, on_call, same, signal_self, uninterrupted
+from children import FULL, STAGES, child, on_call, same, signal_self, uninterrupted
 
 import common.run
 import common.state
@@ -38,8 +38,9 @@ BEFORE = {  # where nothing has begun: nothing is saved
 }
 
 
-@pytest.mark.parametrize("kind", [TERM, INT])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "kind"), [(p, k) for n, p in enumerate(PLACES) for m, k in enumerate((TERM, INT)) if FULL or (n + m) % 2]
+)
 def test_one_signal(place, kind, setting, tmp_path):
     stage, where, number, step = PLACES[place]
     keys = setting(stage, output_dir=str(tmp_path / "cut"))
@@ -96,7 +97,7 @@ def wait() -> None:
         signal.pause()
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "rl"])
+@pytest.mark.parametrize("stage", STAGES if FULL else ["sft"])
 @pytest.mark.parametrize(
     ("kinds", "code"), [((TERM, TERM), -TERM), ((INT, INT), 130), ((INT, TERM), -TERM), ((TERM, INT), 130)]
 )
