@@ -5,8 +5,6 @@ It lends tools and owns no loop.
 
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from common.log import Log
 from common.model import Trunk
 from common.optim import NonFiniteError, Update, update
 from common.placement import accelerator, has_bf16, zero_stage
+from common.signals import catch_signals, release_signals
 from common.state import check_same_run, generators, load_moments, load_weights, newest_state, save_state
 from common.train_config import TrainConfig
 
@@ -250,15 +249,3 @@ class Run(Log):
             **provenance(),
             **extra,
         }
-
-
-def catch_signals(handler: Callable[[int, Any], None]) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, handler)
-
-
-def release_signals() -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -24,6 +24,7 @@ from common.chat import rows_to_messages
 from common.checkpoint import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
 from common.config import InputError, OutputDir, cli, fingerprint, stage_config, to_dict
 from common.data import Mixture
+from common.signals import interrupt_with
 from common.sources import BadRows, content_of, iter_rows
 from common.tokenizer import Tokenizer, check_text
 from common.train_config import ReadsRows, Seed, refuse_overwriting
@@ -211,4 +212,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
+    interrupt_with("prepare; the same command goes on from the shards that are written")
     cli(Config, main)

@@ -23,6 +23,7 @@ from common.checkpoint import check_context, dump, lineage, load_model, load_tok
 from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Row, read_rows, write_jsonl
 from common.generate import sample
+from common.signals import interrupt_with
 from common.sources import BadRows
 from common.tokenizer import Tokenizer
 from common.train_config import ReadsRows, Seed, refuse_overwriting
@@ -180,4 +181,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
+    interrupt_with("collect, nothing is kept; the same command starts it again")
     cli(Config, main)

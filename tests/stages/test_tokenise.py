@@ -143,7 +143,9 @@ def test_an_interruption_anywhere_changes_nothing(setting, fine, monkeypatch, ca
 
 
 KILLED = """
-import json, multiprocessing, os, signal, sys
+import json, multiprocessing, os, sys
+from common.config import guard
+from common.signals import interrupt_with
 from stages.pretrain import prepare, tokenise
 
 tokenise.CHUNK, tokenise.SAVE_SECONDS = 500, 0
@@ -154,22 +156,24 @@ def dying(shelf, chunk):
     if shelf.sources[1]["done"] > 20:
         shelf.writers["train"].sync()  # written, but in no journal
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(sys.argv[2]))
 
 tokenise.Shelf.add = dying
 if __name__ == "__main__":
-    prepare.main(prepare.Config(**json.loads(sys.argv[1])))
+    interrupt_with("prepare")
+    guard(lambda: prepare.main(prepare.Config(**json.loads(sys.argv[1]))))
 """
 
 
-def test_a_killed_run_is_finished_by_the_next(setting, fine, monkeypatch):
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
+def test_a_killed_run_is_finished_by_the_next(kind, code, setting, fine, monkeypatch):
     whole, killed = setting("whole"), setting("killed", num_proc=2)
     main(whole)
     keys = {"train_data": killed.train_data, "output_dir": killed.output_dir, "num_proc": 2}
     keys |= {"vocab_size": 300, "eval_fraction": 0.1, "shard_tokens": 700}
-    command = [sys.executable, "-c", KILLED, json.dumps(keys)]
+    command = [sys.executable, "-c", KILLED, json.dumps(keys), str(int(kind))]
     job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert job.returncode == -signal.SIGKILL, job.stderr
+    assert job.returncode == code, job.stderr
     assert not (Path(killed.output_dir) / "shards.json").exists()
     journal = json.loads((Path(killed.output_dir) / tokenise.JOURNAL).read_text())
     assert [source["done"] for source in journal["sources"]][::2] == [70, 0]
