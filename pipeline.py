@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--seed", type=int, help="seed of every step")
     parser.add_argument("--force", action="store_true", help="run steps even if unchanged")
     parser.add_argument("--dry_run", action="store_true", help="show what would run")
-    parser.add_argument("--launch", metavar="FILE", help="accelerate config for the steps that can use several processes")
+    parser.add_argument("--launch", metavar="FILE", help="accelerate config of the training steps: configs/accelerate/...")
     parser.add_argument("--num_processes", type=int, metavar="N", help="processes of those steps (default: FILE's, else 1)")
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv)  # help, or an error
@@ -196,16 +196,13 @@ def input_hashes(config: Mapping[str, Any], own: Sequence[str]) -> dict[str, str
 def command(job: Job, options: argparse.Namespace) -> list[str]:
     """What runs the step. One process needs no `accelerate launch`, which for one process costs two seconds, turns every exit
     code into 1, and when stopped leaves the stage behind as an orphan."""
-    start = [sys.executable, "-m"]
-    if job.step.launch and (options.launch or (options.num_processes or 1) > 1):
+    start, number = [sys.executable, "-m"], options.num_processes
+    if job.step.launch and (options.launch or (number or 1) > 1):
         start += ["accelerate.commands.accelerate_cli", "launch"]
-        if options.launch:
-            start += ["--config_file", options.launch]
-        else:  # every value is named, as accelerate warns of each that is not
-            threads = max(1, (os.cpu_count() or 1) // options.num_processes)
-            plain = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process"
-            start += [*plain.split(), str(threads)]
-        start += ["--num_processes", str(options.num_processes)] if options.num_processes else []
+        start += ["--config_file", options.launch or str(ROOT / "configs/accelerate/ddp.yaml")]
+        if number:
+            threads = max(1, (os.cpu_count() or 1) // number)
+            start += ["--num_processes", str(number), "--num_cpu_threads_per_process", str(threads)]
         start += ["-m"]
     return [*start, job.step.module, "--config", str(options.recipe / f"{job.name}.yaml"), *cli_args(job.overrides)]
 
@@ -214,8 +211,6 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
     """-> (exit code of the stage, was the pipeline told to stop). Signals go on to the stage, which decides what to save."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1", "EXIT_CODE_FILE": str(code_file)}
-    if not shutil.which("nvidia-smi"):
-        env["ACCELERATE_USE_CPU"] = "true"  # else accelerate's --multi_gpu wants GPUs
     code_file.unlink(missing_ok=True)
     # In a session of its own Ctrl-C reaches the stage once, from here. It holds the lock too, should it outlive the pipeline.
     child = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=[lock])

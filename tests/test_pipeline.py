@@ -237,7 +237,7 @@ def test_dry_run_shows_and_changes_nothing(project, capfd):
     (data,) = [line for line in lines if "data.yaml" in line]
     (sft,) = [line for line in lines if "sft.yaml" in line]
     assert data.startswith("python -m fake --config")
-    assert "launch --multi_gpu" in sft and "--num_processes 2 -m fake --config" in sft
+    assert "configs/accelerate/ddp.yaml --num_processes 2 --num_cpu_threads_per_process" in sft and " -m fake --config" in sft
     project.run()
     project.write("pretrain", texts="gone", steps=10)
     capfd.readouterr()
