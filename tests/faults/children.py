@@ -26,6 +26,7 @@ FULL = bool(os.environ.get("FAULTS"))  # the whole sweeps, of which the normal t
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
 CLOCK = {"tokens/s", "mfu"}  # what no seed can repeat
 FORGET = Run.forget
+UNINTERRUPTED: dict[str, tuple[dict[str, Any], float]] = {}
 PIPE = 1 << 20  # bytes that a child can say before it has to wait
 
 
@@ -54,6 +55,7 @@ class Child:
         try:
             for kind in (signal.SIGINT, signal.SIGTERM):  # as in a new process, whatever the one before it left
                 signal.signal(kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL)
+            signal.alarm(100)  # one that hangs ends
             for number, (_, end) in enumerate(self.pipes, 1):
                 os.dup2(end, number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -126,14 +128,18 @@ def same(folder: str | Path, whole: dict[str, Any]) -> None:
 
 
 def uninterrupted(folder: Path, stage: str, keys: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """(result, seconds) of the same run that nothing disturbs."""
+    """(result, seconds) of the same run that nothing disturbs; made once, as no path is part of it."""
+    same_run = json.dumps([stage, *((key, value) for key, value in sorted(keys.items()) if "/" not in str(value))])
+    if same_run in UNINTERRUPTED:
+        return UNINTERRUPTED[same_run]
     run(stage, keys | {"output_dir": str(folder / "warm"), "max_steps": 1})  # what is imported on the way, children need not
     started = time.monotonic()
     ended = child(stage, keys | {"output_dir": str(folder / "whole")})
     assert ended.code == 0, ended.err
     found = result(folder / "whole")
     assert any("moments" in name for name in found)
-    return found, time.monotonic() - started
+    UNINTERRUPTED[same_run] = found, time.monotonic() - started
+    return UNINTERRUPTED[same_run]
 
 
 def on_call(owner: Any, name: str, number: int, act: Callable[[], Any]) -> None:

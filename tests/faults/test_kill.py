@@ -13,7 +13,7 @@ import yaml
 from children import FULL, STAGES, Child, child, run, same, uninterrupted
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 25 if FULL else 3  # of each stage
+KILLS = 25 if FULL else 2  # of each stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
