@@ -18,8 +18,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from common import placement
 from common.config import Interrupted
 from common.run import Run
+from stages.rl import train as rl
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 5, 8  # of each run, in rows over all processes
@@ -39,15 +41,23 @@ def job(settings: str, out: str, micro: str, accumulation: str, stop_before: str
             os.kill(os.getpid(), signal.SIGTERM)
         checkpoint(self, step, kept)
 
-    Run.checkpoint = stopping
+    split: list[bool] = []  # for each rollout, whether the policy sampled from is in pieces
+
+    def noted(*words: object) -> torch.nn.Module:
+        policy = placement.sampler(*words)
+        split.append(any(hasattr(p, "ds_status") for p in policy.parameters()))
+        return policy
+
+    Run.checkpoint, rl.sampler = stopping, noted
     for name, keys in json.loads(Path(settings).read_text()).items():
         AcceleratorState._reset_state(True)
         module = import_module(f"stages.{STAGES[name]}.train")
-        split = {"per_device_train_batch_size": int(micro), "gradient_accumulation_steps": int(accumulation)}
+        batch = {"per_device_train_batch_size": int(micro), "gradient_accumulation_steps": int(accumulation)}
         with suppress(Interrupted):
-            module.main(module.Config(**keys | split, output_dir=f"{out}/{name}"))
+            module.main(module.Config(**keys | batch, output_dir=f"{out}/{name}"))
             assert not stop_before
-    Run.checkpoint = checkpoint
+    Run.checkpoint, rl.sampler = checkpoint, placement.sampler
+    Path(out, "split.json").write_text(json.dumps(split))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -115,11 +125,19 @@ def distance(one: Path, other: Path) -> float:
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("place", PLACES)
 def test_same_weights(place, name, runs, whole):
-    assert distance(whole / name, runs(place) / name) < 1e-5
+    far = distance(whole / name, runs(place) / name)
+    print(f"{far:.1e} {place}: {name}")
+    assert far < 1e-5
     logs = [[json.loads(line) for line in (out / name / "metrics.jsonl").open()] for out in (whole, runs(place))]
     for row, same in zip(*logs, strict=True):
         for key in row.keys() - {"tokens/s", "mfu"}:
             assert same[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
+
+
+def test_zero3_gathers_the_policy_once_a_rollout(runs):
+    """Sampling from a module in pieces would gather them at each token."""
+    assert json.loads((runs("zero3") / "split.json").read_text()) == [False] * STEPS
+    assert json.loads((runs("ddp") / "split.json").read_text()) == [False] * STEPS
 
 
 def test_the_runs_move_the_weights(whole, settings):
