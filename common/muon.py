@@ -61,11 +61,11 @@ class Muon(torch.optim.AdamW):
             update = orthogonal(update, self.dtype)
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"  # an offloaded piece is not where it can be sent from
-            whole = torch.empty(dist.get_world_size() * p.numel(), device=device)
-            dist.all_gather_into_tensor(whole, update.to(device))
-            matrix = whole[: math.prod(group["shape"])].view(group["shape"])
+            pieces = torch.empty(dist.get_world_size(), p.numel(), device=device)
+            dist.all_gather(list(pieces), update.to(device))
+            matrix = pieces.view(-1)[: math.prod(group["shape"])].view(group["shape"])
             matrix.copy_(orthogonal(matrix, self.dtype))
-            update = whole.view(-1, p.numel())[dist.get_rank()].to(p.device)
+            update = pieces[dist.get_rank()].to(p.device)
         p.mul_(1 - group["lr"] * group["weight_decay"])
         rows, columns = group["shape"]
         p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
