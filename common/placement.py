@@ -122,12 +122,16 @@ def collected(made: Accelerator, pairs: Iterable[tuple[str, Tensor]]) -> dict[st
     return kept
 
 
+def names_of(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order of the optimizer's own numbers."""
+    return [name for group in optimizer.param_groups for name in group["names"]]
+
+
 def whole_moments(made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """{"name/key": tensor} of the optimizer's state. All processes must call it; only the main one gets more than {}."""
     if zero_stage(made):
         return collected(made, zero_moments(made, module))
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    state = optimizer.state_dict()["state"]
+    names, state = names_of(optimizer), optimizer.state_dict()["state"]
     return collected(made, ((f"{names[n]}/{key}", t) for n, of_one in state.items() for key, t in of_one.items()))
 
 
@@ -139,13 +143,13 @@ def put_moments(made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.
     for key, tensor in moments.items():
         name, kind = key.rsplit("/", 1)
         by_name.setdefault(name, {})[kind] = tensor
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    state = {n: by_name[name] for n, name in enumerate(names) if name in by_name}
+    state = {n: by_name[name] for n, name in enumerate(names_of(optimizer)) if name in by_name}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 # DeepSpeed maps whole parameters to its flat pieces of them at any time; moments only of the first group, and only once a
 # step was made (0.19.8). So moments travel through the place of the weights, which are put back.
+KINDS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def pieces(made: Accelerator) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -174,10 +178,11 @@ def zero_moments(made: Accelerator, module: nn.Module) -> Iterator[tuple[str, Te
     from deepspeed.utils import safe_get_full_fp32_param
 
     held, parameters = pieces(made), dict(module.named_parameters())
-    state, groups = made.deepspeed_engine_wrapped.engine.basic_optimizer.state, optimizer_groups(made)
+    base = made.deepspeed_engine_wrapped.engine.basic_optimizer
+    state, groups = base.state, base.param_groups
     step = max(float(of_one["step"]) for of_one in state.values())
     with weights_lent(held):
-        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+        for kind in KINDS:
             for piece, group in held:
                 if kind in moments_of(group):
                     piece.copy_(state[piece][kind])
@@ -192,9 +197,10 @@ def zero_moments(made: Accelerator, module: nn.Module) -> Iterator[tuple[str, Te
 @torch.no_grad()
 def put_zero_moments(made: Accelerator, module: nn.Module, moments: Mapping[str, Tensor]) -> None:
     held, parameters = pieces(made), dict(module.named_parameters())
-    state, groups = made.deepspeed_engine_wrapped.engine.basic_optimizer.state, optimizer_groups(made)
+    base = made.deepspeed_engine_wrapped.engine.basic_optimizer
+    state, groups = base.state, base.param_groups
     with weights_lent(held):
-        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+        for kind in KINDS:
             for group in groups:
                 for name in group["names"] if kind in moments_of(group) else ():
                     put_zero_weight(parameters[name], moments[f"{name}/{kind}"], made)
@@ -203,10 +209,6 @@ def put_zero_moments(made: Accelerator, module: nn.Module, moments: Mapping[str,
                     state[piece][kind] = piece.clone()
     for piece, group in held:
         state[piece]["step"] = moments[f"{group['names'][0]}/step"].to(piece.device)
-
-
-def optimizer_groups(made: Accelerator) -> list[dict[str, Any]]:
-    return made.deepspeed_engine_wrapped.engine.basic_optimizer.param_groups
 
 
 def put_zero_weight(parameter: nn.Parameter, value: Tensor, made: Accelerator) -> None:

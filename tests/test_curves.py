@@ -5,18 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 import curves
 from common.config import InputError, load
 from stages.pretrain import prepare, train
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

@@ -56,17 +56,17 @@ class Config(ArchitectureConfig, TrainConfig):
     """Tokens in such a sample."""
 
 
-def build_model(cfg: Config, vocab_size: int) -> GPT:
+def build_model(cfg: Config, tokenizer: Tokenizer) -> GPT:
     if cfg.parent:
-        if not same_ids(load_tokenizer(cfg.parent), load_tokenizer(cfg.train_data)):
+        if not same_ids(load_tokenizer(cfg.parent), tokenizer):
             raise InputError(
                 f"{cfg.train_data}: its ids are not those of {cfg.parent}; prepare it with `tokenizer: {cfg.parent}`"
             )
         check_context(cfg.parent, "lm", cfg.max_length, "max_length")
         model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
-        model.resize_vocabulary(vocab_size)
+        model.resize_vocabulary(tokenizer.vocab_size)
         return model
-    return new_model(cfg, vocab_size, cfg.max_length)
+    return new_model(cfg, tokenizer.vocab_size, cfg.max_length)
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -133,7 +133,7 @@ def main(cfg: Config) -> None:
     shards = Shards(cfg.train_data, "train", cfg.max_length, cfg.row_stride)
     heldout = Shards(cfg.train_data, "eval", cfg.max_length, cfg.row_stride)
 
-    raw = build_model(cfg, tokenizer.vocab_size)
+    raw = build_model(cfg, tokenizer)
     parameters = sum(p.numel() for p in raw.parameters())
     if cfg.optimizer == "muon":
         dtype = torch.float32 if run.precision == "no" else torch.bfloat16

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 
 import pipeline
 from common.config import cli, guard
@@ -35,10 +34,8 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+def always_fresh(fresh_accelerate):
+    """Every test of this folder may run a stage in this process."""
 
 
 @pytest.fixture

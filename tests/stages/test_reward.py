@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.checkpoint import load_model, load_tokenizer
@@ -17,12 +16,7 @@ from stages.reward.comparisons import ranked
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
 from stages.reward.train import Config, accuracy, collate, main, paired, set_origin
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def tokenize(rows, tokenizer, max_length):

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.chat import prompt_ids
@@ -16,12 +15,7 @@ from common.generate import sample
 from common.run import Run
 from stages.sft.train import Config, Example, cut, evaluate, loss, main, parse
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 PAIRS = [
