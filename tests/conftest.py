@@ -92,7 +92,7 @@ def stage_dir(tokenizer, tmp_path_factory) -> Callable[..., str]:
 def fresh_accelerate():
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(True)
+    AcceleratorState._reset_state(True)  # it refuses a second precision in one process
     yield
     AcceleratorState._reset_state(True)
 

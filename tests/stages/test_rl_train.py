@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -29,11 +28,7 @@ EOT = 7  # an id that separates the documents in these tests' pretraining rows
 QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "The red fox and the blue bird", "Is it?", "Go on", "ok", "a"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)  # it refuses a second precision in one process
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
