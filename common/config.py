@@ -32,6 +32,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 import pydantic
 import yaml
 
+from common.memory import keep_freed_memory
 from common.strict_yaml import InputError, Loader, load_yaml, read_yaml  # noqa: F401  (load_yaml is for importers)
 
 T = TypeVar("T")
@@ -235,6 +236,7 @@ def cli(cls: type[T], main: Callable[[T], Any], argv: Sequence[str] | None = Non
     """Run main(config from the command line) as a program. `words`: the key that takes what stands before the first option."""
 
     def program() -> None:
+        keep_freed_memory()
         given = list(sys.argv[1:] if argv is None else argv)
         named = [f"--{words}"] if words and given and not given[0].startswith("-") else []
         main(load(cls, [*named, *given]))

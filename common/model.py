@@ -10,16 +10,16 @@ Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads, D 
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.cache import KVCache
 from common.config import InputError
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, 1, T, D/2) each
+from common.kernels import Rope, attention, gelu, linear_logprobs, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -91,30 +91,10 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        B, T, C = x.shape
         H, K = self.config.n_head, self.config.n_kv_head
-        heads = self.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)  # (B, H + 2 K, T, D)
-        qk, v = heads.split([H + K, K], dim=1)
-        q, k = (qk if rope is None else rotate(qk, *rope)).split([H, K], dim=1)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
-        # Autocast off: the CPU kernel's backward takes four times as long in bf16 as in fp32 (LOG.md).
-        slow = x.device.type == "cpu" and cache is None
-        with torch.autocast(x.device.type, enabled=not slow and torch.is_autocast_enabled(x.device.type)):
-            if slow:
-                q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None,
-                dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=H != K,
-            )  # fmt: skip
-        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (B, H, T, D) with cos, sin (B or 1, 1, T, D/2); halves paired as transformers does."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        dropout = self.config.dropout if self.training else 0.0
+        y = attention(self.qkv(x), H, K, rope, mask, dropout, cache and partial(cache.write, layer))
+        return self.dropout(self.out(y))
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -135,12 +115,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        if self.gated:
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        else:
-            h = F.gelu(h, approximate="tanh")
-        return self.dropout(self.down(h))
+        return self.dropout(self.down(swiglu(h) if self.gated else gelu(h)))
 
 
 class Block(nn.Module):
@@ -157,8 +132,13 @@ class Block(nn.Module):
 
 
 def norm(config: GPTConfig) -> nn.Module:
-    kind = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
+    kind = nn.LayerNorm if config.family == "gpt2" else RMSNorm
     return kind(config.n_embd, eps=config.norm_eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Trunk(nn.Module):
@@ -190,7 +170,7 @@ class Trunk(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rope = (self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
+            rope = self.rope(positions, x)
         x = self.dropout(x)
         mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
         local = None
@@ -207,6 +187,12 @@ class Trunk(nn.Module):
             cache.lengths = cache.lengths + T
         return self.norm(x)
 
+    def rope(self, positions: Tensor, x: Tensor) -> Rope:
+        """Tables for these positions (B or 1, T), in the precision of queries and keys."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
     def initialise(self) -> None:
         """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases 0."""
         for name, parameter in self.named_parameters():
@@ -217,27 +203,46 @@ class Trunk(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
 
+class Head(nn.Linear):
+    """hidden (N, C) -> logits (N, V); with targets (N) -> (log-probs of the targets at `temperature`, entropies if asked)."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, entropies: bool = False) -> Any:
+        if targets is None:
+            return super().forward(hidden)
+        logprobs, entropy = linear_logprobs(hidden.flatten(0, -2), self.weight, targets.flatten(), temperature, entropies)
+        logprobs = logprobs.view_as(targets)
+        return (logprobs, entropy.view_as(targets)) if entropies else logprobs
+
+
 class GPT(nn.Module):
     """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V), row by row.
 
     `documents` (B, T): the document each token is of, where several are packed into a row; attention stays inside it.
+    With `targets` (B, T) or (N) -> their log-probs, of the same shape, instead of logits; see Head.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
         self.trunk.initialise()
         nn.init.normal_(self.head.weight, std=0.02)
         if config.tie_embeddings:
             self.head.weight = self.trunk.wte.weight
 
     def forward(
-        self, ids: Tensor, cache: KVCache | None = None, keep: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        hidden = self.trunk(ids, cache, documents)
-        return self.head(hidden if keep is None else hidden[keep])
+        self,
+        ids: Tensor,
+        keep: Tensor | None = None,
+        documents: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropies: bool = False,
+    ) -> Any:
+        hidden = self.trunk(ids, documents=documents)
+        hidden = hidden if keep is None else hidden[keep]
+        return self.head(hidden) if targets is None else self.head(hidden, targets, temperature, entropies)
 
     def resize_vocabulary(self, size: int) -> None:
         """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new rows are the mean."""

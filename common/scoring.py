@@ -6,7 +6,6 @@ import torch
 
 from common.data import pad
 from common.model import GPT, RewardModel
-from common.ops import token_logprobs
 from common.tokenizer import Tokenizer
 
 
@@ -51,7 +50,7 @@ def logprobs_of(
         positions = torch.arange(ids.shape[1], device=device)
         keep = (positions >= first) & (positions < first + length)  # logits there predict the response
         targets = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long, device=device)
-        found = token_logprobs(model(ids, keep=keep), targets, temperature).split([len(responses[i]) for i in batch])
+        found = model(ids, keep, targets=targets, temperature=temperature).split([len(responses[i]) for i in batch])
         for i, values in zip(batch, found, strict=True):
             result[i] = values.tolist()
     return result

@@ -109,9 +109,9 @@ def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | N
     """
     ids = batch[:, :-1]
     documents = None if eot_id is None else (ids == eot_id).cumsum(1)
-    logits = model(ids, documents=documents)[:, -predicted:]
-    targets = batch[:, 1:][:, -predicted:]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    keep = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= ids.shape[1] - predicted if predicted else None
+    targets = batch[:, 1:] if keep is None else batch[:, 1:][keep]
+    return -model(ids, keep, documents, targets).sum()
 
 
 def continuations(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.config import stage_config
 from common.data import share
-from common.ops import entropy, masked_mean, token_logprobs, whiten
+from common.ops import masked_mean, whiten
 from common.optim import NonFiniteError, Update
 from common.run import Run
 from common.tokenizer import Tokenizer
@@ -62,19 +62,15 @@ def terms(model: ActorCritic, batch: MicroBatch, cfg: PPOConfig, stats: list[Ten
     mask_BT = episodes.mask_BT
     texts = None if batch.texts is None else batch.texts[:, :-1]
     documents = None if texts is None else (texts == eot_id).cumsum(1)  # attention stays inside each, as in pretraining
-    logits, values, text_logits = model(episodes.ids_BS, episodes.predicts_BS(), texts, documents)
-    logprobs = token_logprobs(logits, episodes.targets_N(), cfg.temperature)
+    text_targets = None if texts is None else batch.texts[:, 1:]
+    logprobs, entropies, values, text_logprobs = model(
+        episodes.ids_BS, episodes.predicts_BS(), episodes.targets_N(), cfg.temperature, texts, documents, text_targets
+    )
     policy = policy_loss(logprobs, episodes.logprobs_BT[mask_BT], batch.advantages_BT[mask_BT], cfg.clip_range)
     value = value_loss(values.float(), episodes.values_BT[mask_BT], episodes.returns_BT[mask_BT], cfg.clip_range_value)
     with torch.no_grad():
-        stats.append(
-            torch.stack(
-                [mask_BT.sum(), policy.loss, value, policy.clipped, policy.approx_kl, entropy(logits, cfg.temperature).sum()]
-            )
-        )
-    ptx = torch.zeros((), device=logits.device)
-    if text_logits is not None:
-        ptx = -token_logprobs(text_logits.flatten(0, 1), batch.texts[:, 1:].flatten()).sum()
+        stats.append(torch.stack([mask_BT.sum(), policy.loss, value, policy.clipped, policy.approx_kl, entropies.sum()]))
+    ptx = torch.zeros((), device=logprobs.device) if text_logprobs is None else -text_logprobs.sum()
     return torch.stack([policy.loss + cfg.vf_coef * value, cfg.ptx_coef * ptx])
 
 

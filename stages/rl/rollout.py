@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.data import pad
 from common.generate import sample
 from common.model import GPT, RewardModel
-from common.ops import entropy, length_mask, token_logprobs
+from common.ops import length_mask
 from stages.rl.ppo import gae, kl_estimates, shape_scores, token_rewards
 
 
@@ -24,14 +24,22 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(
-        self, ids_BS: Tensor, predicts_BS: Tensor, texts: Tensor | None = None, documents: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (N, V) and values (N) where predicts_BS is set: at the position one left of each response token.
+        self,
+        ids_BS: Tensor,
+        predicts_BS: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        texts: Tensor | None = None,
+        documents: Tensor | None = None,
+        text_targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Log-probs, entropies and values (N) where predicts_BS is set: at the position one left of each response token.
 
-        And the policy's logits on `texts` (B, T), pretraining rows of several documents, in the same pass (which DDP needs).
+        And the policy's log-probs on `texts` (B, T), pretraining rows of several documents, in the same pass (which DDP needs).
         """
-        text_logits = None if texts is None else self.policy(texts, documents=documents)
-        return self.policy(ids_BS, keep=predicts_BS), self.critic.values(ids_BS)[predicts_BS], text_logits
+        text_logprobs = None if texts is None else self.policy(texts, documents=documents, targets=text_targets)
+        logprobs_N, entropies_N = self.policy(ids_BS, predicts_BS, targets=targets_N, temperature=temperature, entropies=True)
+        return logprobs_N, entropies_N, self.critic.values(ids_BS)[predicts_BS], text_logprobs
 
 
 class Trajectory(NamedTuple):
@@ -164,14 +172,12 @@ def evaluate(
         rows = order[start : start + batch_size]
         part = trajectory.rows(rows)
         predicts, targets = part.predicts_BS(), part.targets_N()
-        logits, values, _ = model(part.ids_BS, predicts)
-        ref_logits = reference(part.ids_BS, keep=predicts)
+        logprobs_N, entropies_N, values_N, _ = model(part.ids_BS, predicts, targets, temperature)
+        ref_logprobs_N = reference(part.ids_BS, predicts, targets=targets, temperature=temperature)
         # A boolean mask would fill rows in their own order, not in the sorted one: name each place by row and column.
         columns = torch.nonzero(part.mask_BT)
         at = (torch.tensor(rows, device=columns.device)[columns[:, 0]], columns[:, 1])
-        new.logprobs_BT[at] = token_logprobs(logits, targets, temperature)
-        new.ref_logprobs_BT[at] = token_logprobs(ref_logits, targets, temperature)
-        new.entropy_BT[at] = entropy(logits, temperature)
-        new.values_BT[at] = values.float()
+        new.logprobs_BT[at], new.ref_logprobs_BT[at] = logprobs_N, ref_logprobs_N
+        new.entropy_BT[at], new.values_BT[at] = entropies_N, values_N
         new.scores_B[rows] = reward_model(part.ids_BS, totals[rows]).float()
     return new

@@ -24,7 +24,6 @@ from common.data import Order, Row, pad, share, write_jsonl
 from common.generate import sample
 from common.lora import add_lora, merged_state, save_adapter
 from common.model import GPT
-from common.ops import token_logprobs
 from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
 from common.placement import sampler, whole
 from common.run import Run
@@ -83,9 +82,8 @@ def loss(model: torch.nn.Module, examples: Sequence[Example], pad_id: int, devic
     """Summed negative log-likelihood of the supervised tokens, and how many they are."""
     ids = pad([example.ids for example in examples], pad_id).to(device)
     mask = pad([example.mask for example in examples], 0).to(device).bool()
-    targets = mask[:, 1:]
-    logits = model(ids[:, :-1], keep=targets)  # (N, V): the head only runs where something is learned
-    return -token_logprobs(logits, ids[:, 1:][targets]).sum(), int(targets.sum())
+    keep = mask[:, 1:]  # the head only runs where something is learned
+    return -model(ids[:, :-1], keep, targets=ids[:, 1:][keep]).sum(), int(keep.sum())
 
 
 def blank(example: Example) -> Example:

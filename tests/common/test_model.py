@@ -106,7 +106,7 @@ def test_cache_with_ragged_rows_equals_full_forward(tiny_gpt, settings):
 def test_cache_filled_in_pieces(tiny_gpt, settings):
     model, ids = tiny_gpt(**settings), torch.tensor(ragged([20, 20]))
     cache = KVCache(model.config, 2, 20, model.head.weight)
-    pieces = [model(piece, cache) for piece in ids.split([7, 1, 12], dim=1)]
+    pieces = [model.head(model.trunk(piece, cache)) for piece in ids.split([7, 1, 12], dim=1)]
     assert (torch.cat(pieces, 1) - model(ids)).abs().max() < 1e-4
 
 
@@ -175,8 +175,8 @@ def test_a_local_layer_sees_its_window_and_nothing_else(tiny_gpt, family):
         changed[0, place] = (changed[0, place] + 1) % 300
         assert ((model(changed)[0, 19] - before).abs().max() > 1e-4) == (place >= 13), place
     cache = KVCache(model.config, 1, 20, model.head.weight)
-    model(ids[:, :15], cache)
-    pieces = [model(ids[:, t : t + 1], cache)[0, -1] for t in range(15, 20)]
+    model.trunk(ids[:, :15], cache)
+    pieces = [model.head(model.trunk(ids[:, t : t + 1], cache))[0, -1] for t in range(15, 20)]
     assert torch.allclose(pieces[-1], before, atol=1e-5)
 
 
@@ -252,9 +252,9 @@ def test_context_limit(tiny_gpt):
         with pytest.raises(InputError, match="9 tokens in a row, but the model's context is 8"):
             model(torch.zeros(1, 9, dtype=torch.long))
         cache = KVCache(model.config, 1, 8, model.head.weight)
-        model(torch.zeros(1, 8, dtype=torch.long), cache)
+        model.trunk(torch.zeros(1, 8, dtype=torch.long), cache)
         with pytest.raises(InputError, match="9 tokens"):
-            model(torch.zeros(1, 1, dtype=torch.long), cache)
+            model.trunk(torch.zeros(1, 1, dtype=torch.long), cache)
 
 
 @pytest.mark.parametrize(
