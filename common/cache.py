@@ -28,16 +28,17 @@ class KVCache:
         """Positions of the next `tokens` tokens of each row (B, T); also sets the mask that attention uses."""
         positions = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
         self.used = int(positions.max()) + 1
-        self.positions = positions
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         slots = torch.arange(self.used, device=positions.device)
         self.mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+        rows = torch.arange(len(positions), device=positions.device)
+        self.at = (rows[:, None], slice(None), positions) if tokens > 1 else (rows, slice(None), positions[:, 0])
         return positions
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) at the placed positions; return all that is stored, (B, K, S, D) each."""
         for kind, new in enumerate((k, v)):
-            self.entries[layer, kind].transpose(1, 2)[self.rows, self.positions] = new.transpose(1, 2)
+            # Indices around a slice put their own dimensions in front: (B, T, K, D), or (B, K, D) for one token.
+            self.entries[layer, kind][self.at] = new.transpose(1, 2) if new.shape[2] > 1 else new.squeeze(2)
         keys, values = self.entries[layer, :, :, :, : self.used]
         return keys, values
 

@@ -158,13 +158,13 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, token_logprobs(logits, tokens)
-    logits = truncate(logits.float() / temperature, top_k, top_p)
-    cumulative = logits.softmax(-1).cumsum(-1)
+    probabilities = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)
+    cumulative = probabilities.cumsum(-1)
     # right=True lands on the first id whose cumulative mass exceeds the draw, so an id of probability 0 is never met;
     # the last cumulative value stands in for 1, which rounding may miss.
     draws = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, draws, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, token_logprobs(logits, tokens)
+    tokens = torch.searchsorted(cumulative, draws, right=True).clamp_(max=logits.shape[-1] - 1)
+    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -34,14 +34,16 @@ def attention(
 ) -> Tensor:
     """Self-attention over qkv (B, T, (H + 2 K) D), heads of queries, keys and values in this order -> (B, T, H D).
 
-    mask: bool (B or 1, 1, T, S), None = causal. remember: stores keys and values (B, K, T, D) and returns all so far.
+    mask: (B or 1, 1, T, S), added to the scores; None = causal. remember: stores keys and values (B, K, T, D), returns all
+    so far.
     """
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not dropout:
         return _Attention.apply(qkv, heads, kv_heads, rope, mask)
-    q, k, v = _split(qkv, heads, kv_heads, rope)
     if remember:
-        k, v = remember(k, v)
-    return _attend(q, k, v, mask, dropout)
+        qk, v = qkv.unflatten(2, (heads + 2 * kv_heads, -1)).transpose(1, 2).split([heads + kv_heads, kv_heads], dim=1)
+        q, k = (qk if rope is None else rotate(qk, rope)).split([heads, kv_heads], dim=1)
+        return _attend(q, *remember(k, v), mask)
+    return _attend(*_split(qkv, heads, kv_heads, rope), mask, dropout)
 
 
 def _split(qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +77,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         q, k, v, mask, *rope = ctx.saved_tensors
         (B, H, T, D), K = q.shape, k.shape[1]
-        if mask is None:
-            mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf")).expand(B, H, T, T)
+        bias = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1) if mask is None else mask
+        bias = bias.expand(B, H, T, T)
         g = g.view(B, T, H, D).transpose(1, 2).contiguous()
         dq, dk, dv = map(torch.empty_like, (q, k, v))
         size = max(1, CACHED // (H * T * T))
@@ -102,7 +103,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return _RMSNorm.apply(x, weight, eps, dtype)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps, dtype)
+    return _scaled(x, _rms_scale(x, eps), weight, dtype)
+
+
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _scaled(x: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * scale.to(x.dtype)).mul_(weight).to(dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -110,10 +122,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale.to(x.dtype)).mul_(weight).to(dtype)
+        return _scaled(x, scale, weight, dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -127,10 +138,10 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(h: Tensor) -> Tensor:
     """silu(gate) * value (Shazeer 2020) of h (N, 2 C), gate first: (N, C)."""
-    if h.device.type != "cpu":
-        gate, value = h.chunk(2, dim=-1)
-        return F.silu(gate) * value
-    return _SwiGLU.apply(h)
+    if h.device.type == "cpu" and torch.is_grad_enabled():
+        return _SwiGLU.apply(h)
+    gate, value = h.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -11,9 +11,9 @@ def keep_freed_memory() -> None:
 
     A training step on a CPU frees and takes the same tensors again and again; glibc returns the large ones at once, and
     the system fills each page anew with zeros when it is first touched: a fifth of a step (benchmarks/RESULTS.md). Where
-    the C library is another one, nothing happens. Call it before torch has made tensors of any size.
+    the C library is another one, nothing happens. To be called before torch has made a tensor.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for huge pages
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages: fewer misses in the tables of them
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -103,6 +103,11 @@ def document_mask(documents: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where mask is set and -inf elsewhere, made once for all layers."""
+    return mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
 class MLP(nn.Module):
     """gpt2: down(gelu(up(x))). llama (SwiGLU): down(silu(gate) * up), gate and up in one matrix, gate first."""
 
@@ -166,11 +171,14 @@ class Trunk(nn.Module):
             raise InputError(f"{end} tokens in a row, but the model's context is {self.config.max_length}")
         positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)  # (B or 1, T)
         x = self.wte(ids)
+        # Of queries, keys and values.
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         rope = None
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rope = self.rope(positions, x)
+            cos, sin = (table[positions].to(dtype) for table in (self.cos, self.sin))
+            rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         x = self.dropout(x)
         mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
         local = None
@@ -179,6 +187,7 @@ class Trunk(nn.Module):
             back = positions[:, :, None] - slots  # (B or 1, T, S)
             local = ((back >= 0) & (back < self.config.window))[:, None]
             local = local if mask is None else local & mask
+        mask, local = additive(mask, dtype), additive(local, dtype)
         for layer, (kind, block) in enumerate(zip(self.config.attention_pattern, self.blocks, strict=True)):
             inputs = (x, rope, local if kind == "local" else mask, cache, layer)
             keep = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
@@ -186,12 +195,6 @@ class Trunk(nn.Module):
         if cache is not None:
             cache.lengths = cache.lengths + T
         return self.norm(x)
-
-    def rope(self, positions: Tensor, x: Tensor) -> Rope:
-        """Tables for these positions (B or 1, T), in the precision of queries and keys."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
-        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def initialise(self) -> None:
         """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases 0."""
