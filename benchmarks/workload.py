@@ -45,15 +45,15 @@ def random_llama(config: GPTConfig) -> GPT:
 
 
 def endless(model: GPT, tokenizer: Tokenizer) -> GPT:
-    """The same with control tokens that are never sampled, so that every answer runs to its full length on both sides.
+    """The same, but end and padding are never sampled, so that every answer runs to its full length on both sides.
 
-    All tokens get a direction that they share, which changes no probability among them; the control tokens get its opposite.
+    All tokens get a direction that they share, which changes no probability among them; these two get its opposite.
     """
     with torch.no_grad():
         weight = model.trunk.wte.weight
-        direction = torch.ones(weight.shape[1]) * 0.04
+        direction = torch.full(weight.shape[1:], 0.04)  # twice as long as the embeddings are
         weight.add_(direction)
-        weight[[tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()]] = -10 * direction
+        weight[[tokenizer.eot_id, tokenizer.pad_id]] = -10 * direction
     return model
 
 
