@@ -2,10 +2,10 @@
 
     python -m benchmarks.ppo --trl /path/to/environment/bin/python
 
-TRL had it until 1.12.0, so that lives in an environment of its own: python -m venv trl112 && trl112/bin/pip install trl==1.12.0.
-An update is a rollout of 64 prompts of exactly 32 tokens with 64 new tokens each, scored by policy, reference, critic and reward
-model, then 4 epochs of 4 minibatches. Same weights (random Llamas), prompts, rates and coefficients. No answer ends early on
-either side: the weights are such that the end token is never sampled. `shares`: where our seconds go.
+TRL had it until 1.12.0, so that lives in an environment of its own: python -m venv trl112 && trl112/bin/pip install trl==1.12.0
+An update is a rollout of 64 prompts of exactly 32 tokens with 64 new tokens each, scored by policy, reference, critic and
+reward model, then 4 epochs of 4 minibatches. Same weights (random Llamas), prompts, rates and coefficients. No answer ends
+early on either side: the weights are such that the end token is never sampled. `shares`: where our seconds go.
 """
 
 import json

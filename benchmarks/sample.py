@@ -2,9 +2,9 @@
 
     python -m benchmarks.sample
 
-Same weights (a random Llama of ours, opened by transformers), prompts of 32 tokens, 64 new ones, temperature 1, no end token: every
-row runs to full length. The ratio is that of the headline batch (--batch); `batches` has all sizes. `same_greedy`: whether both
-give the same tokens at temperature 0 in fp32.
+Same weights (a random Llama of ours, opened by transformers), prompts of 32 tokens, 64 new ones, temperature 1, no end token:
+every row runs to full length. The ratio is that of the headline batch (--batch); `batches` has all sizes. `same_greedy`:
+whether both give the same tokens at temperature 0 in fp32.
 """
 
 import statistics
