@@ -2,8 +2,8 @@
 
     python -m benchmarks.reward --data preferences.json
 
-Same trunk (a random Llama; each side draws its own head), chat format, pairs, batch, limit and learning rate; both leave out the
-pairs that are longer than the limit.
+Same trunk (a random Llama; each side draws its own head), chat format, pairs, batch, limit and learning rate. Pairs longer than
+the limit are left out beforehand, as both sides would.
 """
 
 import json

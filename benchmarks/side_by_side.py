@@ -83,7 +83,7 @@ def side_by_side(
     sides: Mapping[str, Callable[[], float]],
     *,
     runs: int,
-    flops_per_unit: float | Callable[[str], float],
+    flops_per_unit: float | Callable[[str], float] = 0.0,
     lower_is_better: bool = False,
     warm_up: bool = True,
     **extra: Any,
@@ -135,8 +135,9 @@ def side_by_side(
     for name, figure in medians.items():
         flops = flops_per_unit(name) if callable(flops_per_unit) else flops_per_unit
         shares[name] = round(flops * (1 / figure if lower_is_better else figure) / peaks[precision_of(name)], 4)
-        print(f"{name:20} {figure:12,.{digits}f} {unit}  {shares[name]:6.1%} of the GEMM peak")
-    line |= {"peak_fraction": shares[ours], "peak_fractions": shares, "all": found, "runs": runs}
+        print(f"{name:20} {figure:12,.{digits}f} {unit}" + (f"  {shares[name]:6.1%} of the GEMM peak" if flops else ""))
+    line |= {"peak_fraction": shares[ours], "peak_fractions": shares} if any(shares.values()) else {}
+    line |= {"all": found, "runs": runs}
     line |= {"gemm_gflops": {precision: round(peak / 1e9) for precision, peak in peaks.items()}, **extra, **machine()}
     print(json.dumps(line), flush=True)
     return line

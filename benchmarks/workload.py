@@ -81,14 +81,11 @@ def training_flops(config: GPTConfig, rows: Sequence[int], head_tokens: int) -> 
     return 3 * forward_flops(config, tokens, length, head_tokens) / tokens
 
 
-def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """`python -m module --config ...` -> (lines of its metrics.jsonl, each with the second `at` which it came; its stage.json).
-
-    `at` is the moment when the stage printed the line. The files are in a new folder under `scratch`.
-    """
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    (folder / "config.yaml").write_text(json.dumps({**config, "output_dir": str(folder / "out")}))  # JSON is YAML
-    command = [sys.executable, "-m", module, "--config", str(folder / "config.yaml")]
+def run_module(module: str, config: Mapping[str, Any], folder: Path) -> list[float]:
+    """`python -m module --config ...` to its end -> the seconds at which it printed its lines of metrics."""
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
+    command = [sys.executable, "-m", module, "--config", str(file)]
     line, moments, said = re.compile(rf"{module.split('.')[1]} +\d+  "), [], []
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -98,11 +95,18 @@ def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[lis
             said.append(text)
         if process.wait():
             errors.seek(0)
-            raise RuntimeError(
-                f"{' '.join(command)} ended with {process.returncode}:\n{''.join(said)[-1500:]}{errors.read()[-3000:]}"
-            )
+            output = "".join(said)[-1500:] + errors.read()[-3000:]
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
+    return moments
+
+
+def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """A stage in a new folder under `scratch` -> (lines of its metrics.jsonl, each with the second `at` which it was printed;
+    its stage.json)."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    moments = run_module(module, {**config, "output_dir": str(folder / "out")}, folder)
     rows = [json.loads(row) for row in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row | {"at": at} for row, at in zip(rows[: len(moments)], moments, strict=True)]
+    rows = [row | {"at": at} for row, at in zip(rows, moments, strict=True)]
     return rows, json.loads((folder / "out" / "stage.json").read_text())
 
 
@@ -119,6 +123,11 @@ def by_precision(name: str, precisions: Sequence[str], run: Any) -> dict[str, An
     return {f"{name} {precision}": partial(run, precision) for precision in precisions}
 
 
+def peer(name: str, **spec: Any) -> dict[str, Any]:
+    """What benchmarks/peers/<name>.py says of a run."""
+    return child([sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(spec)])
+
+
 def trl_name() -> str:
     """TRL with its version, as it stands in the table."""
     try:
@@ -131,4 +140,4 @@ def trl_trainer(**spec: Any) -> dict[str, Any]:
     """What benchmarks.peers.trl_trainers says of a run."""
     if trl_name() == "TRL":
         raise Missing("not installed: pip install trl")
-    return child([sys.executable, "-m", "benchmarks.peers.trl_trainers", json.dumps(spec)])
+    return peer("trl_trainers", **spec)
