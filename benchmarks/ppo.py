@@ -107,7 +107,7 @@ def main() -> None:
 
         side_by_side(
             "ppo", "s/update", by_precision("ours", args.precisions, ours) | by_precision("TRL 1.12", args.precisions, trl),
-            runs=args.runs, lower_is_better=True, shares=shares, updates=args.updates, episodes=args.episodes,
+            runs=args.runs, alone=args.alone, lower_is_better=True, shares=shares, updates=args.updates, episodes=args.episodes,
             flops_per_unit=update_flops(config, args.episodes, args.prompt_tokens, args.new_tokens),
         )  # fmt: skip
 

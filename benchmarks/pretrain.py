@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from benchmarks.side_by_side import ROOT, Missing, arguments, side_by_side, start
-from benchmarks.workload import MIXED, by_precision, peer, run_module, run_stage, tokens_per_second, training_flops
+from benchmarks.workload import MIXED, by_precision, launch, peer, run_stage, tokens_per_second, training_flops
 from common.checkpoint import load_config
 from common.model import GPTConfig
 
@@ -61,7 +61,7 @@ def speed(args: argparse.Namespace, shards: str, scratch: str) -> None:
     side_by_side(
         "pretrain speed", "tokens/s",
         by_precision("ours", args.precisions, ours) | by_precision("nanoGPT", args.precisions, theirs),
-        runs=args.runs, flops_per_unit=lambda _: training_flops(configs["ours"], [args.block], args.block),
+        runs=args.runs, alone=args.alone, flops_per_unit=lambda _: training_flops(configs["ours"], [args.block], args.block),
         parameters=parameters, steps=steps, batch=args.batch, block=args.block,
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def time_to_loss(args: argparse.Namespace, shards: str, scratch: str) -> None:
 
     side_by_side(
         "pretrain loss", "s", by_precision("nanoGPT", args.precisions, theirs) | by_precision("ours", args.precisions, ours),
-        runs=args.runs, lower_is_better=True, warm_up=False, flops_per_unit=flops.__getitem__,
+        runs=args.runs, alone=args.alone, lower_is_better=True, warm_up=False, flops_per_unit=flops.__getitem__,
         loss=losses, updates=updates, parameters=parameters,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def main() -> None:
     args = start(parser)
     with tempfile.TemporaryDirectory() as scratch:
         shards = Path(scratch) / "shards"
-        run_module("stages.pretrain.prepare", {
+        launch("stages.pretrain.prepare", {
             "train_data": [str(Path(args.text).resolve())], "output_dir": str(shards), "tokenizer": "characters",
             "eval_fraction": 0.1,
         }, Path(scratch))  # fmt: skip

@@ -74,7 +74,8 @@ def main() -> None:
         flat = [length for i in fitting[HELD_OUT:] for length in lengths[i]]
         side_by_side(
             "reward", "tokens/s", by_precision("ours", args.precisions, ours) | by_precision(trl_name(), args.precisions, trl),
-            runs=args.runs, flops_per_unit=training_flops(config, flat, 0), steps=steps, batch=args.batch, pairs=len(fitting),
+            runs=args.runs, alone=args.alone, flops_per_unit=training_flops(config, flat, 0),
+            steps=steps, batch=args.batch, pairs=len(fitting),
         )  # fmt: skip
 
 

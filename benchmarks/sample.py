@@ -78,7 +78,7 @@ def main() -> None:
     sides |= by_precision("transformers", args.precisions, partial(timed, "transformers", transformers))
     positions = args.prompt_tokens + new - 1
     side_by_side(
-        "sample", "new tokens/s", sides, runs=args.runs, batch=args.batch, batches=batches, same_greedy=same,
+        "sample", "new tokens/s", sides, runs=args.runs, alone=args.alone, batch=args.batch, batches=batches, same_greedy=same,
         flops_per_unit=forward_flops(config, positions, (positions + 1) / 2, new) / new,
     )  # fmt: skip
 

@@ -82,9 +82,10 @@ def main() -> None:
             held_out_losses[f"{trl_name()} {precision}"] = done["eval_loss"]
             return done["tokens_per_second"]
 
+        supervised = sum(sum(row.mask[:LENGTH]) for row in rendered)
         side_by_side(
             "sft", "tokens/s", by_precision("ours", args.precisions, ours) | by_precision(trl_name(), args.precisions, trl),
-            runs=args.runs, flops_per_unit=training_flops(config, lengths, sum(sum(row.mask[:LENGTH]) for row in rendered)),
+            runs=args.runs, alone=args.alone, flops_per_unit=training_flops(config, lengths, supervised),
             loss=losses, eval_loss=held_out_losses, steps=steps, batch=args.batch,
         )  # fmt: skip
 

@@ -31,7 +31,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=3, help="counted runs of each side; one more, uncounted, comes first")
+    parser.add_argument("--runs", type=int, default=3, help="counted runs after one without count; 0: one in all, for a try")
+    parser.add_argument("--alone", action="store_true", help="our side only")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; both sides are pinned to so many cores")
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), help="default: both where the CPU has bf16")
     return parser
@@ -86,6 +87,7 @@ def side_by_side(
     flops_per_unit: float | Callable[[str], float] = 0.0,
     lower_is_better: bool = False,
     warm_up: bool = True,
+    alone: bool = False,
     **extra: Any,
 ) -> dict[str, Any]:
     """Time `sides` in turn, `runs` counted rounds after one uncounted; print medians, and the JSON line.
@@ -94,12 +96,12 @@ def side_by_side(
     in `unit`. The first of ours is our default; it is compared with the best of the peers, and fp32 with fp32.
     A side that raises Missing is skipped by name. flops_per_unit: model FLOPs behind one unit (of a side), from which follows
     the share of the GEMM peak at its precision, timed when the runs are done. warm_up: whether a round without count comes
-    first. `extra` goes into the line as it is then.
+    first; alone: no peers. `extra` goes into the line as it is then.
     """
     digits = 3 if lower_is_better else 1
     found: dict[str, list[float]] = {}
-    missed: set[str] = set()
-    for number in range(0 if warm_up else 1, runs + 1):
+    missed = {name for name in sides if alone and not name.startswith("ours")}
+    for number in range(0 if warm_up and runs else 1, max(runs, 1) + 1):
         for name, run in sides.items():
             if name in missed:
                 continue

@@ -81,7 +81,7 @@ def training_flops(config: GPTConfig, rows: Sequence[int], head_tokens: int) -> 
     return 3 * forward_flops(config, tokens, length, head_tokens) / tokens
 
 
-def run_module(module: str, config: Mapping[str, Any], folder: Path) -> list[float]:
+def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[float]:
     """`python -m module --config ...` to its end -> the seconds at which it printed its lines of metrics."""
     file = folder / "config.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
@@ -104,7 +104,7 @@ def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[lis
     """A stage in a new folder under `scratch` -> (lines of its metrics.jsonl, each with the second `at` which it was printed;
     its stage.json)."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
-    moments = run_module(module, {**config, "output_dir": str(folder / "out")}, folder)
+    moments = launch(module, {**config, "output_dir": str(folder / "out")}, folder)
     rows = [json.loads(row) for row in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
     rows = [row | {"at": at} for row, at in zip(rows, moments, strict=True)]
     return rows, json.loads((folder / "out" / "stage.json").read_text())
