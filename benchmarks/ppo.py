@@ -98,8 +98,10 @@ def main() -> None:
                 "episodes": args.episodes, "new_tokens": args.new_tokens, "epochs": EPOCHS, "minibatches": MINIBATCHES,
                 "rate": RATE, "kl_coef": KL_COEF, "bf16": precision == "bf16",
             }  # fmt: skip
-            done = child([args.trl, "-m", "benchmarks.peers.trl_ppo", json.dumps(spec)])
-            if done["autocast"] != MIXED[precision]:
+            # Its own bf16 key changes nothing (transformers 5): what `accelerate launch --mixed_precision` sets does.
+            mixed = MIXED[precision]
+            done = child([args.trl, "-m", "benchmarks.peers.trl_ppo", json.dumps(spec)], ACCELERATE_MIXED_PRECISION=mixed)
+            if done["autocast"] != mixed:
                 raise RuntimeError(f"TRL computed in {done['autocast']}, not in {precision}")
             if done["ended_early"]:
                 raise RuntimeError(f"{done['ended_early']} answers of TRL ended early")
