@@ -1,0 +1,74 @@
+"""TRL's SFTTrainer or RewardTrainer on rows that it is given: python -m benchmarks.peers.trl_trainers '<JSON>'.
+
+Keys of the JSON: `trainer` (sft or reward), `model` (a directory), `train` and `eval` (JSONL; eval for sft), `steps`,
+`uncounted` (first steps that the clock leaves out), `batch`, `length` (limit in tokens), `rate` (learning rate) and `bf16`.
+The last line is JSON: real tokens a second, training and held-out loss.
+"""
+
+import json
+import sys
+import tempfile
+import time
+
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    """Notes when the first `uncounted` steps and when the last one were done, and how many real tokens lie between."""
+
+    def __init__(self, uncounted: int) -> None:
+        self.uncounted, self.tokens = uncounted, 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.end = time.perf_counter()
+        if state.global_step == self.uncounted:
+            self.begin, self.before = self.end, self.tokens
+
+    def rate(self) -> float:
+        return (self.tokens - self.before) / (self.end - self.begin)
+
+    def counting(self, step):
+        def counted(model, inputs, *rest, **named):
+            self.tokens += sum(int(value.sum()) for key, value in inputs.items() if key.endswith("attention_mask"))
+            return step(model, inputs, *rest, **named)
+
+        return counted
+
+
+def main(spec: dict) -> None:
+    torch.manual_seed(0)
+    sft = spec["trainer"] == "sft"
+    config, trainer_class = (SFTConfig, SFTTrainer) if sft else (RewardConfig, RewardTrainer)
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    if sft:
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, dtype=torch.float32)
+    files = {split: spec[split] for split in ("train", "eval") if spec.get(split)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = load_dataset("json", data_files=files, cache_dir=folder)
+        args = config(
+            output_dir=folder, per_device_train_batch_size=spec["batch"], max_steps=spec["steps"], max_length=spec["length"],
+            learning_rate=spec["rate"], lr_scheduler_type="linear", bf16=spec["bf16"], gradient_checkpointing=False,
+            logging_steps=spec["steps"], save_strategy="no", report_to="none", use_cpu=True, seed=0, disable_tqdm=True,
+            per_device_eval_batch_size=len(rows["eval"]) if sft else 8,  # in one batch, so that its loss is a mean over tokens
+        )  # fmt: skip
+        held_out = rows["eval"] if sft else None
+        trainer = trainer_class(
+            model=model, args=args, train_dataset=rows["train"], eval_dataset=held_out, processing_class=tokenizer
+        )
+        clock = Clock(spec["uncounted"])
+        trainer.add_callback(clock)
+        trainer.training_step = clock.counting(trainer.training_step)
+        trainer.train()
+        losses = {"loss": next(row["loss"] for row in trainer.state.log_history if "loss" in row)}
+        if sft:
+            losses["eval_loss"] = trainer.evaluate()["eval_loss"]
+    print(json.dumps({"tokens_per_second": clock.rate(), "tokens": clock.tokens, **losses}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
