@@ -6,14 +6,15 @@ Nothing here has a position to save: a run that starts again at step s sees what
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from common.config import InputError
 from common.sources import Row, read_rows  # noqa: F401  (read_rows is for importers)
+
+if TYPE_CHECKING:  # torch takes a second to import, which preparing text need not wait for
+    from torch import Tensor
 
 SHARD_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 
@@ -26,8 +27,10 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     temporary.replace(path)
 
 
-def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int) -> "Tensor":
     """Right-padded ids: (rows, longest)."""
+    import torch
+
     size = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (size - len(row))] for row in rows])
 
@@ -192,12 +195,14 @@ class Shards:
                 text = f"the {split} split{of} has {stream.tokens} tokens, fewer than one row of {length}"
                 raise InputError(f"{folder}: {text}")
 
-    def batch(self, seed: int, first: int, count: int) -> Tensor:
+    def batch(self, seed: int, first: int, count: int) -> "Tensor":
         """Rows first .. first + count - 1 of the endless shuffled stream: (count, length + 1).
 
         Each is a pure function of (seed, index): the source by the mixture, then the next row of that source, which
         shows all its rows once before any of them twice.
         """
+        import torch
+
         places = (self.mixture.place(seed, index) for index in range(first, first + count))
         return torch.from_numpy(np.stack([self.streams[source].row(seed, index) for source, index in places]))
 
