@@ -1,7 +1,7 @@
 """Rows from a file, a folder or a Hub data set, one after another: a corpus need not fit into memory.
 
-What is held at a time: a line of .jsonl, a thousand rows of .parquet, but all of a .json list, of a .txt document and of
-a packed .parquet.
+What is held at a time: a line of .jsonl, a thousand rows of .parquet, but all of a .json list and of a packed .parquet. A
+.txt file is one document; who asks for its pieces need not hold it either.
 """
 
 import collections
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     data: dict[str, Any]
     origin: str
     parsed: Any = None  # what the stage that reads it makes of `data`
+    rest: int = 0  # characters of the same document that are in the next rows
 
 
 class BadRows:
@@ -59,21 +60,26 @@ def read_rows(source: str, parse: Callable[[dict], Any] | None = None, bad: BadR
 
 
 def iter_rows(
-    source: str, parse: Callable[[dict], Any] | None = None, bad: BadRows | None = None, streaming: bool = True
+    source: str,
+    parse: Callable[[dict], Any] | None = None,
+    bad: BadRows | None = None,
+    streaming: bool = True,
+    pieces: bool = False,
 ) -> Iterator[Row]:
     """Records of a .jsonl, .json (a list), .parquet or .txt file (also .gz, .zst), a folder of such, or a Hub data set.
 
-    A .txt file is one record {"text": ...}. A Hub data set is `owner/name` or `owner/name:config`, its train split; with
-    `streaming` nothing of it is kept on disk. `bad` says what becomes of a row that cannot be read, or that `parse` refuses
-    (InputError). Raises InputError naming file and line (row, byte) of what cannot be read, and a source without rows.
+    A .txt file is one record {"text": ...}; with `pieces` a long one is several, `rest` telling what is still to come. A Hub
+    data set is `owner/name` or `owner/name:config`, its train split; with `streaming` nothing of it is kept on disk. `bad`
+    says what becomes of a row that cannot be read, or that `parse` refuses (InputError). Raises InputError naming file and
+    line (row, byte) of what cannot be read, and a source without rows.
     """
     path, bad, n = Path(source), bad or BadRows(), 0
     before = bad.counts.copy()
     try:
         if path.is_dir():
-            rows = (row for file in files_in(path) for row in iter_rows(str(file), None, bad))
+            rows = (row for file in files_in(path) for row in iter_rows(str(file), None, bad, pieces=pieces))
         else:
-            rows = file_rows(path, bad) if path.exists() else hub_rows(source, streaming)
+            rows = file_rows(path, bad, pieces) if path.exists() else hub_rows(source, streaming)
         for row in rows:
             with bad.row(row.origin):
                 if not isinstance(row.data, dict):
@@ -97,16 +103,43 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if suffix_of(file) in FORMATS)
 
 
-def file_rows(path: Path, bad: BadRows) -> Iterator[Row]:
+def open_text(path: Path) -> io.TextIOWrapper:
+    # Bytes that are no UTF-8 come as surrogates, so that one of them costs its line and not the file.
+    return io.TextIOWrapper(io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig", errors="surrogateescape")
+
+
+def text_pieces(path: Path) -> Iterator[Row]:
+    """A .txt file in rows of a BLOCK of characters; a first reading counts, and looks for what is no UTF-8."""
+    line, column, length, blank = 0, 0, 0, True
+    with open_text(path) as text, BadRows().row(str(path)):
+        while block := text.read(BLOCK):
+            check_utf8(block, line, column)
+            length, blank = length + len(block), blank and not block.strip()
+            line, column = line + block.count("\n"), len(block) - block.rfind("\n") - 1 + ("\n" not in block) * column
+    with open_text(path) as text:
+        while block := "" if blank else text.read(BLOCK):
+            length -= len(block)
+            if length < 0:
+                break
+            yield Row({"text": block}, str(path), rest=length)
+    if length and not blank:
+        raise InputError(f"{path}: changed while it was being read; run again when it is complete")
+    if blank:
+        yield Row({"text": ""}, str(path))
+
+
+def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
     kind = suffix_of(path)
     if kind == ".parquet":
         yield from parquet_rows(path)
         return
     if kind and kind not in FORMATS:
         raise InputError(f"{path}: a {kind} file is not read; the formats are {', '.join(FORMATS)}")
-    # Bytes that are no UTF-8 come as surrogates, so that one of them costs its line and not the file.
-    text = io.TextIOWrapper(io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig", errors="surrogateescape")
+    text = open_text(path)
     try:
+        if kind == ".txt" and pieces:
+            yield from text_pieces(path)
+            return
         if kind in (".txt", ".json"):
             with BadRows().row(str(path)):
                 content = check_utf8(text.read())
@@ -125,12 +158,14 @@ def file_rows(path: Path, bad: BadRows) -> Iterator[Row]:
         raise
 
 
-def check_utf8(text: str) -> str:
+def check_utf8(text: str, line: int = 0, column: int = 0) -> str:
+    """The text, which begins in this line and column (from 0) of its file."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        line, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
-        place = f"line {line + 1}, column {error.start - start}" if line else f"column {error.start + 1}"
+        lines, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
+        column = error.start - start + (0 if lines else column)
+        place = f"line {line + lines + 1}, column {column}" if line + lines else f"column {column}"
         byte = ord(text[error.start]) - 0xDC00
         raise InputError(f"not UTF-8 at {place} (byte 0x{byte:02x}); convert it first (iconv -t utf-8)", "not UTF-8") from None
     return text
