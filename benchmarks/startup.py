@@ -10,12 +10,16 @@ bar is 8 s on 2 cores. The peer is TRL's SFTTrainer on the base model and the ro
 """
 
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +27,10 @@ from benchmarks.side_by_side import ROOT, Missing, arguments, pin, side_by_side
 
 BAR = 8.0  # seconds
 STAGES = ("pretrain", "sft", "reward", "rl")
+LAUNCHERS = {
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"],
+}
 ANSWERS = ["Yes.", "No, it is not.", "The fox."]
 
 TRL = """
@@ -55,8 +63,8 @@ def write_rows(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
 
 
-def command(stage: str, folder: Path, output_dir: Path) -> list[str]:
-    """`python -m stages.X.train` with the keys of a tiny run of one step."""
+def command(stage: str, folder: Path, output_dir: Path, launcher: str = "python") -> list[str]:
+    """The launch of a stage with the keys of a tiny run of one step."""
     keys = {"output_dir": output_dir, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
     keys["train_data"] = folder / (f"{stage}.jsonl" if stage != "pretrain" else "shards")
     if stage == "pretrain":
@@ -66,13 +74,16 @@ def command(stage: str, folder: Path, output_dir: Path) -> list[str]:
     else:
         keys |= {"parent": folder / ("pretrain" if stage == "sft" else "sft"), "max_length": 48}
     flags = [str(part) for key, value in keys.items() for part in (f"--{key}", value)]
-    return [sys.executable, "-m", f"stages.{stage}.train", *flags]
+    return [*LAUNCHERS[launcher], "-m", f"stages.{stage}.train", *flags]
 
 
 def first_step(line: list[str], metrics: Path) -> float:
-    """Seconds until `metrics` has a line of a step above 0; then the process is killed."""
+    """Seconds until `metrics` has a line of a step above 0; then the program, and what it has started, is killed."""
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as said, subprocess.Popen(line, cwd=ROOT, stdout=said, stderr=said) as process:
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(line, cwd=ROOT, stdout=said, stderr=said, start_new_session=True) as process,
+    ):
         try:
             while True:
                 rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
@@ -83,15 +94,16 @@ def first_step(line: list[str], metrics: Path) -> float:
                     raise RuntimeError(f"{' '.join(line)} ended with {process.returncode}:\n{said.read()[-3000:].decode()}")
                 time.sleep(0.01)
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def make_parents(folder: Path) -> None:
-    """The shards, and a model of each stage that another one starts from."""
+def make_parents(folder: Path, stages: Sequence[str]) -> None:
+    """The shards, and the models that these stages start from."""
     write_rows(folder)
     prepare = ["--train_data", str(folder / "documents.jsonl"), "--output_dir", str(folder / "shards")]
     lines = [[sys.executable, "-m", "stages.pretrain.prepare", *prepare, "--vocab_size", "290", "--eval_fraction", "0.1"]]
-    lines += [command(stage, folder, folder / stage) for stage in STAGES[:3]]
+    lines += [command(stage, folder, folder / stage) for stage in STAGES[: max(map(STAGES.index, stages))]]
     for line in lines:
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -100,18 +112,22 @@ def make_parents(folder: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="python", help="accelerate: `accelerate launch`")
+    parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES)
+    parser.add_argument("--no_peer", action="store_true", help="without TRL")
     options = parser.parse_args()
     pin(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_parents(folder)
-        seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        make_parents(folder, options.stages if options.no_peer else STAGES)
+        seconds: dict[str, list[float]] = {stage: [] for stage in options.stages}
         medians: dict[str, float] = {}
 
         def ours() -> float:
-            for stage in STAGES:
+            for stage in options.stages:
                 shutil.rmtree(folder / "run", ignore_errors=True)
-                seconds[stage].append(first_step(command(stage, folder, folder / "run"), folder / "run" / "metrics.jsonl"))
+                line = command(stage, folder, folder / "run", options.launcher)
+                seconds[stage].append(first_step(line, folder / "run" / "metrics.jsonl"))
                 medians[stage] = round(statistics.median(seconds[stage][1:] or seconds[stage]), 3)  # the first is warm-up
                 print(f"  {stage:10} {seconds[stage][-1]:6.2f} s", flush=True)
             return max(times[-1] for times in seconds.values())
@@ -125,8 +141,8 @@ def main() -> None:
             return first_step([sys.executable, "-c", TRL, *map(str, places)], folder / "trl" / "metrics.jsonl")
 
         side_by_side(
-            "startup", "s to the first step", {"ours": ours, "trl sft": trl},
-            runs=options.runs, lower_is_better=True, bar=BAR, stages=medians,
+            "startup", "s to the first step", {"ours": ours} | ({} if options.no_peer else {"trl sft": trl}),
+            runs=options.runs, lower_is_better=True, bar=BAR, stages=medians, launcher=options.launcher,
         )  # fmt: skip
 
 

@@ -100,8 +100,26 @@ def share(
         yield mine[start : start + micro_batch]
 
 
+def scattered(index: int, size: int, keys: Sequence[int]) -> int:
+    """Place of `index` in a permutation of range(size), computed and not held: a Feistel network (Luby and Rackoff 1988) on
+    the next power of four, walked on until it ends inside (Black and Rogaway 2002)."""
+    half = ((size - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in keys:
+            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF  # 2^64 over the golden ratio
+            mixed = ((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF  # and one round of splitmix64
+            left, right = right, left ^ (mixed >> 32) & mask
+        index = left << half | right
+        if index < size:
+            return index
+
+
 class Stream:
     """Token files, memory-mapped and seen as one stream that is cut into rows of length + 1, one every `stride` tokens."""
+
+    HELD = 1 << 20  # rows whose order is drawn and held, 8 bytes each; that of more is computed, so that memory stays as it is
 
     def __init__(self, files: Sequence[Path], dtype: str, length: int, stride: int) -> None:
         self.maps = [np.memmap(file, dtype=SHARD_DTYPES[dtype], mode="r") for file in files]
@@ -109,7 +127,7 @@ class Stream:
         self.length, self.stride = length, stride
         self.tokens = int(self.starts[-1])
         self.rows = max(0, (self.tokens - 1 - length) // stride + 1)
-        self.epoch, self.permutation = (-1, -1), np.empty(0)
+        self.few, self.epoch = self.rows <= self.HELD, (-1, -1)
 
     def tokens_from(self, start: int) -> np.ndarray:
         """length + 1 tokens from `start` on, across file borders."""
@@ -131,8 +149,10 @@ class Stream:
             rng = np.random.default_rng((seed, epoch))
             spare = self.tokens - 1 - self.length - (self.rows - 1) * self.stride
             self.phase = int(rng.integers(spare + 1))
-            self.permutation, self.epoch = rng.permutation(self.rows), (seed, epoch)
-        return self.tokens_from(self.phase + int(self.permutation[place]) * self.stride)
+            self.order = rng.permutation(self.rows) if self.few else rng.integers(1 << 63, size=6).tolist()
+            self.epoch = (seed, epoch)
+        row = int(self.order[place]) if self.few else scattered(place, self.rows, self.order)
+        return self.tokens_from(self.phase + row * self.stride)
 
 
 class Mixture:
