@@ -43,15 +43,19 @@ class BadRows:
 
     @contextlib.contextmanager
     def row(self, origin: str) -> Iterator[None]:
-        """Around all that is done with one row: an InputError gets its origin, or is noted, and the row is left behind."""
+        """Around all that is done with one row; its own try and `refuse` cost a loop over millions of rows less."""
         try:
             yield
         except InputError as error:
-            if not self.skip:
-                raise InputError(f"{origin}: {error}") from None
-            self.counts[error.reason] += 1
-            if self.counts.total() <= self.shown and int(os.environ.get("RANK", 0)) == 0:
-                tqdm.write(one_line(f"skipped {origin}: {error}"), file=sys.stdout)
+            self.refuse(origin, error)
+
+    def refuse(self, origin: str, error: InputError) -> None:
+        """For what went wrong with one row: raises it with its origin, or notes it, and the row is left behind."""
+        if not self.skip:
+            raise InputError(f"{origin}: {error}") from None
+        self.counts[error.reason] += 1
+        if self.counts.total() <= self.shown and int(os.environ.get("RANK", 0)) == 0:
+            tqdm.write(one_line(f"skipped {origin}: {error}"), file=sys.stdout)
 
 
 def read_rows(source: str, parse: Callable[[dict], Any] | None = None, bad: BadRows | None = None) -> list[Row]:
@@ -81,12 +85,15 @@ def iter_rows(
         else:
             rows = file_rows(path, bad, pieces) if path.exists() else hub_rows(source, streaming)
         for row in rows:
-            with bad.row(row.origin):
+            try:
                 if not isinstance(row.data, dict):
                     raise InputError(f"a row must be a JSON object, this is {str(row.data)[:60]!r}", "not an object")
-                row = row._replace(parsed=parse(row.data) if parse else None)
+                parsed = parse(row.data) if parse else None
+            except InputError as error:
+                bad.refuse(row.origin, error)
+            else:
                 n += 1
-                yield row
+                yield Row(row.data, row.origin, parsed, row.rest)
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}") from None
     if not n:
@@ -150,8 +157,12 @@ def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
             return
         for n, line in enumerate(text, 1):  # ends lines at line ends alone, not at U+2028 and its like as splitlines() does
             if line.strip():
-                with bad.row(f"{path}:{n}"):
-                    yield Row(parse_json(check_utf8(line.rstrip()), dict), f"{path}:{n}")
+                try:
+                    data = parse_json(check_utf8(line.rstrip()), dict)
+                except InputError as error:
+                    bad.refuse(f"{path}:{n}", error)
+                else:
+                    yield Row(data, f"{path}:{n}")
     except InputError:
         if path.suffix in PACKED:  # what looks like a broken text may come of damage to the packed bytes: then say that
             collections.deque(blocks(path), 0)
