@@ -8,9 +8,9 @@ disk, checksums. The peer is the call of `map` alone, batched, with the fast tok
 only column, in a cache of its own; what it takes to import, and to make an Arrow table of the JSONL, is not counted. With
 several threads it is tried with as many processes and with as many threads of the tokenizer. Both must give as many tokens.
 
-Memory is the peak, over a side's processes together, of RssAnon (what it has allocated) and of Rss. For a memory-mapped
-set the honest one is RssAnon: pages of a mapped file that were read count in Rss too, but they are the page cache, which
-the kernel takes back when somebody needs it.
+Memory is the peak, over a side's processes together, of RssAnon (what it has allocated) and of Rss, which also has the pages
+of mapped files. Those are the page cache, and the kernel takes them back, so RssAnon is the honest one where a side
+maps files (datasets does); of ours, which reads each row of a shard when it needs it, both must stay the same.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ Nothing here has a position to save: a run that starts again at step s sees what
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,27 +118,36 @@ def scattered(index: int, size: int, keys: Sequence[int]) -> int:
 
 
 class Stream:
-    """Token files, memory-mapped and seen as one stream that is cut into rows of length + 1, one every `stride` tokens."""
+    """Token files, seen as one stream that is cut into rows of length + 1, one every `stride` tokens.
+
+    Each row is read when it is asked for. Memory-mapped files would be as fast, but the pages that were touched count as
+    this process's memory, which then grows with the shards.
+    """
 
     HELD = 1 << 20  # rows whose order is drawn and held, 8 bytes each; that of more is computed, so that memory stays as it is
 
     def __init__(self, files: Sequence[Path], dtype: str, length: int, stride: int) -> None:
-        self.maps = [np.memmap(file, dtype=SHARD_DTYPES[dtype], mode="r") for file in files]
-        self.starts = np.cumsum([0, *map(len, self.maps)])  # of each file in the stream
+        self.files, self.dtype = files, np.dtype(SHARD_DTYPES[dtype])
+        sizes = [file.stat().st_size // self.dtype.itemsize for file in files]
+        self.starts = np.cumsum([0, *sizes])  # of each file in the stream
         self.length, self.stride = length, stride
         self.tokens = int(self.starts[-1])
         self.rows = max(0, (self.tokens - 1 - length) // stride + 1)
         self.few, self.epoch = self.rows <= self.HELD, (-1, -1)
 
-    def tokens_from(self, start: int) -> np.ndarray:
-        """length + 1 tokens from `start` on, across file borders."""
-        end, parts = start + self.length + 1, []
-        file = int(np.searchsorted(self.starts, start, side="right")) - 1
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens start .. end - 1, across file borders."""
+        file, parts = int(np.searchsorted(self.starts, start, side="right")) - 1, []
         while start < end:
-            offset = start - self.starts[file]
-            parts.append(self.maps[file][offset : offset + end - start])
-            start, file = start + len(parts[-1]), file + 1
-        return np.concatenate(parts).astype(np.int64)
+            stop = min(end, int(self.starts[file + 1]))
+            size, offset = self.dtype.itemsize, start - int(self.starts[file])
+            handle = os.open(self.files[file], os.O_RDONLY)  # a third of the time of np.fromfile
+            try:
+                parts.append(os.pread(handle, (stop - start) * size, offset * size))
+            finally:
+                os.close(handle)
+            start, file = stop, file + 1
+        return np.frombuffer(b"".join(parts), self.dtype).astype(np.int64)
 
     def row(self, seed: int, index: int) -> np.ndarray:
         """Row `index` of the endless shuffled stream: (length + 1,).
@@ -152,7 +162,8 @@ class Stream:
             self.order = rng.permutation(self.rows) if self.few else rng.integers(1 << 63, size=6).tolist()
             self.epoch = (seed, epoch)
         row = int(self.order[place]) if self.few else scattered(place, self.rows, self.order)
-        return self.tokens_from(self.phase + row * self.stride)
+        start = self.phase + row * self.stride
+        return self.read(start, start + self.length + 1)
 
 
 class Mixture:
