@@ -65,8 +65,9 @@ def memory_of(pid: int) -> dict[str, int]:
     try:
         fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         found = {"anon": int(fields["RssAnon"].split()[0]) << 10, "rss": int(fields["VmRSS"].split()[0]) << 10}
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found = {key: found[key] + more for key, more in memory_of(int(child)).items()}
+        children = [memory_of(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = [child for child in children if child != found]  # vfork: not yet a program, it is its parent's memory
+        found = {key: value + sum(child[key] for child in children) for key, value in found.items()}
     except (OSError, KeyError):  # it has just ended
         pass
     return found
