@@ -72,7 +72,7 @@ def counts(folder: str, ids: Sequence[int], context: int) -> np.ndarray:
     index = {token: n for n, token in enumerate(ids)}
     found = np.zeros((len(ids) ** context, len(ids)), int)
     for stream in Shards(folder, "train", context).streams:
-        text = [index.get(token, -1) for token in np.concatenate(stream.maps).tolist()]
+        text = [index.get(token, -1) for token in stream.read(0, stream.tokens).tolist()]
         for window in zip(*(text[n:] for n in range(context + 1)), strict=False):
             if min(window) >= 0:
                 *state, token = window

@@ -78,7 +78,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 def pairs(folder: str, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     """(first, second) token of every pair of neighbours in a split, and the size of the vocabulary."""
     shards = Shards(folder, split, 1)
-    texts = [np.concatenate(stream.maps).astype(np.int64) for stream in shards.streams]
+    texts = [stream.read(0, stream.tokens) for stream in shards.streams]
     firsts, seconds = (np.concatenate([text[part] for text in texts]) for part in (slice(-1), slice(1, None)))
     return firsts, seconds, shards.meta["vocab_size"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from common.config import InputError
+from common.files import UNREAD
 from common.model import GPT, GPTConfig, RewardModel
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-UNREAD = "weights are read from safetensors only, as a pickle can run code"
 # Ours -> theirs, within block N. A tuple is a concatenation along the output dimension, in this order.
 LLAMA_BLOCK = {
     "norm1": "input_layernorm",

@@ -1,7 +1,7 @@
 """Rows from a file, a folder or a Hub data set, one after another: a corpus need not fit into memory.
 
-What is held at a time: a line of .jsonl, a thousand rows of .parquet, but all of a .json list, of a .txt document and of
-a packed .parquet.
+What is held at a time: a line of .jsonl, a thousand rows of .parquet, but all of a .json list and of a packed .parquet. A
+.txt file is one document; who asks for its pieces need not hold it either.
 """
 
 import collections
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     data: dict[str, Any]
     origin: str
     parsed: Any = None  # what the stage that reads it makes of `data`
+    rest: int = 0  # characters of the same document that are in the next rows
 
 
 class BadRows:
@@ -42,15 +43,19 @@ class BadRows:
 
     @contextlib.contextmanager
     def row(self, origin: str) -> Iterator[None]:
-        """Around all that is done with one row: an InputError gets its origin, or is noted, and the row is left behind."""
+        """Around all that is done with one row; its own try and `refuse` cost a loop over millions of rows less."""
         try:
             yield
         except InputError as error:
-            if not self.skip:
-                raise InputError(f"{origin}: {error}") from None
-            self.counts[error.reason] += 1
-            if self.counts.total() <= self.shown and int(os.environ.get("RANK", 0)) == 0:
-                tqdm.write(one_line(f"skipped {origin}: {error}"), file=sys.stdout)
+            self.refuse(origin, error)
+
+    def refuse(self, origin: str, error: InputError) -> None:
+        """For what went wrong with one row: raises it with its origin, or notes it, and the row is left behind."""
+        if not self.skip:
+            raise InputError(f"{origin}: {error}") from None
+        self.counts[error.reason] += 1
+        if self.counts.total() <= self.shown and int(os.environ.get("RANK", 0)) == 0:
+            tqdm.write(one_line(f"skipped {origin}: {error}"), file=sys.stdout)
 
 
 def read_rows(source: str, parse: Callable[[dict], Any] | None = None, bad: BadRows | None = None) -> list[Row]:
@@ -59,28 +64,36 @@ def read_rows(source: str, parse: Callable[[dict], Any] | None = None, bad: BadR
 
 
 def iter_rows(
-    source: str, parse: Callable[[dict], Any] | None = None, bad: BadRows | None = None, streaming: bool = True
+    source: str,
+    parse: Callable[[dict], Any] | None = None,
+    bad: BadRows | None = None,
+    streaming: bool = True,
+    pieces: bool = False,
 ) -> Iterator[Row]:
     """Records of a .jsonl, .json (a list), .parquet or .txt file (also .gz, .zst), a folder of such, or a Hub data set.
 
-    A .txt file is one record {"text": ...}. A Hub data set is `owner/name` or `owner/name:config`, its train split; with
-    `streaming` nothing of it is kept on disk. `bad` says what becomes of a row that cannot be read, or that `parse` refuses
-    (InputError). Raises InputError naming file and line (row, byte) of what cannot be read, and a source without rows.
+    A .txt file is one record {"text": ...}; with `pieces` a long one is several, `rest` telling what is still to come. A Hub
+    data set is `owner/name` or `owner/name:config`, its train split; with `streaming` nothing of it is kept on disk. `bad`
+    says what becomes of a row that cannot be read, or that `parse` refuses (InputError). Raises InputError naming file and
+    line (row, byte) of what cannot be read, and a source without rows.
     """
     path, bad, n = Path(source), bad or BadRows(), 0
     before = bad.counts.copy()
     try:
         if path.is_dir():
-            rows = (row for file in files_in(path) for row in iter_rows(str(file), None, bad))
+            rows = (row for file in files_in(path) for row in iter_rows(str(file), None, bad, pieces=pieces))
         else:
-            rows = file_rows(path, bad) if path.exists() else hub_rows(source, streaming)
+            rows = file_rows(path, bad, pieces) if path.exists() else hub_rows(source, streaming)
         for row in rows:
-            with bad.row(row.origin):
+            try:
                 if not isinstance(row.data, dict):
                     raise InputError(f"a row must be a JSON object, this is {str(row.data)[:60]!r}", "not an object")
-                row = row._replace(parsed=parse(row.data) if parse else None)
+                parsed = parse(row.data) if parse else None
+            except InputError as error:
+                bad.refuse(row.origin, error)
+            else:
                 n += 1
-                yield row
+                yield Row(row.data, row.origin, parsed, row.rest)
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}") from None
     if not n:
@@ -97,16 +110,43 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if suffix_of(file) in FORMATS)
 
 
-def file_rows(path: Path, bad: BadRows) -> Iterator[Row]:
+def open_text(path: Path) -> io.TextIOWrapper:
+    # Bytes that are no UTF-8 come as surrogates, so that one of them costs its line and not the file.
+    return io.TextIOWrapper(io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig", errors="surrogateescape")
+
+
+def text_pieces(path: Path) -> Iterator[Row]:
+    """A .txt file in rows of a BLOCK of characters; a first reading counts, and looks for what is no UTF-8."""
+    line, column, length, blank = 0, 0, 0, True
+    with open_text(path) as text, BadRows().row(str(path)):
+        while block := text.read(BLOCK):
+            check_utf8(block, line, column)
+            length, blank = length + len(block), blank and not block.strip()
+            line, column = line + block.count("\n"), len(block) - block.rfind("\n") - 1 + ("\n" not in block) * column
+    with open_text(path) as text:
+        while block := "" if blank else text.read(BLOCK):
+            length -= len(block)
+            if length < 0:
+                break
+            yield Row({"text": block}, str(path), rest=length)
+    if length and not blank:
+        raise InputError(f"{path}: changed while it was being read; run again when it is complete")
+    if blank:
+        yield Row({"text": ""}, str(path))
+
+
+def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
     kind = suffix_of(path)
     if kind == ".parquet":
         yield from parquet_rows(path)
         return
     if kind and kind not in FORMATS:
         raise InputError(f"{path}: a {kind} file is not read; the formats are {', '.join(FORMATS)}")
-    # Bytes that are no UTF-8 come as surrogates, so that one of them costs its line and not the file.
-    text = io.TextIOWrapper(io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig", errors="surrogateescape")
+    text = open_text(path)
     try:
+        if kind == ".txt" and pieces:
+            yield from text_pieces(path)
+            return
         if kind in (".txt", ".json"):
             with BadRows().row(str(path)):
                 content = check_utf8(text.read())
@@ -117,20 +157,26 @@ def file_rows(path: Path, bad: BadRows) -> Iterator[Row]:
             return
         for n, line in enumerate(text, 1):  # ends lines at line ends alone, not at U+2028 and its like as splitlines() does
             if line.strip():
-                with bad.row(f"{path}:{n}"):
-                    yield Row(parse_json(check_utf8(line.rstrip()), dict), f"{path}:{n}")
+                try:
+                    data = parse_json(check_utf8(line.rstrip()), dict)
+                except InputError as error:
+                    bad.refuse(f"{path}:{n}", error)
+                else:
+                    yield Row(data, f"{path}:{n}")
     except InputError:
         if path.suffix in PACKED:  # what looks like a broken text may come of damage to the packed bytes: then say that
             collections.deque(blocks(path), 0)
         raise
 
 
-def check_utf8(text: str) -> str:
+def check_utf8(text: str, line: int = 0, column: int = 0) -> str:
+    """The text, which begins in this line and column (from 0) of its file."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        line, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
-        place = f"line {line + 1}, column {error.start - start}" if line else f"column {error.start + 1}"
+        lines, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
+        column = error.start - start + (0 if lines else column)
+        place = f"line {line + lines + 1}, column {column}" if line + lines else f"column {column}"
         byte = ord(text[error.start]) - 0xDC00
         raise InputError(f"not UTF-8 at {place} (byte 0x{byte:02x}); convert it first (iconv -t utf-8)", "not UTF-8") from None
     return text

@@ -8,6 +8,7 @@ outside therefore goes through `Tokenizer.encode` and `common.chat.render`.
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -32,6 +33,8 @@ PATTERN = (
 # What ByteLevel(use_regex=True) of tokenizer.json means; `\s++$` is tiktoken's own guard for long runs of space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
 ANY_CHARACTER = r"[\s\S]"
+# Where a long text may be cut, as no match of the pattern reaches across, nor looks there: the ids stay the same.
+GAPS = {PATTERN: r"\S(?= )|\n(?=\S)", GPT2_PATTERN: r"\S(?=[ \n])", ANY_CHARACTER: ANY_CHARACTER}
 _NO_REGEX = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
@@ -124,6 +127,8 @@ class Tokenizer:
         self.template = template
         self.vocab_size = len(vocab)
         self.has_control = control
+        gap = GAPS.get(_pattern(pre_tokenizer) if model["type"] != "WordLevel" else ANY_CHARACTER)
+        self.gap = gap and re.compile(gap)  # a text may be cut behind a match; None: nobody knows where
         self._control = set(self._special.values())
         text_vocab = {token: i for token, i in vocab.items() if token not in self._special}
         if model["type"] == "WordLevel":

@@ -10,9 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.checkpoint import dump, write_atomically
 from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import write_jsonl
+from common.files import dump, write_atomically
 
 
 @stage_config

@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import Field
 
 from common.chat import rows_to_messages
-from common.checkpoint import dump, provenance, write_atomically
 from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import read_rows, write_jsonl
+from common.files import dump, provenance, write_atomically
 
 
 @stage_config

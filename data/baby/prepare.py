@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.checkpoint import dump, vouch, write_atomically
 from common.config import OutputDir, cli, stage_config, to_dict
 from common.data import write_jsonl
+from common.files import dump, vouch, write_atomically
 from common.tokenizer import Tokenizer
 
 

@@ -11,6 +11,7 @@ number of documents, and so that a broken row shows before hours of tokenising. 
 
 import collections
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,14 +22,14 @@ from pydantic import Field
 from tqdm import tqdm
 
 from common.chat import rows_to_messages
-from common.checkpoint import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
 from common.config import InputError, OutputDir, cli, fingerprint, stage_config, to_dict
 from common.data import Mixture
+from common.files import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
+from common.keys import ReadsRows, Seed, refuse_overwriting
 from common.signals import interrupt_with
-from common.sources import BadRows, content_of, iter_rows
-from common.tokenizer import Tokenizer, check_text
-from common.train_config import ReadsRows, Seed, refuse_overwriting
-from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, tokenise
+from common.sources import BadRows, Row, content_of, iter_rows
+from common.tokenizer import GAPS, PATTERN, Tokenizer, check_text
+from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, split_document, tokenise
 
 
 @stage_config
@@ -85,13 +86,22 @@ def text_of(row: dict[str, Any]) -> str:
         raise InputError(f"no `text` column, and as a conversation: {error}", error.reason) from None
 
 
+def texts_of(row: Row, rows: Iterator[Row]) -> Iterator[str]:
+    """The text of the document that begins with `row`: it has rest until the last of its rows."""
+    yield row.parsed
+    while row.rest:
+        row = next(rows)
+        yield row.parsed
+
+
 def survey(source: str, on_bad_row: str, bar: tqdm) -> dict[str, Any]:
     """Numbers of documents, of empty ones and of bad ones by reason, which are left out; the size of the text in bytes."""
     found, bad = {"documents": 0, "empty": 0, "size": 0}, BadRows(on_bad_row)
-    for row in iter_rows(source, text_of, bad):
-        full = bool(row.parsed.strip())
+    rows = iter_rows(source, text_of, bad, pieces=True)
+    for row in rows:
+        full = bool(row.rest or row.parsed.strip())
         found["documents" if full else "empty"] += 1
-        found["size"] += len(row.parsed.encode()) if full else 0
+        found["size"] += sum(len(text.encode()) for text in texts_of(row, rows)) if full else 0
         bar.update()
     if not found["documents"]:
         raise InputError(f"train_data {source}: too little text: all {found['empty']} documents are empty")
@@ -111,17 +121,16 @@ def held_out_masks(numbers: Sequence[int], eval_fraction: float, seed: int) -> l
     return masks
 
 
-def documents_of(source: str, held_out: np.ndarray | None, cfg: Config) -> Iterator[Document]:
-    """The documents of a source in their order, each for its split; those that `survey` left out are left out again."""
-    rows = iter_rows(source, text_of, BadRows(cfg.on_bad_row, shown=0))
-    for n, row in enumerate(row for row in rows if row.parsed.strip()):
-        text = row.parsed
-        if held_out is not None:
-            yield Document({"eval" if held_out[n] else "train": text}, row.origin)
-        else:
-            cut = len(text) - round(len(text) * cfg.eval_fraction)
-            tail = {"eval": text[cut:]} if text[cut:].strip() else {}
-            yield Document({"train": text[:cut], **tail}, row.origin)
+def documents_of(source: str, held_out: np.ndarray | None, gap: re.Pattern | None, cfg: Config) -> Iterator[Document]:
+    """The documents of a source in their order, each for its split; those that `survey` left out are left out again.
+
+    Long ones come in pieces, cut behind a match of `gap`.
+    """
+    rows = iter_rows(source, text_of, BadRows(cfg.on_bad_row, shown=0), pieces=gap is not None)
+    for n, row in enumerate(row for row in rows if row.rest or row.parsed.strip()):
+        length = len(row.parsed) + row.rest
+        tail = round(length * cfg.eval_fraction) if held_out is None else length if held_out[n] else 0
+        yield from split_document(texts_of(row, rows), length, length - tail, gap, row.origin)
 
 
 def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> Tokenizer:
@@ -130,8 +139,16 @@ def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> T
         return Tokenizer.characters(text for document in documents for text in document.parts.values())
     chosen = np.zeros(number, bool)
     chosen[np.random.default_rng((cfg.seed, 1)).permutation(number)[: cfg.tokenizer_documents]] = True
-    texts = (document.parts["train"] for document in documents if "train" in document.parts)
-    return Tokenizer.train_bpe((text for n, text in enumerate(texts) if chosen[n]), cfg.vocab_size)
+
+    def texts() -> Iterator[str]:
+        n = 0
+        for document in documents:
+            if "train" in document.parts:
+                if chosen[n]:
+                    yield document.parts["train"]
+                n += document.more != "train"
+
+    return Tokenizer.train_bpe(texts(), cfg.vocab_size)
 
 
 def training_documents(sources: Sequence[dict[str, Any]], masks: Sequence[np.ndarray | None]) -> int:
@@ -154,7 +171,7 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         sources = [content | survey(content["source"], cfg.on_bad_row, bar) for content in contents]
     masks = held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
     pairs = zip(cfg.train_data, masks, strict=True)
-    documents = (document for pair in pairs for document in documents_of(*pair, cfg))
+    documents = (document for pair in pairs for document in documents_of(*pair, re.compile(GAPS[PATTERN]), cfg))
     tokenizer = given or make_tokenizer(cfg, documents, training_documents(sources, masks))
     tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -172,7 +189,7 @@ def main(cfg: Config) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     small = sum(source["size"] for source in shelf.sources) < SMALL
     tokenise(
-        shelf, tokenizer, lambda n: documents_of(cfg.train_data[n], masks[n], cfg),
+        shelf, tokenizer, lambda n: documents_of(cfg.train_data[n], masks[n], tokenizer.gap, cfg),
         cfg.num_proc or (1 if small else cores),
     )  # fmt: skip
 

@@ -9,10 +9,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.chat import stop_ids
-from common.checkpoint import dump, sha256, write_atomically
 from common.config import InputError
-from common.data import SHARD_DTYPES
+from common.files import dump, sha256, write_atomically
 from common.tokenizer import Tokenizer
+from stages.pretrain.shards import ShardWriter
 
 CHUNK = 1 << 18  # characters that a process is given at once
 SAVE_SECONDS = 5.0  # between two entries in the journal
@@ -34,17 +34,20 @@ JOURNAL = "progress.json"
 
 
 class Document(NamedTuple):
-    """One document: its text for each split ("train", "eval" or both, when it gives its tail), and what an error calls it."""
+    """One document: its text for each split ("train", "eval" or both, when it gives its tail), and what an error calls it.
+    A long one comes in pieces."""
 
     parts: dict[str, str]
     origin: str
+    more: str | None = None  # the split of its next piece; None: it is complete
 
 
 class Encoded(NamedTuple):
     """A chunk of documents of one source as ids of each split, an end-of-text behind each text."""
 
     source: int
-    documents: int
+    documents: int  # that it completes
+    pieces: int
     bytes: dict[str, int]
     ids: dict[str, np.ndarray]
 
@@ -59,9 +62,12 @@ def encode(tokenizer: Tokenizer, source: int, documents: Sequence[Document]) -> 
                 ids[split] += tokenizer.encode(text)
             except InputError as error:
                 raise InputError(f"{document.origin}: {error}") from None
-            ids[split] += stop_ids(tokenizer)
+            if split != document.more:
+                ids[split] += stop_ids(tokenizer)
             size[split] += len(text.encode())
-    return Encoded(source, len(documents), size, {split: np.array(found, np.uint32) for split, found in ids.items()})
+    complete = sum(document.more is None for document in documents)
+    arrays = {split: np.array(found, np.uint32) for split, found in ids.items()}
+    return Encoded(source, complete, len(documents), size, arrays)
 
 
 def start_worker(tokenizer: Tokenizer) -> None:
@@ -100,6 +106,61 @@ def encode_all(tokenizer: Tokenizer, chunks: Iterable[tuple[int, list[Document]]
             yield waiting.popleft().result()
 
 
+def between_words(texts: Iterable[str], gap: re.Pattern) -> Iterator[str]:
+    """The same text in pieces of CHUNK characters, or as many more as there are to the next gap."""
+    held = ""
+    for text in texts:
+        held, start = held + text, 0
+        while found := gap.search(held, start + CHUNK):
+            yield held[start : found.end()]
+            start = found.end()
+        held = held[start:]
+    if held:
+        yield held
+
+
+def sides(texts: Iterable[str], train: int) -> Iterator[tuple[str, str]]:
+    """(split, text): the first `train` characters, and what is behind them."""
+    for text in texts:
+        yield from ((split, part) for split, part in (("train", text[:train]), ("eval", text[train:])) if part)
+        train = max(0, train - len(text))
+
+
+def pieces(texts: Iterable[str], train: int, gap: re.Pattern) -> Iterator[tuple[str, str]]:
+    """(split, text) of a long document; a tail of nothing but blanks is left out."""
+    for split, group in itertools.groupby(sides(texts, train), key=lambda side: side[0]):
+        held, full = "", split == "train"
+        for text in between_words((text for _, text in group), gap):
+            held, full = held + text, full or bool(text.strip())
+            if full:
+                yield split, held
+                held = ""
+
+
+def split_document(texts: Iterable[str], length: int, train: int, gap: re.Pattern | None, origin: str) -> Iterator[Document]:
+    """A document of so many characters, the first `train` of them for training; a long one in pieces, if it has gaps."""
+    if gap is None or length <= CHUNK:
+        parts = sides(["".join(texts)], train)
+        yield Document({split: part for split, part in parts if split == "train" or part.strip()}, origin)
+        return
+    found, start = pieces(texts, train, gap), 0
+    split, text = next(found)
+    for following in found:
+        yield Document({split: text}, f"{origin} from character {start} on", more=following[0])
+        start += len(text)
+        split, text = following
+    yield Document({split: text}, f"{origin} from character {start} on")
+
+
+def first(number: int, documents: Iterator[Document]) -> Iterator[Document]:
+    """Until so many are complete."""
+    for document in documents if number else ():
+        yield document
+        number -= document.more is None
+        if not number:
+            return
+
+
 def chunked(source: int, documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
     chunk, size = [], 0
     for document in documents:
@@ -112,57 +173,11 @@ def chunked(source: int, documents: Iterable[Document]) -> Iterator[tuple[int, l
         yield source, chunk
 
 
-class ShardWriter:
-    """Appends ids to `{prefix}-NNNNN.bin` files of shard_tokens each; `tokens` and `crc` (CRC-32) are of all it has taken."""
-
-    def __init__(self, folder: Path, prefix: str, dtype: str, shard_tokens: int) -> None:
-        self.folder, self.prefix, self.dtype, self.shard_tokens = folder, prefix, np.dtype(SHARD_DTYPES[dtype]), shard_tokens
-        self.tokens, self.crc, self.file = 0, 0, None
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"{self.prefix}-{number:05d}.bin"
-
-    def write(self, ids: np.ndarray) -> None:
-        while len(ids):
-            number, used = divmod(self.tokens, self.shard_tokens)
-            if used == 0 or self.file is None:
-                self.sync()
-                self.file = self.path(number).open("ab" if used else "wb")
-            part = ids[: self.shard_tokens - used].astype(self.dtype).tobytes()
-            self.file.write(part)
-            self.crc = zlib.crc32(part, self.crc)
-            self.tokens += len(part) // self.dtype.itemsize
-            ids = ids[self.shard_tokens - used :]
-
-    def sync(self) -> None:
-        """All that was written is on the disk."""
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
-
-    def restore(self, tokens: int, crc: int) -> bool:
-        """Cut the files back to their first `tokens` tokens; False if these are not those that `crc` was taken of."""
-        self.tokens, self.crc = tokens, 0
-        for number, start in enumerate(range(0, tokens, self.shard_tokens)):
-            left = min(self.shard_tokens, tokens - start) * self.dtype.itemsize
-            if not self.path(number).exists() or self.path(number).stat().st_size < left:
-                return False
-            os.truncate(self.path(number), left)
-            with self.path(number).open("rb") as file:
-                while block := file.read(1 << 20):
-                    self.crc = zlib.crc32(block, self.crc)
-        for number in range(-(-tokens // self.shard_tokens), len(list(self.folder.glob(f"{self.prefix}-*.bin")))):
-            self.path(number).unlink(missing_ok=True)
-        return self.crc == crc
-
-
 class Shelf:
     """The shard files in a folder and the journal that tells how far they are good.
 
     journal: "key" (fingerprint of what the files are made from), "dtype", "shard_tokens", "mixed" (each source has files of
-    its own), "crc" of each writer, and "sources", for each the counts of `Encoded`: done (documents), tokens, bytes.
+    its own), "crc" of each writer, and "sources", for each the counts of `Encoded`: done (documents), pieces, tokens, bytes.
     """
 
     def __init__(self, folder: Path, journal: dict[str, Any]) -> None:
@@ -177,9 +192,9 @@ class Shelf:
         """An empty shelf, in a folder that has the tokenizer."""
         for old in folder.glob("*.bin"):
             old.unlink()
-        none = [{"done": 0, "tokens": {"train": 0, "eval": 0}, "bytes": {"train": 0, "eval": 0}} for _ in sources]
+        none = [{"done": 0, "pieces": 0, "tokens": {"train": 0, "eval": 0}, "bytes": {"train": 0, "eval": 0}} for _ in sources]
         journal["sources"] = [{**source, **counts} for source, counts in zip(sources, none, strict=True)]
-        shelf = cls(folder, journal | {"crc": {}, "tokenizer": sha256(folder / "tokenizer.json")})
+        shelf = cls(folder, journal | {"crc": {}, "chunk": CHUNK, "tokenizer": sha256(folder / "tokenizer.json")})
         shelf.save()
         return shelf
 
@@ -188,7 +203,7 @@ class Shelf:
         """What an earlier run with this key left, cut back to what its journal vouches for; None if there is nothing good."""
         try:
             journal = json.loads((folder / JOURNAL).read_text())
-            if journal["key"] != key or journal["tokenizer"] != sha256(folder / "tokenizer.json"):
+            if journal["key"] != key or journal["chunk"] != CHUNK or journal["tokenizer"] != sha256(folder / "tokenizer.json"):
                 return None
             shelf = cls(folder, journal)
         except (OSError, ValueError, KeyError, TypeError):
@@ -205,6 +220,7 @@ class Shelf:
     def add(self, chunk: Encoded) -> None:
         source = self.sources[chunk.source]
         source["done"] += chunk.documents
+        source["pieces"] += chunk.pieces
         for split, ids in chunk.ids.items():
             self.writers[self.prefix(split, chunk.source)].write(ids)
             source["tokens"][split] += len(ids)
@@ -226,8 +242,8 @@ def tokenise(shelf: Shelf, tokenizer: Tokenizer, documents_of: Callable[[int], I
 
     def rest() -> Iterator[tuple[int, list[Document]]]:
         for n, source in enumerate(shelf.sources):
-            if source["done"] < source["documents"]:
-                yield from chunked(n, itertools.islice(documents_of(n), source["done"], source["documents"]))
+            if left := source["documents"] - source["done"]:
+                yield from chunked(n, first(left, itertools.islice(documents_of(n), source["pieces"], None)))
 
     size = sum(source["size"] for source in shelf.sources)
     done = shelf.total("bytes", "train") + shelf.total("bytes", "eval")

@@ -23,10 +23,10 @@ from common.checkpoint import check_context, dump, lineage, load_model, load_tok
 from common.config import InputError, OutputDir, cli, stage_config, to_dict
 from common.data import Row, read_rows, write_jsonl
 from common.generate import sample
+from common.keys import ReadsRows, Seed, refuse_overwriting
 from common.signals import interrupt_with
 from common.sources import BadRows
 from common.tokenizer import Tokenizer
-from common.train_config import ReadsRows, Seed, refuse_overwriting
 from stages.reward.comparisons import ranked
 
 Labeller = Callable[[str, list[str], random.Random], list[int]]

@@ -19,6 +19,7 @@ from common.chat import prompt_ids, rows_to_prompt
 from common.checkpoint import check_context, lineage, load_config, load_model, load_tokenizer, publish
 from common.config import Failure, InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, Shards, read_rows
+from common.keys import ReadsRows
 from common.lora import add_lora, merged_state, save_adapter
 from common.optim import NonFiniteError, SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
 from common.placement import frozen, sampler, whole
@@ -26,7 +27,7 @@ from common.run import Run
 from common.scoring import same_ids
 from common.sources import BadRows
 from common.tokenizer import Tokenizer
-from common.train_config import NonNegative, Positive, ReadsRows
+from common.train_config import NonNegative, Positive
 from stages.rl.learn import PPOConfig, describe, episode_samples, learn
 from stages.rl.ppo import next_kl_coef
 from stages.rl.rollout import ActorCritic, Trajectory, joined, rollout

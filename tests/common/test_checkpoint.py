@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common.checkpoint
+import common.files
 from common.checkpoint import lineage, load_config, load_model, load_tokenizer, locate, provenance, publish, read_stage
 from common.config import Failure, InputError
 
@@ -76,7 +77,8 @@ def crash_after(files: int, monkeypatch) -> None:
         seen.append(file)
         write(file, content)
 
-    monkeypatch.setattr(common.checkpoint, "write_atomically", dying)
+    for owner in (common.checkpoint, common.files):
+        monkeypatch.setattr(owner, "write_atomically", dying)
 
 
 @pytest.mark.parametrize("files", range(5))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.config import InputError
-from common.data import Mixture, Order, Row, Shards, batches, hold_out, pad, read_rows, share, write_jsonl
+from common.data import Mixture, Order, Row, Shards, Stream, batches, hold_out, pad, read_rows, scattered, share, write_jsonl
 
 
 def test_write_jsonl_comes_back(tmp_path):
@@ -81,11 +81,31 @@ def shards_of(folder: Path, sizes: list[int], dtype: str = "uint16", split: str 
     return stream
 
 
+@pytest.fixture(params=["held", "computed"])
+def order(request, monkeypatch):
+    """The order of a few rows is held, that of many computed."""
+    if request.param == "computed":
+        monkeypatch.setattr(Stream, "HELD", 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000, 4097])
+def test_a_computed_order_is_a_permutation(size):
+    orders = []
+    for seed in range(3):
+        keys = np.random.default_rng(seed).integers(1 << 63, size=6).tolist()
+        orders.append([scattered(n, size, keys) for n in range(size)])
+        assert sorted(orders[-1]) == list(range(size))
+    if size >= 1000:
+        assert abs(np.corrcoef(orders[0], orders[1])[0, 1]) < 0.1 and abs(np.corrcoef(orders[0], range(size))[0, 1]) < 0.1
+        assert np.mean(np.abs(np.diff(orders[0])) == 1) < 0.01
+
+
 FILES = {"one file": [101], "even": [50, 50], "ragged": [3, 40, 1, 2, 77, 5], "exact": [41, 40], "row and one": [11]}
 
 
 @pytest.mark.parametrize("sizes", FILES.values(), ids=FILES)
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.usefixtures("order")
 def test_every_row_once_an_epoch_across_file_borders(tmp_path, sizes, dtype):
     stream = shards_of(tmp_path, sizes, dtype)
     shards = Shards(str(tmp_path), "train", 10)
@@ -105,6 +125,7 @@ def test_every_row_once_an_epoch_across_file_borders(tmp_path, sizes, dtype):
     assert len(phases) == 1 if spare == 0 else len(phases) > 1
 
 
+@pytest.mark.usefixtures("order")
 def test_shard_order_is_pure(tmp_path):
     shards_of(tmp_path, [30, 70, 33])
     shards = Shards(str(tmp_path), "train", 8)

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import sources
 from common.config import InputError
+from common.tokenizer import _NO_REGEX, GPT2_PATTERN, PATTERN, Tokenizer, _split
 from stages.pretrain import tokenise
 from stages.pretrain.prepare import Config, main
 from stages.pretrain.tokenise import Document, ShardWriter, chunked, encode_all
@@ -244,3 +246,77 @@ def test_a_source_that_shrinks_while_it_is_read(setting, fine, monkeypatch, tmp_
     monkeypatch.setattr(tokenise.Shelf, "begin", classmethod(shrink))
     with pytest.raises(InputError, match=r"b\.jsonl: changed while it was being read"):
         main(setting("x"))
+
+
+# Long documents
+
+PLACES = [
+    "a b",
+    "it's  two\n\n\nlines\n next",
+    "x \n \n y",
+    "word.\n\nword",
+    "\t\tcode  { }\n",
+    "日本。\n語 ",
+    "1234 567 ",
+    " " * 300 + "z",
+    "'s",
+    "é\u2028 \u0085",
+]
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN])
+def test_a_long_text_has_the_ids_of_its_pieces(tokenizer, monkeypatch, pattern):
+    parts = {"type": "Sequence", "pretokenizers": [_split(pattern), _NO_REGEX]}
+    own = Tokenizer(tokenizer._model, parts, tuple(tokenizer._special))
+    rng = np.random.default_rng(0)
+    cuts = 0
+    for size in (1, 3, 20):
+        monkeypatch.setattr(tokenise, "CHUNK", size)
+        for _ in range(300):
+            text = "".join(rng.choice(PLACES) for _ in range(30))
+            blocks = [text[i : i + 17] for i in range(0, len(text), 17)]
+            pieces = list(tokenise.between_words(blocks, own.gap))
+            assert "".join(pieces) == text
+            assert [i for piece in pieces for i in own.encode(piece)] == own.encode(text)
+            cuts += len(pieces) - 1
+    assert cuts > 5000
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+@pytest.mark.parametrize("number", [1, 30])
+def test_a_book_in_pieces_is_the_same_book(tmp_path, monkeypatch, number, fraction):
+    """As .txt and as .jsonl, held out as a whole or giving its tail, cut into pieces or not."""
+    rng = np.random.default_rng(1)
+    books = ["".join(rng.choice([*TEXTS, "\n\n", "   \n"]) for _ in range(20)) + "\n \n" * n for n in range(number)]
+    (tmp_path / "txt").mkdir()
+    for n, book in enumerate(books):
+        (tmp_path / f"txt/{n:02d}.txt").write_text(book)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": book}) + "\n" for book in books))
+    files = []
+    for chunk, block, source in ((1 << 18, 1 << 20, "txt"), (100, 130, "txt"), (100, 1 << 20, "rows.jsonl")):
+        monkeypatch.setattr(tokenise, "CHUNK", chunk)
+        monkeypatch.setattr(sources, "BLOCK", block)
+        cfg = Config(
+            train_data=[str(tmp_path / source)], output_dir=str(tmp_path / "x"), vocab_size=300, eval_fraction=fraction
+        )
+        main(cfg)
+        files.append({name: content for name, content in made(cfg).items() if name != "shards.json"})
+    assert files[0] == files[1] == files[2]
+
+
+def test_a_text_that_is_refused_is_named_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "CHUNK", 50)
+    monkeypatch.setattr(sources, "BLOCK", 64)
+    book = tmp_path / "book.txt"
+    keys = {"train_data": [str(book)], "output_dir": str(tmp_path / "x"), "eval_fraction": 0.1}
+    book.write_text("abc def\n" * 60)
+    main(Config(tokenizer="characters", **keys))
+    book.write_text("abc def\n" * 40 + "abc?def" + "abc def\n" * 40)
+    with pytest.raises(InputError, match=r"book\.txt from character \d+ on: character '\?' .* at position \d+ is none of"):
+        main(Config(tokenizer=str(tmp_path / "x"), **keys | {"output_dir": str(tmp_path / "y")}))
+    book.write_bytes(b"abc def\n" * 40 + b"abc \xff def")
+    with pytest.raises(InputError, match=r"book\.txt: not UTF-8 at line 41, column 5 \(byte 0xff\)"):
+        main(Config(**keys))
+    book.write_bytes(b"abc def " * 40 + b"abc \xff def")
+    with pytest.raises(InputError, match=r"book\.txt: not UTF-8 at column 325 \(byte 0xff\)"):
+        main(Config(**keys))

@@ -1,0 +1,55 @@
+"""Token ids -> shard files that can be cut back to what a journal vouches for."""
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from common.data import SHARD_DTYPES
+
+
+class ShardWriter:
+    """Appends ids to `{prefix}-NNNNN.bin` files of shard_tokens each; `tokens` and `crc` (CRC-32) are of all it has taken."""
+
+    def __init__(self, folder: Path, prefix: str, dtype: str, shard_tokens: int) -> None:
+        self.folder, self.prefix, self.dtype, self.shard_tokens = folder, prefix, np.dtype(SHARD_DTYPES[dtype]), shard_tokens
+        self.tokens, self.crc, self.file = 0, 0, None
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.prefix}-{number:05d}.bin"
+
+    def write(self, ids: np.ndarray) -> None:
+        while len(ids):
+            number, used = divmod(self.tokens, self.shard_tokens)
+            if used == 0 or self.file is None:
+                self.sync()
+                self.file = self.path(number).open("ab" if used else "wb")
+            part = ids[: self.shard_tokens - used].astype(self.dtype).tobytes()
+            self.file.write(part)
+            self.crc = zlib.crc32(part, self.crc)
+            self.tokens += len(part) // self.dtype.itemsize
+            ids = ids[self.shard_tokens - used :]
+
+    def sync(self) -> None:
+        """All that was written is on the disk."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
+
+    def restore(self, tokens: int, crc: int) -> bool:
+        """Cut the files back to their first `tokens` tokens; False if these are not those that `crc` was taken of."""
+        self.tokens, self.crc = tokens, 0
+        for number, start in enumerate(range(0, tokens, self.shard_tokens)):
+            left = min(self.shard_tokens, tokens - start) * self.dtype.itemsize
+            if not self.path(number).exists() or self.path(number).stat().st_size < left:
+                return False
+            os.truncate(self.path(number), left)
+            with self.path(number).open("rb") as file:
+                while block := file.read(1 << 20):
+                    self.crc = zlib.crc32(block, self.crc)
+        for number in range(-(-tokens // self.shard_tokens), len(list(self.folder.glob(f"{self.prefix}-*.bin")))):
+            self.path(number).unlink(missing_ok=True)
+        return self.crc == crc
