@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,19 @@ from tqdm import tqdm
 from common.checkpoint import writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+class Laps:
+    """Seconds that the parts of a step take, by name, as metrics: lap("sampling") ends the part that began at the last lap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = now - self.last
+        self.last = now
 
 
 class Log:

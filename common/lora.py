@@ -32,9 +32,12 @@ def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str])
 
 def merged_state(model: GPT | RewardModel) -> dict[str, Tensor]:
     """The model's weights under their plain names, adapters added in: what `publish` writes."""
+    full = model.state_dict()
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in full.items() if "lora_" not in name}
+    if len(state) == len(full):
+        return state
     from peft.tuners.lora import LoraLayer
 
-    state = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             delta = module.get_delta_weight("default")

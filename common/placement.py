@@ -80,14 +80,18 @@ def whole(made: Accelerator, module: nn.Module) -> Iterator[None]:
         yield
 
 
-def sampler(made: Accelerator, module: GPT) -> GPT:
-    """A GPT to sample from, with the weights of `module`: itself, or under ZeRO-3 a copy gathered once, not at each token."""
-    if zero_stage(made) < 3:
+def sampler(made: Accelerator, module: GPT, dtype: torch.dtype = torch.float32, copy: GPT | None = None) -> GPT:
+    """A GPT to sample from in `dtype`, with the weights of `module` as they are now.
+
+    It is `module` itself, or where that is in another precision, or split over processes by ZeRO-3, a copy: the one that the
+    last call returned, if given, else a new one.
+    """
+    if zero_stage(made) < 3 and dtype == next(module.parameters()).dtype:
         return module
     with torch.random.fork_rng(), whole(made, module):
-        copy = GPT(module.config).to(made.device)
+        copy = copy or GPT(module.config).to(made.device, dtype).requires_grad_(False).eval()
         copy.load_state_dict(merged_state(module))
-    return copy.eval()
+    return copy
 
 
 def frozen(made: Accelerator, module: GPT | RewardModel) -> nn.Module:

@@ -222,8 +222,13 @@ class Run(Log):
 
     def autocast(self) -> torch.autocast:
         """The precision that prepared modules train in, for modules used outside `prepare`."""
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "no")
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else torch.bfloat16, enabled=half)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products in training."""
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def finish(self, step: int, gate: tuple[bool, str], **extra: Any) -> dict[str, Any]:
         """The content of stage.json; prints the gate: one line on whether the stage learned what it should."""

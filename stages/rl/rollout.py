@@ -115,12 +115,13 @@ def rollout(
     sampler: GPT | None = None,
     part: tuple[int, int] = (0, 1),
     progress: Callable[..., object] | None = None,
+    lap: Callable[[str], None] | None = None,
 ) -> Trajectory:
     """Sample an answer to each prompt and evaluate it with policy, reference, critic and reward model.
 
     Call it under the autocast of training: the log-probs that the ratio starts from are recomputed in its numerics.
     sampler: to sample from, where not from model.policy itself; part: (process, processes) where `prompts` are one process's;
-    progress: called now and then.
+    progress: called now and then; lap: when a part is done, with its name.
     """
     sampler = sampler or model.policy
     device = next(sampler.parameters()).device
@@ -130,6 +131,8 @@ def rollout(
             sampler, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, part=part,
             stop_ids=stop_ids, batch_size=batch_size, progress=progress,
         )  # fmt: skip
+    if lap:
+        lap("sampling")
     lengths = torch.tensor([len(answer.ids) for answer in answers], device=device)
     mask_BT = length_mask(lengths, int(lengths.max()))
     zeros_BT = torch.zeros(mask_BT.shape, device=device)

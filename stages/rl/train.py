@@ -20,6 +20,7 @@ from common.checkpoint import check_context, lineage, load_config, load_model, l
 from common.config import Failure, InputError, cli, fingerprint, stage_config
 from common.data import Order, Row, Shards, read_rows
 from common.keys import ReadsRows
+from common.log import Laps
 from common.lora import add_lora, merged_state, save_adapter
 from common.optim import NonFiniteError, SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
 from common.placement import frozen, sampler, whole
@@ -164,12 +165,13 @@ def main(cfg: Config) -> None:
     models = [lineage(path).get("parent_hash") for path in (cfg.reference, cfg.reward_model, cfg.critic)]
     data = fingerprint([prompts, shards and shards.meta, models])
     first_step, kept = run.start_or_resume(raw, optimizer, data, kl_coef=cfg.kl_coef, history=[])
-    bar, history = run.progress(steps, first_step, unit="rollout"), kept["history"]
+    bar, history, speaker = run.progress(steps, first_step, unit="rollout"), kept["history"], None
     for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
         if step == steps:
             break
-        kl_coef = kept["kl_coef"]
+        kl_coef, lap = kept["kl_coef"], Laps()
+        speaker = sampler(run.accelerator, raw.policy, run.dtype, speaker)
         chosen = [prompts[row] for row in order.rows(step)]
         with run.autocast():
             part = rollout(
@@ -189,9 +191,10 @@ def main(cfg: Config) -> None:
                 missing_stop_penalty=cfg.missing_stop_penalty,
                 batch_size=256,
                 score_batch_size=cfg.per_device_train_batch_size,
-                sampler=sampler(run.accelerator, raw.policy),
+                sampler=speaker,
                 part=(run.rank, run.processes),
                 progress=run.poll,
+                lap=lap,
             )
         # Every process gets all episodes: what is whitened, drawn and logged is the same, however many there are.
         parts = gather_object([[field.cpu() for field in part]])
@@ -201,6 +204,7 @@ def main(cfg: Config) -> None:
         except NonFiniteError as error:
             run.skip(step, error)
             continue
+        lap("scoring")
         history.append(metrics)
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
         set_learning_rate(optimizer, factor)
@@ -210,7 +214,8 @@ def main(cfg: Config) -> None:
         metrics |= learn(
             run, model, optimizer, batch, shards and partial(texts, run, shards, cfg, step), tokenizer.eot_id, cfg, step
         )
-        metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate}
+        lap("training")
+        metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate} | lap.seconds
         if cfg.target_kl:
             kept["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes)
         bar.update()
