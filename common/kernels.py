@@ -145,24 +145,19 @@ def swiglu(h: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Both halves of the gradient are written where they belong."""
+    """On halves made contiguous, which is quicker by more than the copies take."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
-        gate, value = h.chunk(2, dim=-1)
+        gate, value = (half.contiguous() for half in h.chunk(2, dim=-1))
         silu = F.silu(gate)
-        ctx.save_for_backward(h, silu)
+        ctx.save_for_backward(gate, value, silu)
         return silu * value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        h, silu = ctx.saved_tensors
-        gate, value = h.chunk(2, dim=-1)
-        out = torch.empty_like(h)
-        dgate, dvalue = out.chunk(2, dim=-1)
-        torch.mul(g, silu, out=dvalue)
-        torch.ops.aten.silu_backward.grad_input(g * value, gate, grad_input=dgate)
-        return out
+        gate, value, silu = ctx.saved_tensors
+        return torch.cat([torch.ops.aten.silu_backward(g * value, gate), g * silu], dim=-1)
 
 
 def gelu(x: Tensor) -> Tensor:

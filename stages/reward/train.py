@@ -165,7 +165,7 @@ def main(cfg: Config) -> None:
     micro = cfg.per_device_train_batch_size
     batch_rows = run.global_batch
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(comparisons), batch_rows)
-    order = Order([sum(map(len, comparison.rows)) for comparison in comparisons], batch_rows, cfg.seed)
+    order = Order([max(map(len, comparison.rows)) for comparison in comparisons], batch_rows, cfg.seed)  # pads the least
 
     def loss(batch: Batch) -> Tensor:
         scores = model(batch.ids, batch.lengths)
