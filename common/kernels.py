@@ -6,7 +6,7 @@ Shape legend: B rows, T positions, H heads, K key/value heads, D head width, C w
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,45 @@ from torch.nn import functional as F
 
 Rope = tuple[Tensor, Tensor]  # (B or 1, T, D) each: cosines; sines, negative for the first half of D
 CACHED = 2**19  # elements of a score matrix that stay in a core's cache
+
+
+class Tokens(NamedTuple):
+    """N of the tokens of B right-padded rows: what lies behind the last one that matters need not be computed."""
+
+    at: Tensor  # (N) places in the flattened (B, T), ascending
+    rows: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, T) -> (1, N)."""
+        return x.flatten()[self.at][None]
+
+
+class _Gather(torch.autograd.Function):
+    """x (M, C) -> its rows `at` (N, C), all different: PyTorch's index must add up in its backward pass, which is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.rows = len(x)
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(g, *ctx.saved_tensors, ctx.rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose: x (N, C) -> (rows, C), zero but for the rows `at`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(at)
+        return x.new_zeros(rows, x.shape[1]).index_copy_(0, at, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return g.index_select(0, *ctx.saved_tensors), None, None
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -30,13 +69,18 @@ def attention(
     rope: Rope | None,
     mask: Tensor | None,
     dropout: float = 0.0,
+    tokens: Tokens | None = None,
     remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Self-attention over qkv (B, T, (H + 2 K) D), heads of queries, keys and values in this order -> (B, T, H D).
 
-    mask: (B or 1, 1, T, S), added to the scores; None = causal. remember: stores keys and values (B, K, T, D), returns all
-    so far.
+    mask: (B or 1, 1, T, S), added to the scores; None = causal. tokens: qkv is (1, N, ...), these of B rows, and so is what
+    comes back. remember: stores keys and values (B, K, T, D), returns all so far.
     """
+    if tokens:
+        rows = _Scatter.apply(qkv[0], tokens.at, tokens.rows * tokens.length).unflatten(0, (tokens.rows, tokens.length))
+        y = attention(rows, heads, kv_heads, rope, mask, dropout)
+        return _Gather.apply(y.flatten(0, 1), tokens.at)[None]
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not dropout:
         return _Attention.apply(qkv, heads, kv_heads, rope, mask)
     if remember:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.cache import KVCache
 from common.config import InputError
-from common.kernels import Rope, attention, gelu, linear_logprobs, rms_norm, swiglu
+from common.kernels import Rope, Tokens, attention, gelu, linear_logprobs, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope | None,
+        mask: Tensor | None,
+        tokens: Tokens | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
         H, K = self.config.n_head, self.config.n_kv_head
         dropout = self.config.dropout if self.training else 0.0
-        y = attention(self.qkv(x), H, K, rope, mask, dropout, cache and partial(cache.write, layer))
+        y = attention(self.qkv(x), H, K, rope, mask, dropout, tokens, cache and partial(cache.write, layer))
         return self.dropout(self.out(y))
 
 
@@ -101,6 +109,14 @@ def document_mask(documents: Tensor) -> Tensor:
     """bool (B, 1, T, T): causal, and within a document only; documents (B, T) numbers the document of each token."""
     same = documents[:, :, None] == documents[:, None, :]
     return same.tril()[:, None]
+
+
+def needed(keep: Tensor) -> Tokens | None:
+    """The tokens up to each row's last kept one, which are all that matter; None: all, or nearly, or not worth it on GPUs."""
+    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    real = keep.flip(1).cummax(1).values.flip(1)
+    return None if real.float().mean() > 0.95 else Tokens(real.flatten().nonzero().squeeze(1), *keep.shape)
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -131,8 +147,16 @@ class Block(nn.Module):
         self.norm2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, mask, cache, layer)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope | None,
+        mask: Tensor | None,
+        tokens: Tokens | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, mask, tokens, cache, layer)
         return x + self.mlp(self.norm2(x))
 
 
@@ -164,18 +188,22 @@ class Trunk(nn.Module):
             self.register_buffer("cos", angles.cos(), persistent=False)  # (max_length, D/2)
             self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, C), or only where `keep` (B, T) is set: (N, C), row by row."""
         T = ids.shape[1]
         end = T if cache is None else int(cache.lengths.max()) + T
         if end > self.config.max_length:
             raise InputError(f"{end} tokens in a row, but the model's context is {self.config.max_length}")
         positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)  # (B or 1, T)
-        x = self.wte(ids)
+        tokens = None if keep is None else needed(keep)
+        x = self.wte(ids if tokens is None else tokens.of(ids))
         # Of queries, keys and values.
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         rope = None
         if self.wpe is not None:
-            x = x + self.wpe(positions)
+            x = x + self.wpe(positions if tokens is None else tokens.of(positions.expand_as(ids)))
         else:
             cos, sin = (table[positions].to(dtype) for table in (self.cos, self.sin))
             rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -189,12 +217,13 @@ class Trunk(nn.Module):
             local = local if mask is None else local & mask
         mask, local = additive(mask, dtype), additive(local, dtype)
         for layer, (kind, block) in enumerate(zip(self.config.attention_pattern, self.blocks, strict=True)):
-            inputs = (x, rope, local if kind == "local" else mask, cache, layer)
-            keep = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
-            x = block(*inputs) if keep else checkpoint(block, *inputs, use_reentrant=False)
+            inputs = (x, rope, local if kind == "local" else mask, tokens, cache, layer)
+            once = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
+            x = block(*inputs) if once else checkpoint(block, *inputs, use_reentrant=False)
         if cache is not None:
             cache.lengths = cache.lengths + T
-        return self.norm(x)
+        x = self.norm(x)
+        return x if keep is None else x[keep if tokens is None else tokens.of(keep)]
 
     def initialise(self) -> None:
         """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases 0."""
@@ -243,8 +272,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         entropies: bool = False,
     ) -> Any:
-        hidden = self.trunk(ids, documents=documents)
-        hidden = hidden if keep is None else hidden[keep]
+        hidden = self.trunk(ids, documents=documents, keep=keep)
         return self.head(hidden) if targets is None else self.head(hidden, targets, temperature, entropies)
 
     def resize_vocabulary(self, size: int) -> None:
@@ -277,12 +305,16 @@ class RewardModel(nn.Module):
             self.trunk.initialise()
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
 
-    def values(self, ids: Tensor) -> Tensor:
-        """Score head at every position: (B, T) -> (B, T), in fp32 (bf16 would round small gaps away), shift applied."""
-        hidden = self.trunk(ids)
+    def values(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Score head at every position: (B, T) -> (B, T), or where `keep` (B, T) is set: (N), row by row.
+
+        In fp32 (bf16 would round small gaps away), shift applied.
+        """
+        hidden = self.trunk(ids, keep=keep)
         with torch.autocast(ids.device.type, enabled=False):
             return self.score(hidden.float()).squeeze(-1) - self.shift
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Score at each row's last real token: ids (B, T), lengths (B) -> (B)."""
-        return self.values(ids).gather(1, lengths[:, None] - 1).squeeze(1)
+        last = torch.arange(ids.shape[1], device=ids.device) == lengths[:, None] - 1
+        return self.values(ids, last)

@@ -39,7 +39,7 @@ class ActorCritic(nn.Module):
         """
         text_logprobs = None if texts is None else self.policy(texts, documents=documents, targets=text_targets)
         logprobs_N, entropies_N = self.policy(ids_BS, predicts_BS, targets=targets_N, temperature=temperature, entropies=True)
-        return logprobs_N, entropies_N, self.critic.values(ids_BS)[predicts_BS], text_logprobs
+        return logprobs_N, entropies_N, self.critic.values(ids_BS, predicts_BS), text_logprobs
 
 
 class Trajectory(NamedTuple):
