@@ -92,15 +92,17 @@ def sample_batch(
     waiting = torch.zeros_like(stopped)  # rows of the batch that have ended but not left it yet
     for step in range(budget):
         tokens, chosen = pick(model.head(hidden), uniforms[rows, step], temperature, top_k, top_p)
-        going = rows[~waiting]
-        ids[going, step], logprobs[going, step] = tokens[~waiting], chosen[~waiting]
-        said_stop = torch.isin(tokens, stops) & ~waiting
-        stopped[rows[said_stop]], ends[rows[said_stop]] = True, step + 1
-        waiting = waiting | said_stop | (limits[rows] == step + 1)
-        if waiting.all():
-            break
-        # Leaving copies the cache of all who stay: worth it for many at once, needed for one without room in the context.
-        if waiting.float().mean() > 0.2 or int(cache.lengths.max()) == model.config.max_length:
+        ids[rows, step], logprobs[rows, step] = tokens, chosen  # what waiting rows say is cut off at the end
+        said_stop = torch.isin(tokens, stops)
+        ended = (said_stop | (limits[rows] == step + 1)) & ~waiting
+        leaving = cache.longest == model.config.max_length  # for want of room in the context
+        if ended.any():
+            stopped[rows[ended]], ends[rows[ended]] = said_stop[ended], step + 1
+            waiting = waiting | ended
+            if waiting.all():
+                break
+            leaving |= bool(waiting.float().mean() > 0.2)  # it copies the cache of all who stay: worth it for many at once
+        if leaving:
             staying = (~waiting).nonzero().squeeze(1)
             rows, tokens, waiting = rows[staying], tokens[staying], waiting[staying]
             cache.keep(staying)

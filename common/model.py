@@ -193,7 +193,7 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C), or only where `keep` (B, T) is set: (N, C), row by row."""
         T = ids.shape[1]
-        end = T if cache is None else int(cache.lengths.max()) + T
+        end = T if cache is None else cache.longest + T
         if end > self.config.max_length:
             raise InputError(f"{end} tokens in a row, but the model's context is {self.config.max_length}")
         positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)  # (B or 1, T)
@@ -211,7 +211,7 @@ class Trunk(nn.Module):
         mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
         local = None
         if self.config.has_local_layers:
-            slots = torch.arange(T if cache is None else cache.used, device=ids.device)
+            slots = torch.arange(end, device=ids.device)
             back = positions[:, :, None] - slots  # (B or 1, T, S)
             local = ((back >= 0) & (back < self.config.window))[:, None]
             local = local if mask is None else local & mask

@@ -316,7 +316,8 @@ def test_the_critic_is_the_reward_model(setting, tokenizer):
         values = critic.values(ids)
         for length in (1, 2, 3, 4):
             scores = scorer(ids, torch.tensor([length, length]))
-            assert torch.equal(values[:, length - 1], scores)
+            # Products of other sizes add up in another order, in fp32.
+            assert torch.allclose(values[:, length - 1], scores, rtol=0, atol=1e-6)
 
 
 def test_accumulation_changes_nothing_but_memory(setting, tmp_path):
