@@ -36,7 +36,7 @@ def attention(
 
     mask: bool (B or 1, 1, T, S), None = causal. remember: stores keys and values (B, K, T, D) and returns all so far.
     """
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not dropout:
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not (dropout or remember):
         return _Attention.apply(qkv, heads, kv_heads, rope, mask)
     q, k, v = _split(qkv, heads, kv_heads, rope)
     if remember:
