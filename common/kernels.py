@@ -179,8 +179,6 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature = temperature
         w = weight.to(hidden.dtype)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         found = torch.empty_like(logprobs) if entropies else None
@@ -189,14 +187,18 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[part] = every.gather(1, targets[part, None]).squeeze(1)
             if entropies:
                 found[part] = -(every.exp() * every).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, logprobs)
+        ctx.temperature = temperature
         if entropies:
             ctx.mark_non_differentiable(found)
         return logprobs, found
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
-        w, g = weight.to(hidden.dtype), (g / ctx.temperature).to(hidden.dtype)
+        hidden, weight, targets, logprobs = ctx.saved_tensors
+        w, g = weight.to(hidden.dtype), g / ctx.temperature
+        # 1 - p of the target from fp32: in bf16 nothing would be left of it where the model is sure.
+        at_target, g = (x.to(hidden.dtype) for x in (-g * logprobs.expm1(), g))
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(weight)
         for part in _parts(hidden, weight):
@@ -206,7 +208,7 @@ class _LinearLogprobs(torch.autograd.Function):
             else:
                 d = _log_softmax(logits, ctx.temperature).exp_().to(w.dtype)
             d.mul_(-g[part, None])
-            d[torch.arange(len(d), device=d.device), targets[part]] += g[part]
+            d[torch.arange(len(d), device=d.device), targets[part]] = at_target[part]
             dhidden[part] = d @ w
             dweight += d.T @ hidden[part]
         return dhidden, dweight, None, None, None
