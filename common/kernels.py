@@ -194,13 +194,13 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, found
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, logprobs = ctx.saved_tensors
         w, g = weight.to(hidden.dtype), g / ctx.temperature
         # 1 - p of the target from fp32: in bf16 nothing would be left of it where the model is sure.
         at_target, g = (x.to(hidden.dtype) for x in (-g * logprobs.expm1(), g))
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight)
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _parts(hidden, weight):
             logits = hidden[part] @ w.T
             if ctx.temperature == 1:
@@ -210,8 +210,9 @@ class _LinearLogprobs(torch.autograd.Function):
             d.mul_(-g[part, None])
             d[torch.arange(len(d), device=d.device), targets[part]] = at_target[part]
             dhidden[part] = d @ w
-            dweight += d.T @ hidden[part]
-        return dhidden, dweight, None, None, None
+            if dweight is not None:  # LoRA does not train it
+                dweight += d.T @ hidden[part]
+        return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
