@@ -222,8 +222,12 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return (logits.float() / temperature).log_softmax(-1)
 
 
+def at_once(device: str, vocabulary: int) -> int:
+    """So many tokens that their logits stay in a core's cache, or take a quarter of a gigabyte of a GPU's memory; but not so
+    few that adding up the weight's gradient costs more than making it."""
+    return max(256, (2**20 if device == "cpu" else 2**26) // vocabulary)
+
+
 def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """So many tokens at once that their logits stay in a core's cache, or take a quarter of a gigabyte of a GPU's memory; but
-    not so few that adding up the weight's gradient costs more than making it."""
-    size = max(256, (2**20 if hidden.device.type == "cpu" else 2**26) // len(weight))
+    size = at_once(hidden.device.type, len(weight))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
