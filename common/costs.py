@@ -42,17 +42,16 @@ class Numerics(NamedTuple):
 
     compute: int  # in and out of matrix products
     residual: int  # the residual stream, which feeds the norms
-    attention: int  # queries, keys, values and what attention returns
-    fused_norm: bool = True  # RMSNorm as one kernel keeps its input alone
+    own_attention: bool = False  # whose backward pass is ours (common/kernels.py), not PyTorch's
 
 
-# Autocast leaves the residual stream in fp32; DeepSpeed casts the model itself. On a CPU our attention runs in fp32.
+# Autocast leaves the residual stream in fp32; DeepSpeed casts the model itself.
 NUMERICS = {
-    "no": Numerics(4, 4, 4),
-    "autocast": Numerics(2, 4, 2),
-    "deepspeed": Numerics(2, 2, 2),
-    "cpu": Numerics(4, 4, 4, fused_norm=False),
-    "cpu autocast": Numerics(2, 4, 4, fused_norm=False),
+    "no": Numerics(4, 4),
+    "autocast": Numerics(2, 4),
+    "deepspeed": Numerics(2, 2),
+    "cpu": Numerics(4, 4),
+    "cpu autocast": Numerics(2, 4, own_attention=True),
 }
 
 
@@ -108,24 +107,22 @@ def activation_bytes(
 ) -> float:
     """Bytes that the trunk's forward pass keeps for its backward pass: rows x length tokens.
 
-    Elements a layer and token: gpt2 8 C + 2 I = 16 C, which is Korthikanti 2022, equation 1 (34 s b h bytes) without its
-    dropout masks and, as attention is fused, without 5 a s / h; llama 8 C + 3 K D + 4 I (rotated queries and keys, gate).
-    Dropout adds a byte each for 2 C. `masked`: a mask (B, T, T) per layer as attention reads it, and one as bool. With
-    checkpointing a layer keeps its input, and one layer at a time the rest (Chen 2016; Korthikanti 2022, section 5).
+    Elements a layer and token: 7 C + 2 K D, and of the MLP 2 I (gpt2: its GELU's input and output) or 4 I (llama: gate and
+    value, silu, their product). For gpt2 17 C: Korthikanti 2022, equation 1 (34 s b h bytes) without its dropout masks and, as
+    attention is fused, without 5 a s / h, but with C for what attention returns once more: PyTorch's kernels lay it out head
+    by head, as our queries are, and the next matrix reads a copy. (The one for fp32 and masks on GPUs does not; it is counted
+    all the same.) Our own attention needs only that copy. Dropout adds a byte each for 2 C. `masked`: one mask (B, T, T)
+    for all layers. With checkpointing a layer keeps its input, and one layer at a time the rest (Chen 2016; Korthikanti 2022,
+    section 5).
     """
     c, n = config, numerics
-    gpt2, kv = c.family == "gpt2", c.n_kv_head * c.head_width
-    norms = 2 * c.n_embd * (n.residual + n.compute) + (0 if gpt2 or n.fused_norm else 2 * c.n_embd * n.residual)
-    cast = n.attention != n.compute
-    values = kv * n.attention if cast else (c.n_embd + 2 * kv) * n.compute  # values are a view, and keep all of qkv alive
-    rotated = (c.n_embd + kv) * n.attention
-    attention = rotated + kv * n.attention if gpt2 else rotated + values
-    attention += c.n_embd * n.attention + (0 if gpt2 and not cast else c.n_embd * n.compute)  # what it returns, and a copy
-    mlp = c.n_inner * (2 if gpt2 else 4) * n.compute
+    norms = 2 * c.n_embd * (n.residual + n.compute)  # inputs and outputs
+    attention = (c.n_embd + 2 * c.n_kv_head * c.head_width) * n.compute  # queries, keys, values
+    attention += c.n_embd * n.compute * (1 if n.own_attention else 2)  # what it returns
+    mlp = c.n_inner * (2 if c.family == "gpt2" else 4) * n.compute
     dropout = 2 * c.n_embd if c.dropout else 0
-    mask = length * n.attention if masked else 0
-    layer = norms + attention + mlp + dropout + mask
-    outside = c.n_embd * (n.residual + n.compute) + (length if masked else 0)  # last norm, input of the head
+    layer = norms + attention + mlp + dropout
+    outside = c.n_embd * (n.residual + n.compute) + (length * n.compute if masked else 0)  # last norm, input of the head
     kept = c.n_layer * c.n_embd * n.residual + layer * (c.n_layer > 0) if checkpointing else c.n_layer * layer
     return rows * length * (kept + outside)
 

@@ -81,7 +81,7 @@ def attention(
         rows = _Scatter.apply(qkv[0], tokens.at, tokens.rows * tokens.length).unflatten(0, (tokens.rows, tokens.length))
         y = attention(rows, heads, kv_heads, rope, mask, dropout)
         return _Gather.apply(y.flatten(0, 1), tokens.at)[None]
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not dropout:
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not (dropout or remember):
         return _Attention.apply(qkv, heads, kv_heads, rope, mask)
     if remember:
         qk, v = qkv.unflatten(2, (heads + 2 * kv_heads, -1)).transpose(1, 2).split([heads + kv_heads, kv_heads], dim=1)
@@ -143,7 +143,7 @@ class _Attention(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32; under autocast the result is in its precision."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or better; under autocast the result is in its."""
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -153,7 +153,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
@@ -229,8 +229,6 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature = temperature
         w = weight.to(hidden.dtype)
         logprobs = torch.empty(len(hidden), device=hidden.device)
         found = torch.empty_like(logprobs) if entropies else None
@@ -239,16 +237,20 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[part] = every.gather(1, targets[part, None]).squeeze(1)
             if entropies:
                 found[part] = -(every.exp() * every).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, logprobs)
+        ctx.temperature = temperature
         if entropies:
             ctx.mark_non_differentiable(found)
         return logprobs, found
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
-        w, g = weight.to(hidden.dtype), (g / ctx.temperature).to(hidden.dtype)
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, targets, logprobs = ctx.saved_tensors
+        w, g = weight.to(hidden.dtype), g / ctx.temperature
+        # 1 - p of the target from fp32: in bf16 nothing would be left of it where the model is sure.
+        at_target, g = (x.to(hidden.dtype) for x in (-g * logprobs.expm1(), g))
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight)
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _parts(hidden, weight):
             logits = hidden[part] @ w.T
             if ctx.temperature == 1:
@@ -256,10 +258,11 @@ class _LinearLogprobs(torch.autograd.Function):
             else:
                 d = _log_softmax(logits, ctx.temperature).exp_().to(w.dtype)
             d.mul_(-g[part, None])
-            d[torch.arange(len(d), device=d.device), targets[part]] += g[part]
+            d[torch.arange(len(d), device=d.device), targets[part]] = at_target[part]
             dhidden[part] = d @ w
-            dweight += d.T @ hidden[part]
-        return dhidden, dweight, None, None, None
+            if dweight is not None:  # LoRA does not train it
+                dweight += d.T @ hidden[part]
+        return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -269,8 +272,12 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return (logits.float() / temperature).log_softmax(-1)
 
 
+def at_once(device: str, vocabulary: int) -> int:
+    """So many tokens that their logits stay in a core's cache, or take a quarter of a gigabyte of a GPU's memory; but not so
+    few that adding up the weight's gradient costs more than making it."""
+    return max(256, (2**20 if device == "cpu" else 2**26) // vocabulary)
+
+
 def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """So many tokens at once that their logits stay in a core's cache, or take a quarter of a gigabyte of a GPU's memory; but
-    not so few that adding up the weight's gradient costs more than making it."""
-    size = max(256, (2**20 if hidden.device.type == "cpu" else 2**26) // len(weight))
+    size = at_once(hidden.device.type, len(weight))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -18,17 +18,19 @@ from common.costs import (
     muon_flops,
     parameters,
 )
+from common.kernels import at_once
 from common.model import GPTConfig
 
 ROLLOUT_ROWS = 256  # stages/rl/train.py samples at most so many episodes at once
 LAUNCH = 5e-6  # seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
-# Kernels that our Block starts: (forward and backward, one cached decoding step), counted by dispatch; and outside the blocks.
-LAUNCHES = {"gpt2": (61, 14), "llama": (107, 26)}
+# Kernels that our Block starts on a GPU: (forward and backward under autocast, one cached decoding step), counted by dispatch
+# with views left out; and outside the blocks.
+LAUNCHES = {"gpt2": (55, 14), "llama": (65, 21)}
 LAUNCHES_OUTSIDE = (40, 30)
 MUON_LAUNCHES = 4 * 25  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
-# Most bytes alive at once around a logit, measured on PyTorch 2.13, fp32 each: 12 where F.cross_entropy is differentiated
-# (log-softmax, its gradient, the logits' gradient), 16 for ops.token_logprobs, 20 where PPO also takes the entropy.
-LOGIT_BYTES = {"pretrain": 12, "sft": 16, "ptx": 16, "rl": 20}
+# Most bytes alive at once around a logit in kernels.linear_logprobs, measured on PyTorch 2.13: four fp32 copies, where a
+# temperature is not 1 and more tokens have gone before (logits, divided, log-softmax, and theirs); at 1 it is 12, in bf16 14.
+LOGIT_BYTES = 16
 PICK_BYTES = 20  # of a logit from which a token is sampled: five fp32 copies
 BUCKET = 1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, by default 5e8 numbers of bf16
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at most, by default (stage3_max_live_parameters)
@@ -119,14 +121,14 @@ class Flops(NamedTuple):
     scoring: float = 0  # forward passes of whole rows: PPO's log-probs, values and scores
     sampling: float = 0
     optimizer: float = 0  # Muon's; AdamW's are negligible
-    recomputing: float = 0  # with gradient_checkpointing: the blocks' forward passes once more
+    recomputing: float = 0  # in the backward pass: logits, with gradient_checkpointing also the blocks' forward passes
 
 
 def flops(work: Work) -> Flops | None:
     """FLOPs of the step; None when it is not known how many rows it sees.
 
     Forward and backward are 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient. Recomputing is
-    one more, of the blocks alone: a third of the training, half with LoRA.
+    one more: of the logits, which are never kept, and of the blocks where they are checkpointed.
     """
     w, tokens, passes = work, work.tokens, 2 if work.lora_r else 3
     if tokens is None:
@@ -136,17 +138,18 @@ def flops(work: Work) -> Flops | None:
         return Flops(sampling=forward)
     updates = (w.steps or 0) * w.gpus * w.minibatches
     if w.stage != "rl":
-        blocks = forward_flops(w.shape, tokens, w.mean_length) if w.checkpointing else 0
+        again = forward_flops(w.shape, tokens if w.checkpointing else 0, w.mean_length, tokens * w.logits)
         muon = muon_flops(w.shape) * updates if w.optimizer == "muon" else 0
-        return Flops(passes * forward, optimizer=muon, recomputing=blocks)
+        return Flops(passes * forward, optimizer=muon, recomputing=again)
     judge, critic = w.judge or w.shape, w.networks[1][0]
     values, scores = (forward_flops(shape, tokens, w.mean_length) for shape in (critic, judge))
     corpus = w.ptx_tokens * updates
     ptx = forward_flops(w.shape, corpus, w.ptx_length, corpus)
-    blocks = forward_flops(w.shape, tokens, w.mean_length) + values + forward_flops(w.shape, corpus, w.ptx_length)
+    logits = forward_flops(w.shape, 0, 0, tokens * w.logits + corpus)
     # An episode is sampled by the policy; scored by policy, reference, critic, reward model; learned by policy and critic.
-    learning, again = w.epochs * passes * (forward + values + ptx), w.epochs * blocks if w.checkpointing else 0
-    return Flops(learning, 2 * forward + values + scores, forward, recomputing=again)
+    learned = forward + values + ptx
+    again = w.epochs * (learned if w.checkpointing else logits)
+    return Flops(w.epochs * passes * learned, 2 * forward + values + scores, forward, recomputing=again)
 
 
 def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str] | None:
@@ -192,7 +195,7 @@ class Memory(NamedTuple):
     frozen: float  # weights of what only computes: reference and reward model in rl, the sampled model in collect
     buffers: float  # autocast's bf16 copies of weights, buckets of DDP or DeepSpeed, what ZeRO-3 has gathered
     activations: float
-    logits: float
+    logits: float  # of a few tokens at a time, and the gradient of the head's weight, which activations outlive
     rollout: float  # KV cache and the logits of a sampling step
     peak: float
 
@@ -226,8 +229,13 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
         activation_bytes(shape, n, length, numerics, masked=masked, checkpointing=w.checkpointing)
         for shape, n, length, masked in passes
     )
-    positions = rows * (w.response if w.stage == "rl" else w.length * w.logits)
-    logits = w.shape.vocab_size * (positions * LOGIT_BYTES.get(w.stage, 0) + part * LOGIT_BYTES["ptx"])
+    logits = 0.0
+    if w.stage in ("pretrain", "sft", "rl"):
+        positions = max(part, rows * (w.response if w.stage == "rl" else w.length * w.logits))
+        alive = min(positions, at_once("cpu" if on_cpu else "cuda", w.shape.vocab_size))
+        # The weight's gradient in fp32, which all activations outlive, and what a few tokens add to it.
+        learned = 0 if w.lora_r else w.shape.n_embd * (4 + numerics.compute)
+        logits = w.shape.vocab_size * (LOGIT_BYTES * alive + learned)
     rollout = 0.0
     if w.response:
         # A batch that shrinks is copied: the old cache and at most 80 % of it.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.chat import prompt_ids
 from common.checkpoint import publish
-from common.model import GPT, RewardModel
+from common.kernels import linear_logprobs
+from common.model import GPT, GPTConfig, RewardModel
 from common.muon import muon
 from common.planning import Plan
 from common.workload import Work, flops, memory
@@ -68,8 +70,8 @@ def test_flops_of_a_pretraining_step(family, checkpointing):
         train.next_token_loss(model, ids, eot_id=3).backward()
         optimizer.step()
 
-    # What recomputing adds is 8 % beside Muon; PyTorch leaves the last product of a block out of it.
-    assert sum(flops(work)) == pytest.approx(counted(body), rel=0.03)
+    # What recomputing blocks adds is 8 % beside Muon; PyTorch leaves the last product of a block out of it.
+    assert sum(flops(work)) == pytest.approx(counted(body), rel=0.03 if checkpointing else 0.001)
 
 
 def test_flops_of_finetuning_and_of_the_reward_model():
@@ -111,6 +113,28 @@ def test_flops_of_a_ppo_rollout_and_its_updates(checkpointing):
     predicted = flops(work)
     assert predicted.sampling + predicted.scoring == pytest.approx(counted(sampled), rel=0.1)
     assert predicted.training + predicted.recomputing == pytest.approx(counted(learned), rel=0.1)
+
+
+def allocated(body) -> int:
+    """Most bytes that `body` has alive at once."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        body()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_take_no_more_than_planned(temperature, dtype):
+    """In either pass of the head, over three parts of 256 tokens each."""
+    V, C, N = 8192, 16, 3 * 256
+    hidden, weight = torch.zeros(N, C, dtype=dtype, requires_grad=True), torch.zeros(V, C, requires_grad=True)
+    made = []
+    forward = allocated(lambda: made.append(linear_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), temperature)))
+    backward = allocated(lambda: made[0][0].sum().backward())
+    shape = GPTConfig(vocab_size=V, n_layer=1, n_head=1, n_embd=C, max_length=N)
+    work = Work("x", "sft", shape, gpus=1, micro=1, length=N, precision="no" if dtype == torch.float32 else "bf16")
+    assert 0.7 < max(forward, backward) / memory(work, on_cpu=True).logits < 1.02
 
 
 # Peak memory of the real stages, in a process of its own

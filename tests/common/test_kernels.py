@@ -1,0 +1,269 @@
+"""Each kernel against the plain formulation: values, gradients, and that neither depends on how the work is cut into parts."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import common.model as model_module
+from common import kernels
+from common.kernels import attention, gelu, linear_logprobs, rms_norm, rotate, swiglu
+from common.model import GPT, GPTConfig, additive, document_mask
+from common.ops import entropy, token_logprobs
+
+BF16 = torch.bfloat16
+temperatures = pytest.mark.parametrize("temperature", [1.0, 0.7])
+half = pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+
+
+def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Of a weighted sum of y, with the same weights in every call."""
+    return torch.autograd.grad((y * randn(*y.shape, seed=9).detach().to(y.dtype)).sum(), inputs)
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float(((found.double() - true.double()).norm() / true.double().norm()).detach())
+
+
+# Between the matrices
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12), (BF16, 6e-3)])
+def test_rms_norm(dtype, tolerance):
+    x, weight = randn(3, 5, 16, dtype=dtype), randn(16, seed=1, dtype=dtype)
+    found, true = rms_norm(x, weight, 1e-5), F.rms_norm(x.double(), (16,), weight.double(), 1e-5)
+    assert found.dtype == dtype and error(found, true) < tolerance
+    for ours, theirs in zip(gradients(found, x, weight), gradients(true, x, weight), strict=True):
+        assert ours.dtype == dtype and error(ours, theirs) < tolerance
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda *given: rms_norm(*given, 1e-5), (x, weight))
+
+
+def test_rms_norm_of_a_row_of_zeros_and_under_autocast():
+    x, weight = randn(4, 64).detach(), randn(64, seed=1)
+    x[2] = 0
+    x.requires_grad_()
+    with torch.autocast("cpu", BF16):
+        found = rms_norm(x, weight, 1e-5)
+    assert torch.equal(found, F.rms_norm(x, (64,), weight, 1e-5).bfloat16())  # rounded once, at the end
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(found, x, weight))
+
+
+def test_swiglu_and_rotate_in_double():
+    h, x = (randn(*size, dtype=torch.float64) for size in ((2, 3, 8), (2, 3, 4, 6)))
+    angles = torch.rand(1, 4, 3, dtype=torch.float64)
+    rope = tuple(torch.cat(pair, -1) for pair in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin())))
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    assert torch.allclose(rotate(x, rope), torch.cat([turned.real, turned.imag], -1), atol=1e-12)
+    assert torch.allclose(swiglu(h), F.silu(h[..., :4]) * h[..., 4:], atol=1e-12)
+    assert torch.autograd.gradcheck(swiglu, h) and torch.autograd.gradcheck(lambda x: rotate(x, rope), x)
+
+
+def test_gelu_in_bf16_is_no_further_from_the_approximation_than_the_approximation_in_bf16():
+    x = randn(100_000, dtype=BF16)
+    true = F.gelu(x.double(), approximate="tanh")
+    for ours, theirs in (
+        (gelu(x), F.gelu(x, approximate="tanh")),
+        *zip(gradients(gelu(x), x), gradients(F.gelu(x, approximate="tanh"), x), strict=True),
+    ):
+        reference = true if ours.grad_fn else gradients(true, x)[0]
+        assert error(ours, reference) < 1.1 * error(theirs, reference)
+    assert torch.equal(gelu(x.float()), F.gelu(x.float(), approximate="tanh"))
+
+
+# Attention
+
+HEADS = {"as many": (4, 4), "grouped": (4, 2), "one": (4, 1)}
+heads = pytest.mark.parametrize("H, K", HEADS.values(), ids=HEADS)
+
+
+def tables(T: int, D: int, dtype: torch.dtype) -> kernels.Rope:
+    angles = torch.arange(T)[None, :, None] * 100.0 ** -(torch.arange(0, D, 2) / D)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def plain(qkv: Tensor, H: int, K: int, rope: kernels.Rope | None, mask: Tensor | None) -> Tensor:
+    """Attention in double, as it is defined: (B, T, (H + 2 K) D) -> (B, T, H D)."""
+    parts = qkv.double().unflatten(2, (H + 2 * K, -1)).transpose(1, 2)
+    q, k, v = parts.split([H, K, K], 1)
+    if rope is not None:
+        q, k = (rotate(x, tuple(table.double() for table in rope)) for x in (q, k))
+    k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril() if mask is None else mask
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@heads
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@half
+def test_attention(H, K, rotary, masked, half, monkeypatch):
+    """In bf16 its gradients are as near to exact ones as those of PyTorch's. 2 of 5 rows at a time; 40 is no multiple of 32."""
+    B, T, D, dtype = 5, 40, 16, BF16 if half else torch.float32
+    monkeypatch.setattr(kernels, "CACHED", 2 * H * T * T)
+    qkv, rope = randn(B, T, (H + 2 * K) * D, dtype=dtype), tables(T, D, dtype) if rotary else None
+    starts = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.1
+    mask = document_mask(starts.cumsum(1)) if masked else None
+    true = plain(qkv, H, K, rope, mask)
+    mask = additive(mask, dtype)
+    theirs = kernels._attend(*kernels._split(qkv, H, K, rope), mask)
+    ours = attention(qkv, H, K, rope, mask)
+    assert torch.equal(ours, theirs) and error(ours, true) < (6e-3 if half else 1e-6)
+    widths = [H * D, K * D, K * D]
+    found, usual, exact = (gradients(y, qkv)[0].split(widths, -1) for y in (ours, theirs, true))
+    for a, b, c in zip(found, usual, exact, strict=True):
+        assert error(a, c) < (1.3 * error(b, c) if half else 1e-6)
+
+
+@heads
+@half
+def test_a_row_is_the_same_to_the_bit_whatever_its_batch(H, K, half):
+    qkv = randn(3, 230, (H + 2 * K) * 16, dtype=BF16 if half else torch.float32)
+    rope = tables(230, 16, qkv.dtype)
+    for T in (1, 31, 32, 40, 150):
+        own = tuple(table[:, :T] for table in rope)
+        alone = attention(qkv[1:2, :T], H, K, own, None)
+        for longer in (T + 1, 64, 191, 230):
+            if longer > T:
+                batch = attention(qkv[:, :longer], H, K, tuple(table[:, :longer] for table in rope), None)
+                assert torch.equal(batch[1, :T], alone[0]), (T, longer)
+
+
+def test_attention_with_a_cache_stores_keys_and_values_where_gradients_are_on():
+    qkv, stored = randn(1, 3, 3 * 8, dtype=BF16), []
+    attention(qkv, 1, 1, None, None, remember=lambda k, v: stored.append((k, v)) or (k, v))
+    assert torch.equal(stored[0][0], qkv[:, None, :, 8:16])
+
+
+# The head
+
+
+def in_parts(monkeypatch, size: int) -> None:
+    monkeypatch.setattr(kernels, "at_once", lambda device, vocabulary: size)
+
+
+@temperatures
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_logprobs(temperature, dtype, monkeypatch):
+    """In parts of 7 of 50 tokens; also from fp64 the result is fp32."""
+    in_parts(monkeypatch, 7)
+    hidden, weight, targets = randn(50, 16, dtype=dtype), randn(90, 16, seed=1, dtype=dtype), torch.arange(50)
+    found, entropies = linear_logprobs(hidden, weight, targets, temperature, entropies=True)
+    true = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)[torch.arange(50), targets]
+    assert found.dtype == torch.float32 and error(found, true) < 1e-6
+    for ours, theirs in zip(gradients(found, hidden, weight), gradients(true, hidden, weight), strict=True):
+        assert error(ours, theirs) < 1e-6
+    assert not entropies.requires_grad
+    assert torch.allclose(entropies, entropy(hidden @ weight.T, temperature).float(), rtol=1e-5, atol=1e-6)
+    assert linear_logprobs(hidden, weight, targets, temperature)[1] is None
+
+
+@temperatures
+@pytest.mark.parametrize("sure", [0, 10, 20])
+def test_linear_logprobs_under_autocast(temperature, sure, monkeypatch):
+    """As near to the truth as PyTorch's own pass, also where the target's probability is almost 1, which bf16 rounds to 1."""
+    in_parts(monkeypatch, 100)
+    targets = torch.arange(256) % 90
+    weight = (randn(90, 64, seed=1) / 10).detach().requires_grad_()
+    hidden = (randn(256, 64) + sure * weight[targets]).detach().requires_grad_()
+    true = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)[torch.arange(256), targets]
+    with torch.autocast("cpu", BF16):
+        ours, _ = linear_logprobs(hidden, weight, targets, temperature)
+        theirs = token_logprobs(F.linear(hidden, weight), targets, temperature)
+    assert (ours - theirs).abs().max() < 1e-5
+    exact = gradients(true, hidden, weight)
+    for a, b, c in zip(gradients(ours, hidden, weight), gradients(theirs, hidden, weight), exact, strict=True):
+        assert a.dtype == torch.float32 and error(a, c) < 1.1 * error(b, c)  # each part is rounded
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (BF16, 4e-3)])
+def test_the_number_of_parts_makes_no_difference(dtype, tolerance, monkeypatch):
+    """bf16 weights, as DeepSpeed has them: their gradient is not added up in bf16."""
+    hidden, weight, targets = randn(1024, 16, dtype=dtype), randn(90, 16, seed=1, dtype=dtype), torch.arange(1024) % 90
+    found = []
+    for size in (1024, 16):
+        in_parts(monkeypatch, size)
+        logprobs, _ = linear_logprobs(hidden, weight, targets)
+        found.append((logprobs, *gradients(logprobs, hidden, weight)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(a.dtype == dtype and error(a, b) < tolerance for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_tokens_are_no_problem():
+    hidden, weight = randn(5, 16), randn(90, 16, seed=1).detach()
+    linear_logprobs(hidden, weight, torch.arange(5))[0].sum().backward()
+    assert hidden.grad.norm() > 0 and weight.grad is None
+    weight.requires_grad_()
+    logprobs, entropies = linear_logprobs(hidden[:0], weight, torch.arange(0), entropies=True)
+    logprobs.sum().backward()
+    assert logprobs.shape == entropies.shape == (0,) and not weight.grad.any()
+
+
+# In the model
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@temperatures
+def test_targets_equal_the_logits_path(tiny_gpt, family, temperature):
+    model, ids = tiny_gpt(family), torch.randint(0, 300, (4, 21), generator=torch.Generator().manual_seed(1))
+    ids, targets = ids[:, :-1], ids[:, 1:]
+    keep = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    for kept, wanted in ((None, targets), (keep, targets[keep])):
+        logits = model(ids, kept)
+        found, entropies = model(ids, kept, targets=wanted, temperature=temperature, entropies=True)
+        assert found.shape == entropies.shape == wanted.shape
+        assert torch.equal(found, model(ids, kept, targets=wanted, temperature=temperature))
+        true = token_logprobs(logits.double(), wanted, temperature)
+        assert torch.allclose(found, true.float(), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(entropies, entropy(logits, temperature), rtol=1e-5, atol=1e-6)
+        for a, b in zip(gradients(found, *model.parameters()), gradients(true, *model.parameters()), strict=True):
+            assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@half
+def test_without_gradients_and_with_checkpointing_it_is_the_same_to_the_bit(tiny_gpt, family, half):
+    ids, found = torch.randint(0, 300, (3, 41), generator=torch.Generator().manual_seed(1)), []
+    documents = (ids[:, :-1] < 20).cumsum(1)
+    for checkpointing in (False, True):
+        model = tiny_gpt(family).train()
+        model.trunk.checkpointing = checkpointing
+        with torch.autocast("cpu", BF16, enabled=half):
+            logprobs = model(ids[:, :-1], documents=documents, targets=ids[:, 1:])
+            with torch.no_grad():
+                assert torch.equal(logprobs, model(ids[:, :-1], documents=documents, targets=ids[:, 1:]))
+        found.append((logprobs, *gradients(logprobs, *model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("half", [False, True])
+def test_padding_is_not_computed(family, half, monkeypatch):
+    """Rows of 3, 40 and 17 tokens: the same log-probs, values and gradients as with all positions computed."""
+    config = GPTConfig(family=family, vocab_size=50, max_length=64, n_layer=2, n_head=4, n_embd=32)
+    model, ids = GPT(config), torch.randint(0, 50, (3, 41))
+    lengths = torch.tensor([3, 40, 17])
+    keep = (torch.arange(40) < lengths[:, None]) & (torch.arange(40) > 0)
+    seen = []
+    real = model.trunk.blocks[0].mlp.forward
+    monkeypatch.setattr(model.trunk.blocks[0].mlp, "forward", lambda x: seen.append(x.shape[:-1].numel()) or real(x))
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cpu", BF16, enabled=half):
+            logprobs = model(ids[:, :-1], keep, targets=ids[:, 1:][keep])
+        logprobs.sum().backward()
+        return [logprobs.detach(), *(p.grad for p in model.parameters())]
+
+    found = run()
+    monkeypatch.setattr(model_module, "needed", lambda keep: None)
+    for a, b in zip(found, run(), strict=True):
+        assert error(a, b) < (2e-2 if half else 1e-5)
+    assert torch.equal(found[0], run()[0]) or not half  # products in bf16 add up alike whatever their size
+    assert seen == [3 + 40 + 17, 120, 120]
