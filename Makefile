@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults lint format clean
+.PHONY: demo test faults bench lint format clean
 
 demo: .venv/.installed
 	$(BIN)/python pipeline.py configs/demo
@@ -14,6 +14,18 @@ test: lint
 # Every kill, crash, flipped bit and stop of the issue, where the tests take a sample: 10 minutes.
 faults: .venv/.installed
 	FAULTS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults --timeout 1200
+
+# Side by side with what is installed, one core each, half an hour: make bench TEXT=input.txt ALPACA=alpaca.json
+# PREFERENCES=comparisons.json NANOGPT=path/of/a/clone TRL112=path/of/its/own/bin/python. What lacks its file is left out.
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks.startup --threads 2
+	$(BIN)/python -m benchmarks.sample
+	$(BIN)/python -m benchmarks.ppo $(if $(TRL112),--trl $(TRL112))
+	$(if $(ALPACA),$(BIN)/python -m benchmarks.sft --data $(ALPACA),@echo "sft is left out: give ALPACA=")
+	$(if $(PREFERENCES),$(BIN)/python -m benchmarks.reward --data $(PREFERENCES),@echo "reward is left out: give PREFERENCES=")
+	$(if $(TEXT),$(BIN)/python -m benchmarks.prepare --text $(TEXT),@echo "prepare is left out: give TEXT=")
+	$(if $(TEXT),$(BIN)/python -m benchmarks.pretrain --text $(TEXT) $(if $(NANOGPT),--nanogpt $(NANOGPT)),@echo "pretrain is left out: give TEXT=")
+	$(if $(TEXT),$(BIN)/python -m benchmarks.pretrain --what loss --text $(TEXT) $(if $(NANOGPT),--nanogpt $(NANOGPT)))
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """How this process holds memory: it keeps what it has had."""
 
 import ctypes
-import os
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -11,9 +10,8 @@ def keep_freed_memory() -> None:
 
     A training step on a CPU frees and takes the same tensors again and again; glibc returns the large ones at once, and
     the system fills each page anew with zeros when it is first touched: a fifth of a step (benchmarks/RESULTS.md). Where
-    the C library is another one, nothing happens. To be called before torch has made a tensor.
+    the C library is another one, nothing happens.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages: fewer misses in the tables of them
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
