@@ -24,7 +24,7 @@ from stages.sft import train as sft
 
 FULL = bool(os.environ.get("FAULTS"))  # the whole sweeps, of which the normal test run takes a sample
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
-CLOCK = {"tokens/s", "mfu"}  # what no seed can repeat
+CLOCK = {"tokens/s", "mfu", "seconds_sampling", "seconds_scoring", "seconds_training"}  # what no seed can repeat
 FORGET = Run.forget
 UNINTERRUPTED: dict[str, tuple[dict[str, Any], float]] = {}
 PIPE = 1 << 20  # bytes that a child can say before it has to wait

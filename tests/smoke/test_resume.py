@@ -20,7 +20,13 @@ from stages.sft import train as sft
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
-TIMES = {"tokens/s", "mfu"}  # what a clock says, and no seed can repeat
+TIMES = {
+    "tokens/s",
+    "mfu",
+    "seconds_sampling",
+    "seconds_scoring",
+    "seconds_training",
+}  # what a clock says, and no seed can repeat
 
 
 class Crash(Exception):
