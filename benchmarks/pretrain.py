@@ -82,7 +82,7 @@ def time_to_loss(args: argparse.Namespace, shards: str, scratch: str) -> None:
         return done["seconds"]
 
     def ours(precision: str) -> float:
-        target = min((value for name, value in losses.items() if name.startswith("nanoGPT")), default=args.target)
+        target = min([args.target, *(value for name, value in losses.items() if name.startswith("nanoGPT"))])
         log, stage = run_stage("stages.pretrain.train", recipe | {"mixed_precision": MIXED[precision]}, scratch)
         name, seconds, done = f"ours {precision}", 0.0, 0
         rows, length = recipe["per_device_train_batch_size"], recipe["max_length"]
@@ -122,7 +122,7 @@ def main() -> None:
     group.add_argument("--eval_steps", type=int, default=50, help="updates of ours between two evaluations")
     group.add_argument("--max_steps", type=int, help="updates of ours; default: the recipe's")
     group.add_argument("--nanogpt_steps", type=int, default=2000, help="updates of nanoGPT")
-    group.add_argument("--target", type=float, default=1.88, help="the loss where nanoGPT is not at hand; its README's")
+    group.add_argument("--target", type=float, default=1.886, help="the loss to reach, or nanoGPT's here if that is lower")
     args = start(parser)
     with tempfile.TemporaryDirectory() as scratch:
         shards = Path(scratch) / "shards"
