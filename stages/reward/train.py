@@ -179,7 +179,7 @@ def main(cfg: Config) -> None:
             gaps, groups, scores = evaluate(run, model, heldout, micro, tokenizer.pad_id)
             mean, half = accuracy(gaps, groups)
             run.log(step, {"eval_accuracy": mean, "eval_loss": float(torch.nn.functional.softplus(-gaps).mean())})
-            clock = time.perf_counter()
+            clock, tokens = time.perf_counter(), 0
         if step == steps:
             break
         chosen = [comparisons[row] for row in order.rows(step)]

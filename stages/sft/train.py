@@ -183,7 +183,7 @@ def main(cfg: Config) -> None:
                     run.log(step, {"exact_match": match})
                     for row in mistakes[:8]:
                         run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
-            clock = time.perf_counter()
+            clock, tokens = time.perf_counter(), 0
         if step == steps:
             break
         chosen = [examples[row] for row in order.rows(step)]
