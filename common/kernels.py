@@ -16,6 +16,12 @@ Rope = tuple[Tensor, Tensor]  # (B or 1, T, D) each: cosines; sines, negative fo
 CACHED = 2**19  # elements of a score matrix that stay in a core's cache
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with x computes in: autocast's precision, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class Tokens(NamedTuple):
     """N of the tokens of B right-padded rows: what lies behind the last one that matters need not be computed."""
 
@@ -26,6 +32,14 @@ class Tokens(NamedTuple):
     def of(self, x: Tensor) -> Tensor:
         """x (B, T) -> (1, N)."""
         return x.flatten()[self.at][None]
+
+
+def needed(keep: Tensor) -> Tokens | None:
+    """The tokens up to each row's last kept one, which are all that matter; None: all, or nearly, or not worth it on GPUs."""
+    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    real = keep.flip(1).cummax(1).values.flip(1)
+    return None if real.float().mean() > 0.95 else Tokens(real.flatten().nonzero().squeeze(1), *keep.shape)
 
 
 class _Gather(torch.autograd.Function):
@@ -146,10 +160,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or better; under autocast the result is in its."""
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps, dtype)
-    return _scaled(x, _rms_scale(x, eps), weight, dtype)
+        return _RMSNorm.apply(x, weight, eps, product_dtype(x))
+    return _scaled(x, _rms_scale(x, eps), weight, product_dtype(x))
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -219,9 +232,7 @@ def linear_logprobs(
     And the entropy of each distribution (N), without a gradient, when asked for. There never are logits of more than a few
     tokens: the backward pass computes them again (as Liger Kernel, Hsu 2024, does on GPUs).
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _LinearLogprobs.apply(hidden.to(dtype), weight, targets, temperature, entropies)
+    return _LinearLogprobs.apply(hidden.to(product_dtype(hidden)), weight, targets, temperature, entropies)
 
 
 class _LinearLogprobs(torch.autograd.Function):

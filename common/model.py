@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.cache import KVCache
 from common.config import InputError
-from common.kernels import Rope, Tokens, attention, gelu, linear_logprobs, rms_norm, swiglu
+from common.kernels import Rope, Tokens, attention, gelu, linear_logprobs, needed, product_dtype, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,6 @@ def document_mask(documents: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
-def needed(keep: Tensor) -> Tokens | None:
-    """The tokens up to each row's last kept one, which are all that matter; None: all, or nearly, or not worth it on GPUs."""
-    if keep.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    real = keep.flip(1).cummax(1).values.flip(1)
-    return None if real.float().mean() > 0.95 else Tokens(real.flatten().nonzero().squeeze(1), *keep.shape)
-
-
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """0 where mask is set and -inf elsewhere, made once for all layers."""
     return mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
@@ -147,16 +139,9 @@ class Block(nn.Module):
         self.norm2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope | None,
-        mask: Tensor | None,
-        tokens: Tokens | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, mask, tokens, cache, layer)
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """`context`: what Attention takes behind x."""
+        x = x + self.attn(self.norm1(x), *context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -199,8 +184,7 @@ class Trunk(nn.Module):
         positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)  # (B or 1, T)
         tokens = None if keep is None else needed(keep)
         x = self.wte(ids if tokens is None else tokens.of(ids))
-        # Of queries, keys and values.
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = product_dtype(x)  # of queries, keys and values
         rope = None
         if self.wpe is not None:
             x = x + self.wpe(positions if tokens is None else tokens.of(positions.expand_as(ids)))
