@@ -3,13 +3,28 @@
 Shape legend: B rows, T positions, S cache slots, K key/value heads, D head width, L layers.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from common.model import GPTConfig
+
+
+class Slots(NamedTuple):
+    """Of one layer."""
+
+    keys: Tensor  # (B, K, S, D)
+    values: Tensor
+    at: Tensor  # (B, T) the slots of the next tokens
+    used: int  # slots, from the first on, that hold anything when they are written
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """k, v (B, K, T, D)."""
+        rows = torch.arange(len(self.at), device=self.at.device)[:, None]
+        for kept, new in ((self.keys, k), (self.values, v)):
+            kept[rows, :, self.at] = new.transpose(1, 2)  # indices around a slice put their dimensions in front: (B, T, K, D)
 
 
 class KVCache:
@@ -27,21 +42,15 @@ class KVCache:
 
     def place(self, tokens: int) -> Tensor:
         """Positions of the next `tokens` tokens of each row (B, T); also sets the mask that attention uses."""
-        positions = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
+        self.at = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
         self.longest += tokens
-        slots = torch.arange(self.longest, device=positions.device)
-        self.mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
-        rows = torch.arange(len(positions), device=positions.device)
-        self.at = (rows[:, None], slice(None), positions) if tokens > 1 else (rows, slice(None), positions[:, 0])
-        return positions
+        slots = torch.arange(self.longest, device=self.at.device)
+        self.mask = (slots <= self.at[:, :, None])[:, None]  # (B, 1, T, S)
+        return self.at
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) at the placed positions; return all that is stored, (B, K, S, D) each."""
-        for kind, new in enumerate((k, v)):
-            # Indices around a slice put their own dimensions in front: (B, T, K, D), or (B, K, D) for one token.
-            self.entries[layer, kind][self.at] = new.transpose(1, 2) if new.shape[2] > 1 else new.squeeze(2)
-        keys, values = self.entries[layer, :, :, :, : self.longest]
-        return keys, values
+    def slots(self, layer: int) -> Slots:
+        """Where the placed tokens' keys and values go."""
+        return Slots(*self.entries[layer], self.at, self.longest)
 
     def keep(self, rows: Tensor) -> None:
         """Only the given rows (indices) stay in the batch."""

@@ -42,7 +42,8 @@ class Numerics(NamedTuple):
 
     compute: int  # in and out of matrix products
     residual: int  # the residual stream, which feeds the norms
-    own_attention: bool = False  # whose backward pass is ours (common/kernels.py), not PyTorch's
+    own_attention: bool = False  # whose backward pass is ours (common/attention.py), not PyTorch's
+    own_swiglu: bool = False
 
 
 # Autocast leaves the residual stream in fp32; DeepSpeed casts the model itself.
@@ -50,8 +51,8 @@ NUMERICS = {
     "no": Numerics(4, 4),
     "autocast": Numerics(2, 4),
     "deepspeed": Numerics(2, 2),
-    "cpu": Numerics(4, 4),
-    "cpu autocast": Numerics(2, 4, own_attention=True),
+    "cpu": Numerics(4, 4, own_swiglu=True),
+    "cpu autocast": Numerics(2, 4, own_attention=True, own_swiglu=True),
 }
 
 
@@ -108,18 +109,18 @@ def activation_bytes(
     """Bytes that the trunk's forward pass keeps for its backward pass: rows x length tokens.
 
     Elements a layer and token: 7 C + 2 K D, and of the MLP 2 I (gpt2: its GELU's input and output) or 4 I (llama: gate and
-    value, silu, their product). For gpt2 17 C: Korthikanti 2022, equation 1 (34 s b h bytes) without its dropout masks and, as
-    attention is fused, without 5 a s / h, but with C for what attention returns once more: PyTorch's kernels lay it out head
-    by head, as our queries are, and the next matrix reads a copy. (The one for fp32 and masks on GPUs does not; it is counted
-    all the same.) Our own attention needs only that copy. Dropout adds a byte each for 2 C. `masked`: one mask (B, T, T)
-    for all layers. With checkpointing a layer keeps its input, and one layer at a time the rest (Chen 2016; Korthikanti 2022,
-    section 5).
+    value, silu, their product; ours computes silu again). For gpt2 17 C: Korthikanti 2022, equation 1 (34 s b h bytes) without
+    its dropout masks and, as attention is fused, without 5 a s / h, but with C for what attention returns once more: PyTorch's
+    kernels lay it out head by head, as our queries are, and the next matrix reads a copy. (The one for fp32 and masks on GPUs
+    does not; it is counted all the same.) Our own attention needs only that copy. Dropout adds a byte each for 2 C. `masked`:
+    one mask (B, T, T) for all layers. With checkpointing a layer keeps its input, and one layer at a time the rest (Chen 2016;
+    Korthikanti 2022, section 5).
     """
     c, n = config, numerics
     norms = 2 * c.n_embd * (n.residual + n.compute)  # inputs and outputs
     attention = (c.n_embd + 2 * c.n_kv_head * c.head_width) * n.compute  # queries, keys, values
     attention += c.n_embd * n.compute * (1 if n.own_attention else 2)  # what it returns
-    mlp = c.n_inner * (2 if c.family == "gpt2" else 4) * n.compute
+    mlp = c.n_inner * (2 if c.family == "gpt2" else 3 if n.own_swiglu else 4) * n.compute
     dropout = 2 * c.n_embd if c.dropout else 0
     layer = norms + attention + mlp + dropout
     outside = c.n_embd * (n.residual + n.compute) + (length * n.compute if masked else 0)  # last norm, input of the head

@@ -14,8 +14,10 @@ from torch import Tensor
 from common.cache import KVCache
 from common.config import InputError
 from common.data import pad
+from common.kernels import pick_ids
 from common.model import GPT
 from common.ops import token_logprobs
+from common.packed import packed
 
 
 class Sample(NamedTuple):
@@ -50,13 +52,14 @@ def sample(
     # Neighbours of like length share a batch: little padding in the prefill.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     results: list[Sample | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = sample_batch(model, [prompts[row] for row in rows], uniforms[rows], temperature, top_k, top_p, stop_ids)
-        for row, answer in zip(rows, batch, strict=True):
-            results[row] = answer
-        if progress:
-            progress(len(rows))
+    with packed(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = sample_batch(model, [prompts[row] for row in rows], uniforms[rows], temperature, top_k, top_p, stop_ids)
+            for row, answer in zip(rows, batch, strict=True):
+                results[row] = answer
+            if progress:
+                progress(len(rows))
     return results
 
 
@@ -160,13 +163,9 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, token_logprobs(logits, tokens)
-    probabilities = truncate(logits.float() / temperature, top_k, top_p).softmax(-1)
-    cumulative = probabilities.cumsum(-1)
-    # right=True lands on the first id whose cumulative mass exceeds the draw, so an id of probability 0 is never met;
-    # the last cumulative value stands in for 1, which rounding may miss.
-    draws = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, draws, right=True).clamp_(max=logits.shape[-1] - 1)
-    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
+    if top_k or top_p < 1:
+        logits, temperature = truncate(logits.float() / temperature, top_k, top_p), 1.0
+    return pick_ids(logits, uniforms, temperature)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

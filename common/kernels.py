@@ -5,15 +5,13 @@ them); what is saved is memory traffic: nothing is kept for the backward pass th
 Shape legend: B rows, T positions, H heads, K key/value heads, D head width, C width, N any shape.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Rope = tuple[Tensor, Tensor]  # (B or 1, T, D) each: cosines; sines, negative for the first half of D
-CACHED = 2**19  # elements of a score matrix that stay in a core's cache
+from common.native import functions_for, tensor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -42,8 +40,18 @@ def needed(keep: Tensor) -> Tokens | None:
     return None if real.float().mean() > 0.95 else Tokens(real.flatten().nonzero().squeeze(1), *keep.shape)
 
 
+def gather(x: Tensor, at: Tensor) -> Tensor:
+    """x (M, C) -> its rows `at` (N, C), all different."""
+    return _Gather.apply(x, at)
+
+
+def scatter(x: Tensor, at: Tensor, rows: int) -> Tensor:
+    """x (N, C) -> (rows, C), zero but for the rows `at`."""
+    return _Scatter.apply(x, at, rows)
+
+
 class _Gather(torch.autograd.Function):
-    """x (M, C) -> its rows `at` (N, C), all different: PyTorch's index must add up in its backward pass, which is slow."""
+    """PyTorch's index must add up in its backward pass, which is slow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
@@ -57,8 +65,6 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The transpose: x (N, C) -> (rows, C), zero but for the rows `at`."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(at)
@@ -69,126 +75,51 @@ class _Scatter(torch.autograd.Function):
         return g.index_select(0, *ctx.saved_tensors), None, None
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary positions (Su 2021) on x (B, H, T, D); element i is paired with i + D/2, as in transformers."""
-    cos, sin = (table.flatten(1).unsqueeze(1) for table in rope)
-    turned = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x.flatten(2) * cos, turned.flatten(2), sin).view_as(x)
-
-
-def attention(
-    qkv: Tensor,
-    heads: int,
-    kv_heads: int,
-    rope: Rope | None,
-    mask: Tensor | None,
-    dropout: float = 0.0,
-    tokens: Tokens | None = None,
-    remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """Self-attention over qkv (B, T, (H + 2 K) D), heads of queries, keys and values in this order -> (B, T, H D).
-
-    mask: (B or 1, 1, T, S), added to the scores; None = causal. tokens: qkv is (1, N, ...), these of B rows, and so is what
-    comes back. remember: stores keys and values (B, K, T, D), returns all so far.
-    """
-    if tokens:
-        rows = _Scatter.apply(qkv[0], tokens.at, tokens.rows * tokens.length).unflatten(0, (tokens.rows, tokens.length))
-        y = attention(rows, heads, kv_heads, rope, mask, dropout)
-        return _Gather.apply(y.flatten(0, 1), tokens.at)[None]
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.requires_grad and not (dropout or remember):
-        return _Attention.apply(qkv, heads, kv_heads, rope, mask)
-    if remember:
-        qk, v = qkv.unflatten(2, (heads + 2 * kv_heads, -1)).transpose(1, 2).split([heads + kv_heads, kv_heads], dim=1)
-        q, k = (qk if rope is None else rotate(qk, rope)).split([heads, kv_heads], dim=1)
-        return _attend(q, *remember(k, v), mask)
-    return _attend(*_split(qkv, heads, kv_heads, rope), mask, dropout)
-
-
-def _split(qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, T, D), keys and values (B, K, T, D), contiguous."""
-    parts = qkv.unflatten(2, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], dim=2)
-    q, k, v = (part.transpose(1, 2).contiguous() for part in parts)
-    return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    T, causal = q.shape[2], mask is None
-    if causal and q.device.type == "cpu" and T % 32:
-        # What a row says must not depend, in the last bit, on the padding that its neighbours ask for (PPO's ratio is 1 before
-        # the first update): the kernel works in blocks, and only whole ones add up in the same order.
-        q, k, v = (F.pad(x, (0, 0, 0, -T % 32)) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return y[:, :, :T].transpose(1, 2).flatten(2)
-
-
-class _Attention(torch.autograd.Function):
-    """The backward pass of PyTorch's kernel for CPUs takes 14 times its forward in bf16. This one computes the scores again,
-    a few rows at a time, so that they stay in the cache, and in matrix products, which such CPUs are made for."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
-        q, k, v = _split(qkv, heads, kv_heads, rope)
-        ctx.save_for_backward(q, k, v, mask, *(rope or ()))
-        return _attend(q, k, v, mask)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
-        q, k, v, mask, *rope = ctx.saved_tensors
-        (B, H, T, D), K = q.shape, k.shape[1]
-        bias = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1) if mask is None else mask
-        bias = bias.expand(B, H, T, T)
-        g = g.view(B, T, H, D).transpose(1, 2).contiguous()
-        dq, dk, dv = map(torch.empty_like, (q, k, v))
-        size = max(1, CACHED // (H * T * T))
-        for rows in (slice(b, b + size) for b in range(0, B, size)):
-            # The queries that share a key are one matrix: (rows K, H / K T, D) against (rows K, T, D).
-            q_, g_ = (x[rows].view(-1, H // K * T, D) for x in (q, g))
-            k_, v_ = (x[rows].flatten(0, 1) for x in (k, v))
-            p = torch.baddbmm(bias[rows].reshape(-1, H // K * T, T), q_, k_.mT, alpha=D**-0.5).softmax(-1)
-            ds = torch._softmax_backward_data(torch.bmm(g_, v_.mT), p, -1, p.dtype)
-            dq_, dk_, dv_ = dq[rows].view_as(q_), dk[rows].view_as(k_), dv[rows].view_as(v_)
-            torch.baddbmm(dq_, ds, k_, beta=0, alpha=D**-0.5, out=dq_)
-            torch.baddbmm(dk_, ds.mT, q_, beta=0, alpha=D**-0.5, out=dk_)
-            torch.bmm(p.mT, g_, out=dv_)
-        if rope:
-            back = (rope[0], -rope[1])
-            dq, dk = rotate(dq, back), rotate(dk, back)
-        return torch.cat([x.transpose(1, 2) for x in (dq, dk, dv)], dim=2).flatten(2), None, None, None, None
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or better; under autocast the result is in its."""
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps, product_dtype(x))
-    return _scaled(x, _rms_scale(x, eps), weight, product_dtype(x))
+    x, dtype = x.contiguous(), product_dtype(x)
+    return _RMSNorm.apply(x, weight, eps, dtype) if torch.is_grad_enabled() else _normalised(x, weight, eps, dtype)[0]
 
 
-def _rms_scale(x: Tensor, eps: float) -> Tensor:
+def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The result, and the factor of each row."""
+    width = x.shape[-1]
+    if functions := functions_for(x, weight):
+        y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        functions.rms_norm(*tensor(x), *tensor(weight), *tensor(y), scale.data_ptr(), x.numel() // width, width, eps)
+        return y, scale
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _scaled(x: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x * scale.to(x.dtype)).mul_(weight).to(dtype)
+    scale = norm.square_().div_(width).add_(eps).rsqrt_()
+    return (x * scale.to(x.dtype)).mul_(weight).to(dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
-    """PyTorch has no kernel for CPUs: a dozen passes over x each way instead of three and seven."""
+    """PyTorch has no kernel for CPUs: a dozen passes over x each way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        scale = _rms_scale(x, eps)
+        y, scale = _normalised(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return _scaled(x, scale, weight, dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
+        width = x.shape[-1]
+        g = g.contiguous()
+        if functions := functions_for(g, x, weight):
+            threads = torch.get_num_threads()
+            dx, dweight = torch.empty_like(x), weight.new_zeros(threads, width, dtype=torch.float32)
+            functions.rms_norm_backward(
+                *tensor(g), *tensor(x), *tensor(weight), scale.data_ptr(), *tensor(dx), dweight.data_ptr(), threads,
+                x.numel() // width, width,
+            )  # fmt: skip
+            return dx, dweight.sum(0).to(weight.dtype), None, None
         g, normal = g.to(scale.dtype, copy=True), x * scale
         product = (g * normal).flatten(0, -2)
-        dot = (product @ weight.to(scale.dtype)).div_(x.shape[-1]).view_as(scale)
+        dot = (product @ weight.to(scale.dtype)).div_(width).view_as(scale)
         dx = g.mul_(weight).sub_(normal.mul_(dot)).mul_(scale)
         return dx.to(x.dtype), product.sum(0).to(weight.dtype), None, None
 
@@ -196,25 +127,36 @@ class _RMSNorm(torch.autograd.Function):
 def swiglu(h: Tensor) -> Tensor:
     """silu(gate) * value (Shazeer 2020) of h (N, 2 C), gate first: (N, C)."""
     if h.device.type == "cpu" and torch.is_grad_enabled():
-        return _SwiGLU.apply(h)
+        return _SwiGLU.apply(h.contiguous())
+    return _gated(h)
+
+
+def _gated(h: Tensor) -> Tensor:
+    width = h.shape[-1] // 2
+    if functions := functions_for(h):
+        y = h.new_empty(*h.shape[:-1], width)
+        functions.swiglu(*tensor(h), y.data_ptr(), y.numel() // width, width)
+        return y
     gate, value = h.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
 class _SwiGLU(torch.autograd.Function):
-    """On halves made contiguous, which is quicker by more than the copies take."""
-
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
-        gate, value = (half.contiguous() for half in h.chunk(2, dim=-1))
-        silu = F.silu(gate)
-        ctx.save_for_backward(gate, value, silu)
-        return silu * value
+        ctx.save_for_backward(h)
+        return _gated(h)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        gate, value, silu = ctx.saved_tensors
-        return torch.cat([torch.ops.aten.silu_backward(g * value, gate), g * silu], dim=-1)
+        (h,) = ctx.saved_tensors
+        g, width = g.contiguous(), g.shape[-1]
+        if functions := functions_for(g, h):
+            dh = torch.empty_like(h)
+            functions.swiglu_backward(g.data_ptr(), *tensor(h), dh.data_ptr(), g.numel() // width, width)
+            return dh
+        gate, value = (half.contiguous() for half in h.chunk(2, dim=-1))  # quicker by more than the copies take
+        return torch.cat([torch.ops.aten.silu_backward(g * value, gate), g * F.silu(gate)], dim=-1)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -240,14 +182,11 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        w = weight.to(hidden.dtype)
+        w, targets = weight.to(hidden.dtype), targets.contiguous()
         logprobs = torch.empty(len(hidden), device=hidden.device)
         found = torch.empty_like(logprobs) if entropies else None
         for part in _parts(hidden, weight):
-            every = _log_softmax(hidden[part] @ w.T, temperature)
-            logprobs[part] = every.gather(1, targets[part, None]).squeeze(1)
-            if entropies:
-                found[part] = -(every.exp() * every).sum(-1)
+            _logprobs(hidden[part] @ w.T, targets[part], temperature, logprobs[part], found[part] if entropies else None)
         ctx.save_for_backward(hidden, weight, targets, logprobs)
         ctx.temperature = temperature
         if entropies:
@@ -257,23 +196,44 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, logprobs = ctx.saved_tensors
-        w, g = weight.to(hidden.dtype), g / ctx.temperature
-        # 1 - p of the target from fp32: in bf16 nothing would be left of it where the model is sure.
-        at_target, g = (x.to(hidden.dtype) for x in (-g * logprobs.expm1(), g))
+        w, g = weight.to(hidden.dtype), (g / ctx.temperature).contiguous()
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _parts(hidden, weight):
-            logits = hidden[part] @ w.T
-            if ctx.temperature == 1:
-                d = logits.softmax(-1)
-            else:
-                d = _log_softmax(logits, ctx.temperature).exp_().to(w.dtype)
-            d.mul_(-g[part, None])
-            d[torch.arange(len(d), device=d.device), targets[part]] = at_target[part]
+            d = _logprobs_backward(hidden[part] @ w.T, targets[part], ctx.temperature, logprobs[part], g[part])
             dhidden[part] = d @ w
             if dweight is not None:  # LoRA does not train it
                 dweight += d.T @ hidden[part]
         return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None
+
+
+def _logprobs(logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor | None) -> None:
+    """Of logits (N, V) at targets, written to logprobs and entropies (N)."""
+    if functions := functions_for(logits):
+        address = entropies if entropies is None else entropies.data_ptr()
+        functions.logprobs_at(*tensor(logits), targets.data_ptr(), 1 / temperature, logprobs.data_ptr(), address, *logits.shape)
+        return
+    every = _log_softmax(logits, temperature)
+    logprobs.copy_(every.gather(1, targets[:, None]).squeeze(1))
+    if entropies is not None:
+        entropies.copy_(-(every.exp() * every).sum(-1))
+
+
+def _logprobs_backward(logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, g: Tensor) -> Tensor:
+    """Gradient of the logits, in their place or not, from g: that of `logprobs`, over temperature."""
+    # 1 - p of the target from its log-prob in fp32: in bf16 nothing would be left of it where the model is sure.
+    at_target = -g * logprobs.expm1()
+    if functions := functions_for(logits):
+        rows = (x.data_ptr() for x in (logprobs, g, at_target))
+        functions.logprobs_at_backward(*tensor(logits), targets.data_ptr(), 1 / temperature, *rows, *logits.shape)
+        return logits
+    if temperature == 1:
+        d = logits.softmax(-1)
+    else:
+        d = _log_softmax(logits, temperature).exp_().to(logits.dtype)
+    d.mul_(-g[:, None].to(d.dtype))
+    d[torch.arange(len(d), device=d.device), targets] = at_target.to(d.dtype)
+    return d
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -281,6 +241,23 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 1:
         return logits.log_softmax(-1, dtype=torch.float32)
     return (logits.float() / temperature).log_softmax(-1)
+
+
+def pick_ids(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids (B) from softmax(logits / temperature) (B, V) where its cumulative sum exceeds uniforms (B); their log-probs (B)."""
+    if functions := functions_for(logits, uniforms):
+        ids, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+        functions.pick_ids(
+            *tensor(logits), uniforms.data_ptr(), 1 / temperature, ids.data_ptr(), logprobs.data_ptr(), *logits.shape
+        )
+        return ids, logprobs
+    probabilities = (logits.float() / temperature).softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    # right=True lands on the first id whose cumulative mass exceeds the draw, so an id of probability 0 is never met;
+    # the last cumulative value stands in for 1, which rounding may miss.
+    draws = uniforms[:, None] * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, draws, right=True).clamp_(max=logits.shape[-1] - 1)
+    return ids.squeeze(1), probabilities.gather(1, ids).log().squeeze(1)
 
 
 def at_once(device: str, vocabulary: int) -> int:

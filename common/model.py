@@ -10,16 +10,16 @@ Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads, D 
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.cache import KVCache
+from common.attention import Rope, attention
+from common.cache import KVCache, Slots
 from common.config import InputError
-from common.kernels import Rope, Tokens, attention, gelu, linear_logprobs, needed, product_dtype, rms_norm, swiglu
+from common.kernels import Tokens, gelu, linear_logprobs, needed, product_dtype, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,11 @@ class Attention(nn.Module):
         rope: Rope | None,
         mask: Tensor | None,
         tokens: Tokens | None,
-        cache: KVCache | None,
-        layer: int,
+        slots: Slots | None,
     ) -> Tensor:
         H, K = self.config.n_head, self.config.n_kv_head
         dropout = self.config.dropout if self.training else 0.0
-        y = attention(self.qkv(x), H, K, rope, mask, dropout, tokens, cache and partial(cache.write, layer))
+        y = attention(self.qkv(x), H, K, rope, mask, dropout, tokens, slots)
         return self.dropout(self.out(y))
 
 
@@ -201,7 +200,8 @@ class Trunk(nn.Module):
             local = local if mask is None else local & mask
         mask, local = additive(mask, dtype), additive(local, dtype)
         for layer, (kind, block) in enumerate(zip(self.config.attention_pattern, self.blocks, strict=True)):
-            inputs = (x, rope, local if kind == "local" else mask, tokens, cache, layer)
+            slots = None if cache is None else cache.slots(layer)
+            inputs = (x, rope, local if kind == "local" else mask, tokens, slots)
             once = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
             x = block(*inputs) if once else checkpoint(block, *inputs, use_reentrant=False)
         if cache is not None:

@@ -29,7 +29,8 @@ LAUNCHES = {"gpt2": (55, 14), "llama": (65, 21)}
 LAUNCHES_OUTSIDE = (40, 30)
 MUON_LAUNCHES = 4 * 25  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
 # Most bytes alive at once around a logit in kernels.linear_logprobs, measured on PyTorch 2.13: four fp32 copies, where a
-# temperature is not 1 and more tokens have gone before (logits, divided, log-softmax, and theirs); at 1 it is 12, in bf16 14.
+# temperature is not 1 and more tokens have gone before (logits, divided, log-softmax, and theirs); at 1 it is 12, in bf16 10;
+# where kernels.c does it, less.
 LOGIT_BYTES = 16
 PICK_BYTES = 20  # of a logit from which a token is sampled: five fp32 copies
 BUCKET = 1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, by default 5e8 numbers of bf16

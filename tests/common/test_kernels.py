@@ -1,4 +1,5 @@
-"""Each kernel against the plain formulation: values, gradients, and that neither depends on how the work is cut into parts."""
+"""Each kernel, in C and in PyTorch's operations, against the plain formulation: values, gradients, and that neither depends on
+how the work is cut into parts."""
 
 import pytest
 import torch
@@ -6,14 +7,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import common.model as model_module
-from common import kernels
-from common.kernels import attention, gelu, linear_logprobs, rms_norm, rotate, swiglu
+from common import attention as attention_module
+from common import kernels, native
+from common.attention import Rope, attention, rotate, split_heads
+from common.cache import KVCache
+from common.kernels import gelu, linear_logprobs, pick_ids, rms_norm, swiglu
 from common.model import GPT, GPTConfig, additive, document_mask
 from common.ops import entropy, token_logprobs
+from tests.conftest import randomise
 
 BF16 = torch.bfloat16
 temperatures = pytest.mark.parametrize("temperature", [1.0, 0.7])
 half = pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=["C", "PyTorch"], autouse=True)
+def language(request, monkeypatch) -> str:
+    if request.param == "PyTorch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler")
+    return request.param
 
 
 def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,13 +95,13 @@ HEADS = {"as many": (4, 4), "grouped": (4, 2), "one": (4, 1)}
 heads = pytest.mark.parametrize("H, K", HEADS.values(), ids=HEADS)
 
 
-def tables(T: int, D: int, dtype: torch.dtype) -> kernels.Rope:
+def tables(T: int, D: int, dtype: torch.dtype) -> Rope:
     angles = torch.arange(T)[None, :, None] * 100.0 ** -(torch.arange(0, D, 2) / D)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def plain(qkv: Tensor, H: int, K: int, rope: kernels.Rope | None, mask: Tensor | None) -> Tensor:
+def plain(qkv: Tensor, H: int, K: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
     """Attention in double, as it is defined: (B, T, (H + 2 K) D) -> (B, T, H D)."""
     parts = qkv.double().unflatten(2, (H + 2 * K, -1)).transpose(1, 2)
     q, k, v = parts.split([H, K, K], 1)
@@ -99,6 +113,10 @@ def plain(qkv: Tensor, H: int, K: int, rope: kernels.Rope | None, mask: Tensor |
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
+def attended(mask: Tensor | None, T: int) -> Tensor:
+    return torch.ones(1, 1, T, T, dtype=torch.bool).tril() if mask is None else mask
+
+
 @heads
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
@@ -106,15 +124,16 @@ def plain(qkv: Tensor, H: int, K: int, rope: kernels.Rope | None, mask: Tensor |
 def test_attention(H, K, rotary, masked, half, monkeypatch):
     """In bf16 its gradients are as near to exact ones as those of PyTorch's. 2 of 5 rows at a time; 40 is no multiple of 32."""
     B, T, D, dtype = 5, 40, 16, BF16 if half else torch.float32
-    monkeypatch.setattr(kernels, "CACHED", 2 * H * T * T)
+    monkeypatch.setattr(attention_module, "CACHED", 2 * H * T * T)
     qkv, rope = randn(B, T, (H + 2 * K) * D, dtype=dtype), tables(T, D, dtype) if rotary else None
     starts = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.1
     mask = document_mask(starts.cumsum(1)) if masked else None
     true = plain(qkv, H, K, rope, mask)
-    mask = additive(mask, dtype)
-    theirs = kernels._attend(*kernels._split(qkv, H, K, rope), mask)
-    ours = attention(qkv, H, K, rope, mask)
-    assert torch.equal(ours, theirs) and error(ours, true) < (6e-3 if half else 1e-6)
+    theirs = F.scaled_dot_product_attention(
+        *split_heads(qkv, H, K, rope), additive(attended(mask, T), dtype), enable_gqa=True
+    ).transpose(1, 2).flatten(2)  # fmt: skip
+    ours = attention(qkv, H, K, rope, additive(mask, dtype))
+    assert error(ours, true) < (6e-3 if half else 1e-6)
     widths = [H * D, K * D, K * D]
     found, usual, exact = (gradients(y, qkv)[0].split(widths, -1) for y in (ours, theirs, true))
     for a, b, c in zip(found, usual, exact, strict=True):
@@ -128,17 +147,61 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_batch(H, K, half):
     rope = tables(230, 16, qkv.dtype)
     for T in (1, 31, 32, 40, 150):
         own = tuple(table[:, :T] for table in rope)
-        alone = attention(qkv[1:2, :T], H, K, own, None)
+        alone = attention(qkv[1:2, :T].contiguous(), H, K, own, None)
         for longer in (T + 1, 64, 191, 230):
             if longer > T:
-                batch = attention(qkv[:, :longer], H, K, tuple(table[:, :longer] for table in rope), None)
+                batch = attention(qkv[:, :longer].contiguous(), H, K, tuple(table[:, :longer] for table in rope), None)
                 assert torch.equal(batch[1, :T], alone[0]), (T, longer)
 
 
-def test_attention_with_a_cache_stores_keys_and_values_where_gradients_are_on():
-    qkv, stored = randn(1, 3, 3 * 8, dtype=BF16), []
-    attention(qkv, 1, 1, None, None, remember=lambda k, v: stored.append((k, v)) or (k, v))
-    assert torch.equal(stored[0][0], qkv[:, None, :, 8:16])
+@heads
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("width", [16, 32, 64])
+@half
+def test_a_cache_fed_token_by_token_equals_all_at_once(H, K, family, width, half):
+    """Rows of 5, 1 and 9 tokens prefilled, then 7 more each; layer 1 sees a window of 4."""
+    if family == "gpt2" and K != H:
+        return
+    settings = {"n_layer": 2, "n_head": H, "n_kv_head": K, "n_embd": H * width}
+    settings |= {"attention_pattern": ("full", "local"), "window": 4}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(family=family, vocab_size=50, max_length=40, **settings)).eval()
+    randomise(model, 1)
+    model = model.bfloat16() if half else model
+    ids, lengths = torch.randint(0, 50, (3, 16)), torch.tensor([5, 1, 9])
+    with torch.no_grad():
+        true = model.trunk(ids)
+        cache = KVCache(model.config, 3, 16, next(model.parameters()))
+        found = model.trunk(ids[:, :9], cache)
+        cache.lengths = lengths
+        for row, length in enumerate(lengths):
+            assert error(found[row, :length], true[row, :length]) < (3e-2 if half else 1e-5)
+        for _ in range(7):
+            at = cache.lengths
+            found = model.trunk(ids[torch.arange(3), at][:, None], cache)[:, 0]
+            assert error(found, true[torch.arange(3), at]) < (3e-2 if half else 1e-5)
+
+
+# Sampling
+
+
+@half
+def test_pick_ids_inverts_the_cumulative_distribution(half):
+    """At draws in the middle of an id's share, at 0, and just below 1; ids of probability 0 never come."""
+    logits = randn(6, 300).detach()
+    logits[:, :3], logits[:, 290:] = float("-inf"), float("-inf")
+    logits = logits.bfloat16() if half else logits
+    probabilities = (logits.double() / 0.7).softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    wide = [int((p > 1e-3).nonzero()[place]) for p, place in zip(probabilities, (0, 10, 20, 30, 40, -1), strict=True)]
+    rows = torch.arange(6)
+    draws = cumulative[rows, wide] - probabilities[rows, wide] / 2
+    ids, logprobs = pick_ids(logits, draws.float(), 0.7)
+    assert ids.tolist() == wide
+    assert torch.allclose(logprobs, probabilities[rows, wide].log().float(), rtol=1e-5, atol=1e-5)
+    first, last = (int(x) for x in (probabilities[0] > 0).nonzero()[[0, -1], 0])
+    assert pick_ids(logits[:1], torch.zeros(1), 0.7)[0].item() == first == 3
+    assert pick_ids(logits[:1], torch.tensor([1 - 2**-24]), 0.7)[0].item() in (last, last - 1)
 
 
 # The head

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import native
 from common.chat import prompt_ids
 from common.checkpoint import publish
 from common.kernels import linear_logprobs
@@ -125,8 +126,11 @@ def allocated(body) -> int:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_take_no_more_than_planned(temperature, dtype):
+@pytest.mark.parametrize("language", ["C", "PyTorch"])
+def test_logits_take_no_more_than_planned(temperature, dtype, language, monkeypatch):
     """In either pass of the head, over three parts of 256 tokens each."""
+    if language == "PyTorch":
+        monkeypatch.setattr(native, "library", lambda: None)
     V, C, N = 8192, 16, 3 * 256
     hidden, weight = torch.zeros(N, C, dtype=dtype, requires_grad=True), torch.zeros(V, C, requires_grad=True)
     made = []
@@ -134,7 +138,8 @@ def test_logits_take_no_more_than_planned(temperature, dtype):
     backward = allocated(lambda: made[0][0].sum().backward())
     shape = GPTConfig(vocab_size=V, n_layer=1, n_head=1, n_embd=C, max_length=N)
     work = Work("x", "sft", shape, gpus=1, micro=1, length=N, precision="no" if dtype == torch.float32 else "bf16")
-    assert 0.7 < max(forward, backward) / memory(work, on_cpu=True).logits < 1.02
+    found = max(forward, backward) / memory(work, on_cpu=True).logits
+    assert found < 1.02 and (language == "C" or found > 0.6)
 
 
 # Peak memory of the real stages, in a process of its own
