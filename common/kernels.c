@@ -1,34 +1,35 @@
 // Inner loops of kernels.py.
 #include "native.h"
 
-INLINE float dot(const float *a, const float *b, long n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-// y = x * scale * weight, scale = 1 / sqrt(mean(x^2) + eps): x, y (rows, width), weight (width), scale (rows).
-void rms_norm(const void *x, int x_half, const void *weight, int w_half, void *y, int y_half, float *scale, long rows,
-              long width, float eps) {
+// y = (x - mean) * scale * weight + bias: x, y (rows, width), weight, bias (width) of one kind. LayerNorm: of each row the mean
+// and scale = 1 / sqrt(variance + eps), kept in mean, scale (rows). RMSNorm: bias and mean NULL, scale = 1 / sqrt(mean(x^2) + eps).
+void norm(const void *x, int x_half, const void *weight, int w_half, const void *bias, void *y, int y_half, float *mean,
+          float *scale, long rows, long width, float eps) {
 #pragma omp parallel WORTH_THREADS(rows * width)
     {
-        float w[width], v[width];
+        float w[width], b[width], v[width];
         load(w, weight, w_half, width);
+        for (long i = 0; i < width; i++) b[i] = bias ? element(bias, w_half, i) : 0;
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) {
+            float sum = 0, squares = 0;
             load(v, AT(x, x_half, r * width), x_half, width);
-            float s = 1 / __builtin_sqrtf(dot(v, v, width) / width + eps);
-            for (long i = 0; i < width; i++) v[i] *= s * w[i];
+            if (mean) {
+                for (long i = 0; i < width; i++) sum += v[i];
+                mean[r] = sum / width;
+                for (long i = 0; i < width; i++) v[i] -= mean[r];
+            }
+            for (long i = 0; i < width; i++) squares += v[i] * v[i];
+            scale[r] = 1 / __builtin_sqrtf(squares / width + eps);
+            for (long i = 0; i < width; i++) v[i] = v[i] * scale[r] * w[i] + b[i];
             store(AT(y, y_half, r * width), v, y_half, width);
-            if (scale) scale[r] = s;
         }
     }
 }
 
-// g: gradient of y. dweight (threads, width), zero at first: what each thread adds up.
-void rms_norm_backward(const void *g, int g_half, const void *x, int x_half, const void *weight, int w_half,
-                       const float *scale, void *dx, int dx_half, float *dweight, int threads, long rows, long width) {
+// g: gradient of y. dweight, dbias (threads, width), zero at first: what each thread adds up; dbias NULL: no bias.
+void norm_backward(const void *g, int g_half, const void *x, int x_half, const void *weight, int w_half, const float *mean,
+                   const float *scale, void *dx, int dx_half, float *dweight, float *dbias, int threads, long rows, long width) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
         float w[width], v[width], d[width], *dw = dweight + thread * width;
@@ -36,16 +37,19 @@ void rms_norm_backward(const void *g, int g_half, const void *x, int x_half, con
         for (long r = rows * thread / threads; r < rows * (thread + 1) / threads; r++) {
             load(v, AT(x, x_half, r * width), x_half, width);
             load(d, AT(g, g_half, r * width), g_half, width);
-            float s = scale[r], sum = 0;
-#pragma omp simd reduction(+ : sum)
+            float s = scale[r], m = mean ? mean[r] : 0, along = 0, sum = 0;
+            if (dbias)
+                for (long i = 0; i < width; i++) dbias[thread * width + i] += d[i];
             for (long i = 0; i < width; i++) {
-                v[i] *= s;
+                v[i] = (v[i] - m) * s;
                 dw[i] += d[i] * v[i];
                 d[i] *= w[i];
-                sum += d[i] * v[i];
+                along += d[i] * v[i];
+                sum += d[i];
             }
-            sum /= width;
-            for (long i = 0; i < width; i++) d[i] = s * (d[i] - v[i] * sum);
+            along /= width;
+            sum = mean ? sum / width : 0;
+            for (long i = 0; i < width; i++) d[i] = s * (d[i] - sum - v[i] * along);
             store(AT(dx, dx_half, r * width), d, dx_half, width);
         }
     }
@@ -74,6 +78,31 @@ void swiglu_backward(const void *g, const void *h, int half, void *dh, long rows
             value[i] = d[i] * silu;
         }
         store(AT(dh, half, 2 * r * width), v, half, 2 * width);
+    }
+}
+
+// GPT-2's GELU, x * sigmoid(2 u) = x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + .044715 x^3), of x (rows, width).
+void gelu(const void *x, int half, void *y, long rows, long width) {
+#pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)
+    for (long r = 0; r < rows; r++) {
+        float v[width];
+        load(v, AT(x, half, r * width), half, width);
+        for (long i = 0; i < width; i++) v[i] /= 1 + exponential(-1.59576912f * v[i] * (1 + 0.044715f * v[i] * v[i]));
+        store(AT(y, half, r * width), v, half, width);
+    }
+}
+
+void gelu_backward(const void *g, const void *x, int half, void *dx, long rows, long width) {
+#pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)
+    for (long r = 0; r < rows; r++) {
+        float v[width], d[width];
+        load(v, AT(x, half, r * width), half, width);
+        load(d, AT(g, half, r * width), half, width);
+        for (long i = 0; i < width; i++) {
+            float square = v[i] * v[i], s = 1 / (1 + exponential(-1.59576912f * v[i] * (1 + 0.044715f * square)));
+            d[i] *= s + v[i] * s * (1 - s) * 1.59576912f * (1 + 0.134145f * square);
+        }
+        store(AT(dx, half, r * width), d, half, width);
     }
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.native import functions_for, tensor
+from common.native import address, functions_for, tensor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -79,49 +79,70 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or better; under autocast the result is in its."""
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    x, dtype = x.contiguous(), product_dtype(x)
-    return _RMSNorm.apply(x, weight, eps, dtype) if torch.is_grad_enabled() else _normalised(x, weight, eps, dtype)[0]
+    return _norm(x, weight, None, eps, centred=False)
 
 
-def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The result, and the factor of each row."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last dimension, likewise (Ba 2016)."""
+    if functions_for(x, weight, bias):
+        return _norm(x, weight, bias, eps, centred=True)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    arguments = (x.contiguous(), weight, bias, eps, centred, product_dtype(x))
+    return _Norm.apply(*arguments) if torch.is_grad_enabled() else _normalised(*arguments)[0]
+
+
+def _normalised(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The result, and of each row its mean, if centred, and its factor."""
     width = x.shape[-1]
     if functions := functions_for(x, weight):
-        y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        functions.rms_norm(*tensor(x), *tensor(weight), *tensor(y), scale.data_ptr(), x.numel() // width, width, eps)
-        return y, scale
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    scale = norm.square_().div_(width).add_(eps).rsqrt_()
-    return (x * scale.to(x.dtype)).mul_(weight).to(dtype), scale
+        y, rows = torch.empty_like(x, dtype=dtype), (*x.shape[:-1], 1)
+        mean = x.new_empty(rows, dtype=torch.float32) if centred else None
+        scale = x.new_empty(rows, dtype=torch.float32)
+        addresses = (address(bias), *tensor(y), address(mean), scale.data_ptr())
+        functions.norm(*tensor(x), *tensor(weight), *addresses, x.numel() // width, width, eps)
+        return y, mean, scale
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    scale = length.square_().div_(width).add_(eps).rsqrt_()
+    return (x * scale.to(x.dtype)).mul_(weight).to(dtype), None, scale
 
 
-class _RMSNorm(torch.autograd.Function):
-    """PyTorch has no kernel for CPUs: a dozen passes over x each way."""
+class _Norm(torch.autograd.Function):
+    """PyTorch has no kernel of RMSNorm for CPUs: a dozen passes over x each way. Its LayerNorm leaves autocast's precision."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        y, scale = _normalised(x, weight, eps, dtype)
-        ctx.save_for_backward(x, weight, scale)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype
+    ) -> Tensor:
+        y, mean, scale = _normalised(x, weight, bias, eps, centred, dtype)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.has_bias = bias is not None
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
         width = x.shape[-1]
         g = g.contiguous()
         if functions := functions_for(g, x, weight):
             threads = torch.get_num_threads()
             dx, dweight = torch.empty_like(x), weight.new_zeros(threads, width, dtype=torch.float32)
-            functions.rms_norm_backward(
-                *tensor(g), *tensor(x), *tensor(weight), scale.data_ptr(), *tensor(dx), dweight.data_ptr(), threads,
-                x.numel() // width, width,
+            dbias = torch.zeros_like(dweight) if ctx.has_bias else None
+            functions.norm_backward(
+                *tensor(g), *tensor(x), *tensor(weight), address(mean), scale.data_ptr(), *tensor(dx), dweight.data_ptr(),
+                address(dbias), threads, x.numel() // width, width,
             )  # fmt: skip
-            return dx, dweight.sum(0).to(weight.dtype), None, None
+            dweight, dbias = (d if d is None else d.sum(0).to(weight.dtype) for d in (dweight, dbias))
+            return dx, dweight, dbias, None, None, None
         g, normal = g.to(scale.dtype, copy=True), x * scale
         product = (g * normal).flatten(0, -2)
         dot = (product @ weight.to(scale.dtype)).div_(width).view_as(scale)
         dx = g.mul_(weight).sub_(normal.mul_(dot)).mul_(scale)
-        return dx.to(x.dtype), product.sum(0).to(weight.dtype), None, None
+        return dx.to(x.dtype), product.sum(0).to(weight.dtype), None, None, None, None
 
 
 def swiglu(h: Tensor) -> Tensor:
@@ -160,10 +181,26 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GPT-2's GELU, the tanh approximation. In bf16 on a CPU the exact one, which is nearer to it than bf16 to fp32, and a
-    quarter of the time."""
-    exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return F.gelu(x, approximate="none" if exact else "tanh")
+    """GPT-2's GELU, the tanh approximation (Hendrycks 2016)."""
+    return _GELU.apply(x.contiguous()) if functions_for(x) else F.gelu(x, approximate="tanh")
+
+
+class _GELU(torch.autograd.Function):
+    """PyTorch's kernel for CPUs takes several times as long in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y, width = torch.empty_like(x), x.shape[-1]
+        functions_for(x).gelu(*tensor(x), y.data_ptr(), x.numel() // width, width)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        g, dx, width = g.contiguous(), torch.empty_like(x), x.shape[-1]
+        functions_for(g, x).gelu_backward(g.data_ptr(), *tensor(x), dx.data_ptr(), x.numel() // width, width)
+        return dx
 
 
 def linear_logprobs(
@@ -210,8 +247,8 @@ class _LinearLogprobs(torch.autograd.Function):
 def _logprobs(logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor | None) -> None:
     """Of logits (N, V) at targets, written to logprobs and entropies (N)."""
     if functions := functions_for(logits):
-        address = entropies if entropies is None else entropies.data_ptr()
-        functions.logprobs_at(*tensor(logits), targets.data_ptr(), 1 / temperature, logprobs.data_ptr(), address, *logits.shape)
+        found = (logprobs.data_ptr(), address(entropies))
+        functions.logprobs_at(*tensor(logits), targets.data_ptr(), 1 / temperature, *found, *logits.shape)
         return
     every = _log_softmax(logits, temperature)
     logprobs.copy_(every.gather(1, targets[:, None]).squeeze(1))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from common.attention import Rope, attention
 from common.cache import KVCache, Slots
 from common.config import InputError
-from common.kernels import Tokens, gelu, linear_logprobs, needed, product_dtype, rms_norm, swiglu
+from common.kernels import Tokens, gelu, layer_norm, linear_logprobs, needed, product_dtype, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,13 @@ class Block(nn.Module):
 
 
 def norm(config: GPTConfig) -> nn.Module:
-    kind = nn.LayerNorm if config.family == "gpt2" else RMSNorm
+    kind = LayerNorm if config.family == "gpt2" else RMSNorm
     return kind(config.n_embd, eps=config.norm_eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):

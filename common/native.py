@@ -79,3 +79,7 @@ def functions_for(*tensors: Tensor) -> ctypes.CDLL | None:
 
 def tensor(x: Tensor) -> tuple[int, bool]:
     return x.data_ptr(), x.dtype == torch.bfloat16
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.native import functions_for
+from common.native import address, functions_for
 
 FEW = 512  # rows, up to which reading the weights is what takes time
 
@@ -50,6 +50,5 @@ def product(weight: Tensor, bias: Tensor | None, made: Tensor, x: Tensor) -> Ten
     if rows > FEW:
         return F.linear(x, weight, bias)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    address = None if bias is None else bias.data_ptr()
-    functions_for(x).packed_linear(x.data_ptr(), made.data_ptr(), address, y.data_ptr(), rows, outputs, inputs)
+    functions_for(x).packed_linear(x.data_ptr(), made.data_ptr(), address(bias), y.data_ptr(), rows, outputs, inputs)
     return y
