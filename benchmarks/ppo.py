@@ -5,7 +5,8 @@
 TRL had it until 1.12.0, so that lives in an environment of its own: python -m venv trl112 && trl112/bin/pip install trl==1.12.0
 An update is a rollout of 64 prompts of exactly 32 tokens with 64 new tokens each, scored by policy, reference, critic and
 reward model, then 4 epochs of 4 minibatches. Same weights (random Llamas), prompts, rates and coefficients. No answer ends
-early on either side: the weights are such that the end token is never sampled. `shares`: where our seconds go.
+early on either side: the weights are such that the end token is never sampled. `shares`: where our seconds go; `peak_mb`: the
+most memory that a side held.
 """
 
 import json
@@ -61,6 +62,7 @@ def main() -> None:
     tokenizer = letters(args.vocab_size)
     config = llama(args, 256)
     shares: dict[str, dict[str, float]] = {}
+    peaks: dict[str, float] = {}
     draw = random.Random(0)
     alphabet = [chr(0x4E00 + i) for i in range(args.vocab_size - 5)]
     texts = ["".join(draw.choices(alphabet, k=args.prompt_tokens - 2)) for _ in range(args.episodes * args.updates)]
@@ -87,6 +89,7 @@ def main() -> None:
             parts = {key: sum(row[key] for row in log[1:]) for key in log[0] if key.startswith("seconds_")}
             whole = sum(parts.values())
             shares[f"ours {precision}"] = {key.removeprefix("seconds_"): round(s / whole, 3) for key, s in parts.items()}
+            peaks[f"ours {precision}"] = log[-1]["peak_mb"]
             return statistics.mean(after["at"] - before["at"] for before, after in pairwise(log))
 
         def trl(precision: str) -> float:
@@ -105,11 +108,13 @@ def main() -> None:
                 raise RuntimeError(f"TRL computed in {done['autocast']}, not in {precision}")
             if done["ended_early"]:
                 raise RuntimeError(f"{done['ended_early']} answers of TRL ended early")
+            peaks[f"TRL 1.12 {precision}"] = done["peak_mb"]
             return statistics.mean(done["seconds"])
 
         side_by_side(
             "ppo", "s/update", by_precision("ours", args.precisions, ours) | by_precision("TRL 1.12", args.precisions, trl),
-            runs=args.runs, alone=args.alone, lower_is_better=True, shares=shares, updates=args.updates, episodes=args.episodes,
+            runs=args.runs, alone=args.alone, lower_is_better=True, shares=shares, peak_mb=peaks,
+            updates=args.updates, episodes=args.episodes,
             flops_per_unit=update_flops(config, args.episodes, args.prompt_tokens, args.new_tokens),
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ from common.chat import comparison_prompt, render
 from common.tokenizer import Tokenizer
 
 LENGTH, RATE = 512, 1e-4
-HELD_OUT = 8  # pairs for the evaluation that our stage ends with, which is not timed
+HELD_OUT = 16  # pairs for the held-out loss
 
 
 def main() -> None:
@@ -50,6 +50,8 @@ def main() -> None:
     if len(fitting) < args.batch + HELD_OUT:
         raise SystemExit(f"{args.data}: has {len(fitting)} pairs of at most {LENGTH} tokens, too few")
     config = llama(args, 2 * LENGTH)
+    losses: dict[str, float] = {}
+    held_out_losses: dict[str, float] = {}
 
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / "model", random_llama(config), tokenizer)
@@ -63,19 +65,25 @@ def main() -> None:
                 "per_device_train_batch_size": args.batch, "learning_rate": RATE, "lr_scheduler_type": "linear",
                 "mixed_precision": MIXED[precision], "logging_steps": 1, "save_steps": None,
             }, scratch)  # fmt: skip
+            logged = [row["loss"] for row in log if "loss" in row]
+            losses[f"ours {precision}"] = sum(logged) / len(logged)
+            held_out_losses[f"ours {precision}"] = next(row["eval_loss"] for row in reversed(log) if "eval_loss" in row)
             return tokens_per_second(log, uncounted)
 
         def trl(precision: str) -> float:
-            return trl_trainer(
-                trainer="reward", model=model, train=train, steps=steps, uncounted=uncounted, batch=args.batch,
-                length=LENGTH, rate=RATE, bf16=precision == "bf16",
-            )["tokens_per_second"]  # fmt: skip
+            done = trl_trainer(
+                trainer="reward", model=model, train=train, eval=held_out, steps=steps, uncounted=uncounted,
+                batch=args.batch, length=LENGTH, rate=RATE, bf16=precision == "bf16",
+            )  # fmt: skip
+            losses[f"{trl_name()} {precision}"] = done["loss"]
+            held_out_losses[f"{trl_name()} {precision}"] = done["eval_loss"]
+            return done["tokens_per_second"]
 
         flat = [length for i in fitting[HELD_OUT:] for length in lengths[i]]
         side_by_side(
             "reward", "tokens/s", by_precision("ours", args.precisions, ours) | by_precision(trl_name(), args.precisions, trl),
             runs=args.runs, alone=args.alone, flops_per_unit=training_flops(config, flat, 0),
-            steps=steps, batch=args.batch, pairs=len(fitting),
+            loss=losses, eval_loss=held_out_losses, steps=steps, batch=args.batch, pairs=len(fitting),
         )  # fmt: skip
 
 

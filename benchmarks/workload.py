@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import peak_mb
 from benchmarks.side_by_side import ROOT, Missing, child
 from common.checkpoint import publish
 from common.costs import forward_flops
@@ -81,8 +82,9 @@ def training_flops(config: GPTConfig, rows: Sequence[int], head_tokens: int) -> 
     return 3 * forward_flops(config, tokens, length, head_tokens) / tokens
 
 
-def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[float]:
-    """`python -m module --config ...` to its end -> the seconds at which it printed its lines of metrics."""
+def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[dict[str, float]]:
+    """`python -m module --config ...` to its end -> of each line of metrics the second `at` which it was printed, and
+    `peak_mb`, the most memory that the process had held until then."""
     file = folder / "config.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
     command = [sys.executable, "-m", module, "--config", str(file)]
@@ -91,7 +93,7 @@ def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[float]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
         for text in process.stdout:
             if line.match(text):
-                moments.append(time.perf_counter())
+                moments.append({"at": time.perf_counter(), "peak_mb": peak_mb(process.pid)})
             said.append(text)
         if process.wait():
             errors.seek(0)
@@ -101,12 +103,11 @@ def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[float]:
 
 
 def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """A stage in a new folder under `scratch` -> (lines of its metrics.jsonl, each with the second `at` which it was printed;
-    its stage.json)."""
+    """A stage in a new folder under `scratch` -> (lines of its metrics.jsonl, each with what `launch` says; its stage.json)."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     moments = launch(module, {**config, "output_dir": str(folder / "out")}, folder)
     rows = [json.loads(row) for row in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row | {"at": at} for row, at in zip(rows, moments, strict=True)]
+    rows = [row | moment for row, moment in zip(rows, moments, strict=True)]
     return rows, json.loads((folder / "out" / "stage.json").read_text())
 
 

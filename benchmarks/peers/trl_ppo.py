@@ -2,7 +2,7 @@
 
 Keys of the JSON: `policy` and `reward` (directories), `prompts` (JSON file: lists of ids of one length), `updates`,
 `episodes` (in an update), `new_tokens`, `epochs`, `minibatches`, `rate` (learning rate), `kl_coef` and `bf16`.
-The last line is JSON: seconds of each update but the first, and how many answers ended early.
+The last line is JSON: seconds of each update but the first, how many answers ended early, peak memory.
 """
 
 import json
@@ -18,6 +18,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from benchmarks.memory import peak_mb
 
 
 class Clock(TrainerCallback):
@@ -56,7 +58,8 @@ def main(spec: dict) -> None:
     logged = [row for row in trainer.state.log_history if "val/num_eos_tokens" in row]
     seconds = [after - before for before, after in zip(clock.moments, clock.moments[1:], strict=False)]
     ended = sum(row["val/num_eos_tokens"] for row in logged)
-    print(json.dumps({"seconds": seconds, "ended_early": ended, "autocast": trainer.accelerator.mixed_precision}))
+    done = {"seconds": seconds, "ended_early": ended, "autocast": trainer.accelerator.mixed_precision}
+    print(json.dumps(done | {"peak_mb": peak_mb()}))
 
 
 if __name__ == "__main__":

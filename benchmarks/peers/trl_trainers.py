@@ -1,6 +1,6 @@
 """TRL's SFTTrainer or RewardTrainer on rows that it is given: python -m benchmarks.peers.trl_trainers '<JSON>'.
 
-Keys of the JSON: `trainer` (sft or reward), `model` (a directory), `train` and `eval` (JSONL; eval for sft), `steps`,
+Keys of the JSON: `trainer` (sft or reward), `model` (a directory), `train` and `eval` (JSONL), `steps`,
 `uncounted` (first steps that the clock leaves out), `batch`, `length` (limit in tokens), `rate` (learning rate) and `bf16`.
 The last line is JSON: real tokens a second, training and held-out loss.
 """
@@ -47,27 +47,25 @@ def main(spec: dict) -> None:
         model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, dtype=torch.float32)
-    files = {split: spec[split] for split in ("train", "eval") if spec.get(split)}
+    files = {split: spec[split] for split in ("train", "eval")}
     with tempfile.TemporaryDirectory() as folder:
         rows = load_dataset("json", data_files=files, cache_dir=folder)
         args = config(
             output_dir=folder, per_device_train_batch_size=spec["batch"], max_steps=spec["steps"], max_length=spec["length"],
             learning_rate=spec["rate"], lr_scheduler_type="linear", bf16=spec["bf16"], gradient_checkpointing=False,
             logging_steps=spec["steps"], save_strategy="no", report_to="none", use_cpu=True, seed=0, disable_tqdm=True,
-            per_device_eval_batch_size=len(rows["eval"]) if sft else 8,  # in one batch, so that its loss is a mean over tokens
+            per_device_eval_batch_size=len(rows["eval"]),  # in one batch, so that its loss is a mean over tokens, or pairs
         )  # fmt: skip
-        held_out = rows["eval"] if sft else None
         trainer = trainer_class(
-            model=model, args=args, train_dataset=rows["train"], eval_dataset=held_out, processing_class=tokenizer
+            model=model, args=args, train_dataset=rows["train"], eval_dataset=rows["eval"], processing_class=tokenizer
         )
         clock = Clock(spec["uncounted"])
         trainer.add_callback(clock)
         trainer.training_step = clock.counting(trainer.training_step)
         trainer.train()
-        losses = {"loss": next(row["loss"] for row in trainer.state.log_history if "loss" in row)}
-        if sft:
-            losses["eval_loss"] = trainer.evaluate()["eval_loss"]
-    print(json.dumps({"tokens_per_second": clock.rate(), "tokens": clock.tokens, **losses}))
+        loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+        eval_loss = trainer.evaluate()["eval_loss"]
+    print(json.dumps({"tokens_per_second": clock.rate(), "tokens": clock.tokens, "loss": loss, "eval_loss": eval_loss}))
 
 
 if __name__ == "__main__":

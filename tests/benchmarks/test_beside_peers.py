@@ -44,15 +44,16 @@ def test_reward(tmp_path):
             "chosen": {"from": "gpt", "value": SENTENCE.format(n)},
             "rejected": {"from": "gpt", "value": "No."},
         }
-        for n in range(20)
+        for n in range(50)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert run("reward", "--data", tmp_path / "rows.json", "--steps", 2, "--batch", 4, *LLAMA)["pairs"] == 20
+    line = run("reward", "--data", tmp_path / "rows.json", "--steps", 2, "--batch", 4, *LLAMA)
+    assert line["pairs"] == 50 and line["loss"].keys() == line["eval_loss"].keys() == {"ours fp32"}
 
 
 def test_ppo():
     line = run("ppo", "--updates", 2, "--episodes", 8, "--prompt_tokens", 6, "--new_tokens", 5, *LLAMA)
-    assert line["unit"] == "s/update" and "ours fp32" in line["shares"]
+    assert line["unit"] == "s/update" and "ours fp32" in line["shares"] and line["peak_mb"]["ours fp32"] > 100
 
 
 def test_sample():
