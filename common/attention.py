@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.cache import Slots
@@ -48,6 +49,8 @@ def attention(
 
 def _cached_attention(qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None, mask: Tensor, slots: Slots) -> Tensor:
     (B, T, _), (_, _, S, D) = qkv.shape, slots.keys.shape
+    if qkv.requires_grad:
+        raise RuntimeError("attention with a cache is for sampling, without gradients: use torch.no_grad()")
     functions = functions_for(qkv, slots.keys, *(rope or ()))
     cos, sin = rope or (None, None)
     turned = (cos.data_ptr(), *tensor(sin)) if rope else (None, None, False)
@@ -100,6 +103,7 @@ class _SplitHeads(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
         dqkv = dq.new_empty(ctx.like)
         _move_heads(dqkv, dq.contiguous(), dk.contiguous(), dv.contiguous(), ctx.rope, ctx.tokens, back=True)
@@ -131,6 +135,7 @@ class _MergeHeads(torch.autograd.Function):
         return merged
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         _, H, T, D = ctx.like
         g = g.contiguous()
@@ -168,6 +173,7 @@ class _Attend(torch.autograd.Function):
         return _forward(q, k, v, mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, mask = ctx.saved_tensors
         (B, H, T, D), K = q.shape, k.shape[1]

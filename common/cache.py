@@ -50,7 +50,7 @@ class KVCache:
 
     def slots(self, layer: int) -> Slots:
         """Where the placed tokens' keys and values go."""
-        return Slots(*self.entries[layer], self.at, self.longest)
+        return Slots(self.entries[layer, 0], self.entries[layer, 1], self.at, self.longest)
 
     def keep(self, rows: Tensor) -> None:
         """Only the given rows (indices) stay in the batch."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.native import address, functions_for, tensor
@@ -124,6 +125,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         width = x.shape[-1]
@@ -169,6 +171,7 @@ class _SwiGLU(torch.autograd.Function):
         return _gated(h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
         g, width = g.contiguous(), g.shape[-1]
@@ -196,6 +199,7 @@ class _GELU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         g, dx, width = g.contiguous(), torch.empty_like(x), x.shape[-1]
@@ -209,7 +213,7 @@ def linear_logprobs(
     """log softmax(hidden @ weight.T / temperature) at targets: hidden (N, C), weight (V, C), targets (N) -> (N) in fp32.
 
     And the entropy of each distribution (N), without a gradient, when asked for. There never are logits of more than a few
-    tokens: the backward pass computes them again (as Liger Kernel, Hsu 2024, does on GPUs).
+    tokens: the backward pass computes them again (as Liger Kernel, Hsu 2024, does on GPUs). IndexError: a target that is no id.
     """
     return _LinearLogprobs.apply(hidden.to(product_dtype(hidden)), weight, targets, temperature, entropies)
 
@@ -220,6 +224,10 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropies: bool
     ) -> tuple[Tensor, Tensor | None]:
         w, targets = weight.to(hidden.dtype), targets.contiguous()
+        if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
+            raise IndexError(
+                f"targets from {targets.min()} to {targets.max()}: there are {len(weight)} ids"
+            )  # C would not say so
         logprobs = torch.empty(len(hidden), device=hidden.device)
         found = torch.empty_like(logprobs) if entropies else None
         for part in _parts(hidden, weight):
@@ -231,6 +239,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, logprobs = ctx.saved_tensors
         w, g = weight.to(hidden.dtype), (g / ctx.temperature).contiguous()

@@ -33,9 +33,10 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("STATE_OF_GPT_NATIVE") == "0":
         return None
     try:
-        ctypes.CDLL(OPENMP.search(Path("/proc/self/maps").read_text()).group(), ctypes.RTLD_GLOBAL)
+        loaded = OPENMP.findall(Path("/proc/self/maps").read_text())
+        ctypes.CDLL(max(loaded, key=lambda path: "torch" in path), ctypes.RTLD_GLOBAL)
         functions = ctypes.CDLL(str(compiled()))
-    except (OSError, AttributeError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
     for result, name, arguments in DECLARATION.findall("".join(source.read_text() for source in SOURCES)):
         function = getattr(functions, name)

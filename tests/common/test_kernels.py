@@ -206,6 +206,12 @@ def test_a_cache_fed_token_by_token_equals_all_at_once(H, K, family, width, half
             assert error(found, true[torch.arange(3), at]) < (3e-2 if half else 1e-5)
 
 
+def test_no_gradient_is_lost_in_a_cache(tiny_gpt):
+    model = tiny_gpt("llama")
+    with pytest.raises(RuntimeError, match="no_grad"):
+        model.trunk(torch.tensor([[1]]), KVCache(model.config, 1, 4, next(model.parameters())))
+
+
 # Sampling
 
 
@@ -284,6 +290,9 @@ def test_the_number_of_parts_makes_no_difference(dtype, tolerance, monkeypatch):
 
 def test_a_frozen_head_gets_no_gradient_and_no_tokens_are_no_problem():
     hidden, weight = randn(5, 16), randn(90, 16, seed=1).detach()
+    for bad in (-1, 90):
+        with pytest.raises(IndexError, match=f"targets from .*{bad}.*90 ids"):
+            linear_logprobs(hidden, weight, torch.tensor([1, 2, 3, 4, bad]))
     linear_logprobs(hidden, weight, torch.arange(5))[0].sum().backward()
     assert hidden.grad.norm() > 0 and weight.grad is None
     weight.requires_grad_()
