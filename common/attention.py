@@ -1,11 +1,11 @@
 """Self-attention in three steps: heads from qkv, turned by their positions; scores and sums; heads side by side again.
 
-On a GPU all is PyTorch's own. On a CPU the first and last are single passes of kernels.c, if it could be compiled, and so
+On a GPU all is PyTorch's own. On a CPU the first and last are single passes of attention.c, if it could be compiled, and so
 is sampling's one new token a row; and bf16 has a backward pass of our own. The mathematics is the same (tests compare).
 Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads, D head width, N tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,69 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.cache import Slots
-from common.kernels import Tokens, gather, scatter
 from common.native import functions_for, tensor
 
 Rope = tuple[Tensor, Tensor]  # (B or 1, T, D) each: cosines; sines, negative for the first half of D
 Heads = tuple[Tensor, Tensor, Tensor]  # queries (B, H, T, D), keys and values (B, K, T, D)
 CACHED = 2**19  # elements of a score matrix that stay in a core's cache
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """bool (B, 1, T, T): causal, and within a document only; documents (B, T) numbers the document of each token."""
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where mask is set and -inf elsewhere, made once for all layers."""
+    return mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+class Tokens(NamedTuple):
+    """N of the tokens of B right-padded rows: what lies behind the last one that matters need not be computed."""
+
+    at: Tensor  # (N) places in the flattened (B, T), ascending
+    rows: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, T) -> (1, N)."""
+        return x.flatten()[self.at][None]
+
+
+def needed(keep: Tensor) -> Tokens | None:
+    """The tokens up to each row's last kept one, which are all that matter; None: all, or nearly, or not worth it on GPUs."""
+    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    real = keep.flip(1).cummax(1).values.flip(1)
+    return None if real.float().mean() > 0.95 else Tokens(real.flatten().nonzero().squeeze(1), *keep.shape)
+
+
+class _Gather(torch.autograd.Function):
+    """x (M, C) -> its rows `at` (N, C), all different: PyTorch's index must add up in its backward pass, which is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.rows = len(x)
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(g, *ctx.saved_tensors, ctx.rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose: x (N, C) -> (rows, C), zero but for the rows `at`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(at)
+        return x.new_zeros(rows, x.shape[1]).index_copy_(0, at, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return g.index_select(0, *ctx.saved_tensors), None, None
 
 
 def attention(
@@ -42,9 +99,9 @@ def attention(
         q, k, v = _SplitHeads.apply(qkv, heads, kv_heads, rope, tokens)
         return _MergeHeads.apply(attend(q, k, v, mask, dropout), tokens)
     if tokens:
-        qkv = scatter(qkv[0], tokens.at, tokens.rows * tokens.length).unflatten(0, (tokens.rows, tokens.length))
+        qkv = _Scatter.apply(qkv[0], tokens.at, tokens.rows * tokens.length).unflatten(0, (tokens.rows, tokens.length))
     y = attend(*split_heads(qkv, heads, kv_heads, rope), mask, dropout).transpose(1, 2).flatten(2)
-    return gather(y.flatten(0, 1), tokens.at)[None] if tokens else y
+    return _Gather.apply(y.flatten(0, 1), tokens.at)[None] if tokens else y
 
 
 def _cached_attention(qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None, mask: Tensor, slots: Slots) -> Tensor:

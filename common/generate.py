@@ -88,16 +88,17 @@ def sample_batch(
     cache.lengths = lengths  # forget the padding
     hidden = hidden[torch.arange(len(prompts)), lengths - 1]
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still is
+    left, draws = limits, uniforms.t().contiguous()  # theirs: (B), (steps, B)
     ids = torch.zeros(len(prompts), budget, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(prompts), budget, device=device)
     ends = limits.clone()
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     waiting = torch.zeros_like(stopped)  # rows of the batch that have ended but not left it yet
     for step in range(budget):
-        tokens, chosen = pick(model.head(hidden), uniforms[rows, step], temperature, top_k, top_p)
+        tokens, chosen = pick(model.head(hidden), draws[step], temperature, top_k, top_p)
         ids[rows, step], logprobs[rows, step] = tokens, chosen  # what waiting rows say is cut off at the end
         said_stop = torch.isin(tokens, stops)
-        ended = (said_stop | (limits[rows] == step + 1)) & ~waiting
+        ended = (said_stop | (left == step + 1)) & ~waiting
         leaving = cache.longest == model.config.max_length  # for want of room in the context
         if ended.any():
             stopped[rows[ended]], ends[rows[ended]] = said_stop[ended], step + 1
@@ -108,6 +109,7 @@ def sample_batch(
         if leaving:
             staying = (~waiting).nonzero().squeeze(1)
             rows, tokens, waiting = rows[staying], tokens[staying], waiting[staying]
+            left, draws = left[staying], draws[:, staying]
             cache.keep(staying)
         hidden = model.trunk(tokens[:, None], cache)[:, 0]
     model.train(training)

@@ -1,11 +1,12 @@
-"""The model's inner operations, each with a backward pass of its own where PyTorch's is slow on a CPU.
+"""The model's inner operations but attention, each with a backward pass of its own where PyTorch's is slow on a CPU.
 
 On a GPU, and wherever PyTorch's own is the faster one, they are PyTorch's own. The mathematics is the same (tests compare
-them); what is saved is memory traffic: nothing is kept for the backward pass that is cheaper to compute again.
-Shape legend: B rows, T positions, H heads, K key/value heads, D head width, C width, N any shape.
+them); what is saved is memory traffic: nothing is kept for the backward pass that is cheaper to compute again, and kernels.c,
+if it could be compiled, does in one pass what takes PyTorch several.
+Shape legend: N tokens, C width, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,61 +20,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with x computes in: autocast's precision, or that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class Tokens(NamedTuple):
-    """N of the tokens of B right-padded rows: what lies behind the last one that matters need not be computed."""
-
-    at: Tensor  # (N) places in the flattened (B, T), ascending
-    rows: int
-    length: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """x (B, T) -> (1, N)."""
-        return x.flatten()[self.at][None]
-
-
-def needed(keep: Tensor) -> Tokens | None:
-    """The tokens up to each row's last kept one, which are all that matter; None: all, or nearly, or not worth it on GPUs."""
-    if keep.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    real = keep.flip(1).cummax(1).values.flip(1)
-    return None if real.float().mean() > 0.95 else Tokens(real.flatten().nonzero().squeeze(1), *keep.shape)
-
-
-def gather(x: Tensor, at: Tensor) -> Tensor:
-    """x (M, C) -> its rows `at` (N, C), all different."""
-    return _Gather.apply(x, at)
-
-
-def scatter(x: Tensor, at: Tensor, rows: int) -> Tensor:
-    """x (N, C) -> (rows, C), zero but for the rows `at`."""
-    return _Scatter.apply(x, at, rows)
-
-
-class _Gather(torch.autograd.Function):
-    """PyTorch's index must add up in its backward pass, which is slow."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
-        ctx.save_for_backward(at)
-        ctx.rows = len(x)
-        return x.index_select(0, at)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(g, *ctx.saved_tensors, ctx.rows), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(at)
-        return x.new_zeros(rows, x.shape[1]).index_copy_(0, at, x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return g.index_select(0, *ctx.saved_tensors), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.attention import Rope, attention
+from common.attention import Rope, Tokens, additive, attention, document_mask, needed
 from common.cache import KVCache, Slots
 from common.config import InputError
-from common.kernels import Tokens, gelu, layer_norm, linear_logprobs, needed, product_dtype, rms_norm, swiglu
+from common.kernels import gelu, layer_norm, linear_logprobs, product_dtype, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,6 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         y = attention(self.qkv(x), H, K, rope, mask, dropout, tokens, slots)
         return self.dropout(self.out(y))
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """bool (B, 1, T, T): causal, and within a document only; documents (B, T) numbers the document of each token."""
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
-
-
-def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where mask is set and -inf elsewhere, made once for all layers."""
-    return mask if mask is None else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 class MLP(nn.Module):

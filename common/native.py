@@ -73,7 +73,7 @@ def compiled() -> Path:
 def functions_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """`library()`, if these are what its functions take: contiguous, in bf16 or fp32, on a CPU."""
     for x in tensors:
-        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32) or not x.is_contiguous():
+        if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float32) or not x.is_contiguous():
             return None
     return None if torch.compiler.is_compiling() else library()
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 import common.model as model_module
 from common import attention as attention_module
 from common import kernels, native
-from common.attention import Rope, attention, rotate, split_heads
+from common.attention import Rope, additive, attention, document_mask, rotate, split_heads
 from common.cache import KVCache
 from common.kernels import gelu, layer_norm, linear_logprobs, pick_ids, rms_norm, swiglu
-from common.model import GPT, GPTConfig, additive, document_mask
+from common.model import GPT, GPTConfig
 from common.ops import entropy, token_logprobs
 from tests.conftest import randomise
 
