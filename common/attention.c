@@ -98,7 +98,7 @@ INLINE void attend_row_of(int half, const float *q, long D, const void *keys, co
 }
 
 // One new token a row: qkv (B, (H + 2 K) D); its key and value go to slot slots[b] of keys, values (B, K, S, D), then its
-// queries attend to the first `used` slots. cos, sin (B, D) or NULL; mask (B, used) is added to the scores; y (B, H D).
+// queries attend to the first `used` slots. cos, sin (B, D) or NULL; mask (B, used) is 0 or -inf; y (B, H D).
 void attend_one(const void *qkv, int half, long B, long S, long H, long K, long D, const void *cos, const void *sin,
                 int rope_half, void *keys, void *values, const int64_t *slots, const void *mask, int mask_half, long used,
                 void *y) {

@@ -90,8 +90,9 @@ def attention(
 ) -> Tensor:
     """Self-attention over qkv (B, T, (H + 2 K) D), heads of queries, keys and values in this order -> (B, T, H D).
 
-    mask: (B or 1, 1, T, S), added to the scores; None = causal. tokens: qkv is (1, N, ...), these of B rows, and so is what
-    comes back. slots: of a cache, where keys and values go, and whose earlier ones are attended to as well.
+    mask: (B or 1, 1, T, S), 0 or -inf, added to the scores; None = causal. tokens: qkv is (1, N, ...), these of B rows, and so
+    is what comes back. slots: of a cache, where keys and values go, and whose earlier ones are attended to as well; what a
+    token sees of them has no gaps.
     """
     if slots is not None:
         return _cached_attention(qkv, heads, kv_heads, rope, mask, slots)
@@ -108,7 +109,7 @@ def _cached_attention(qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None,
     (B, T, _), (_, _, S, D) = qkv.shape, slots.keys.shape
     if qkv.requires_grad:
         raise RuntimeError("attention with a cache is for sampling, without gradients: use torch.no_grad()")
-    functions = functions_for(qkv, slots.keys, *(rope or ()))
+    functions = functions_for(qkv, slots.keys, *(rope or ())) if qkv.dtype == slots.keys.dtype else None
     cos, sin = rope or (None, None)
     turned = (cos.data_ptr(), *tensor(sin)) if rope else (None, None, False)
     keys, values, at = slots.keys.data_ptr(), slots.values.data_ptr(), slots.at.data_ptr()

@@ -44,6 +44,8 @@ class KVCache:
         """Positions of the next `tokens` tokens of each row (B, T); also sets the mask that attention uses."""
         self.at = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
         self.longest += tokens
+        if self.longest > self.entries.shape[4]:
+            raise IndexError(f"{self.longest} tokens in a row: the cache has room for {self.entries.shape[4]}")
         slots = torch.arange(self.longest, device=self.at.device)
         self.mask = (slots <= self.at[:, :, None])[:, None]  # (B, 1, T, S)
         return self.at

@@ -162,12 +162,14 @@ void pick_ids(const void *logits, int half, const float *uniforms, float sharpne
         float left = uniforms[r] * total;
         long b = 0, last = 0;
         while ((b + 1) * BLOCK < width && left >= sums[b]) left -= sums[b++];
-        for (long i = b * BLOCK; i < width; i++)  // rounding may miss the end of a block, or of the row
+        for (long i = b * BLOCK; i < width; i++)  // rounding may miss the end of a block
             if (x[i] > 0) {
                 last = i;
                 if (left < x[i]) break;
                 left -= x[i];
             }
+        if (!(x[last] > 0))  // or pass what has any probability
+            for (last = width - 1; last > 0 && !(x[last] > 0);) last--;
         ids[r] = last;
         logprobs[r] = __builtin_logf(x[last] / total);
     }

@@ -31,12 +31,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last dimension, likewise (Ba 2016)."""
-    if functions_for(x, weight, bias):
+    if functions_for(x, weight, bias) and weight.dtype == bias.dtype and product_dtype(x) != torch.float16:
         return _norm(x, weight, bias, eps, centred=True)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight of {tuple(weight.shape)} for x of {tuple(x.shape)}")
     arguments = (x.contiguous(), weight, bias, eps, centred, product_dtype(x))
     return _Norm.apply(*arguments) if torch.is_grad_enabled() else _normalised(*arguments)[0]
 
@@ -45,9 +47,9 @@ def _normalised(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The result, and of each row its mean, if centred, and its factor."""
-    width = x.shape[-1]
-    if functions := functions_for(x, weight):
-        y, rows = torch.empty_like(x, dtype=dtype), (*x.shape[:-1], 1)
+    width, y = x.shape[-1], torch.empty_like(x, dtype=dtype)
+    if functions := functions_for(x, weight, y):
+        rows = (*x.shape[:-1], 1)
         mean = x.new_empty(rows, dtype=torch.float32) if centred else None
         scale = x.new_empty(rows, dtype=torch.float32)
         addresses = (address(bias), *tensor(y), address(mean), scale.data_ptr())
@@ -86,11 +88,15 @@ class _Norm(torch.autograd.Function):
             )  # fmt: skip
             dweight, dbias = (d if d is None else d.sum(0).to(weight.dtype) for d in (dweight, dbias))
             return dx, dweight, dbias, None, None, None
-        g, normal = g.to(scale.dtype, copy=True), x * scale
+        g, normal = g.to(scale.dtype, copy=True), (x if mean is None else x - mean) * scale
         product = (g * normal).flatten(0, -2)
+        dbias = g.flatten(0, -2).sum(0).to(weight.dtype) if ctx.has_bias else None
         dot = (product @ weight.to(scale.dtype)).div_(width).view_as(scale)
-        dx = g.mul_(weight).sub_(normal.mul_(dot)).mul_(scale)
-        return dx.to(x.dtype), product.sum(0).to(weight.dtype), None, None, None, None
+        dx = g.mul_(weight)
+        if mean is not None:
+            dx = dx - dx.mean(-1, keepdim=True)
+        dx = dx.sub_(normal.mul_(dot)).mul_(scale)
+        return dx.to(x.dtype), product.sum(0).to(weight.dtype), dbias, None, None, None
 
 
 def swiglu(h: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU, the tanh approximation (Hendrycks 2016)."""
-    return _GELU.apply(x.contiguous()) if functions_for(x) else F.gelu(x, approximate="tanh")
+    return _GELU.apply(x) if functions_for(x) else F.gelu(x, approximate="tanh")
 
 
 class _GELU(torch.autograd.Function):
@@ -169,12 +175,12 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropies: bool
     ) -> tuple[Tensor, Tensor | None]:
-        w, targets = weight.to(hidden.dtype), targets.contiguous()
+        w, targets = weight.to(hidden.dtype), targets.long().contiguous()
         if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
             raise IndexError(
                 f"targets from {targets.min()} to {targets.max()}: there are {len(weight)} ids"
             )  # C would not say so
-        logprobs = torch.empty(len(hidden), device=hidden.device)
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         found = torch.empty_like(logprobs) if entropies else None
         for part in _parts(hidden, weight):
             _logprobs(hidden[part] @ w.T, targets[part], temperature, logprobs[part], found[part] if entropies else None)
@@ -237,8 +243,8 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def pick_ids(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Ids (B) from softmax(logits / temperature) (B, V) where its cumulative sum exceeds uniforms (B); their log-probs (B)."""
-    if functions := functions_for(logits, uniforms):
-        ids, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    if (functions := functions_for(logits, uniforms)) and uniforms.dtype == torch.float32:
+        ids, logprobs = (torch.empty(len(logits), dtype=dtype) for dtype in (torch.long, torch.float32))
         functions.pick_ids(
             *tensor(logits), uniforms.data_ptr(), 1 / temperature, ids.data_ptr(), logprobs.data_ptr(), *logits.shape
         )

@@ -39,7 +39,7 @@ INLINE void store(void *to, const float *from, int half, long n) {
         for (long i = 0; i < n; i++) ((float *)to)[i] = from[i];
 }
 
-// e^x to 2 units in the last place, without a branch, so that loops over it become vector instructions (Cephes' expf).
+// e^x to about 5 units in the last place, without a branch, so that loops over it become vector instructions (Cephes' expf).
 INLINE float exponential(float x) {
     float clamped = x > 88.0f ? 88.0f : x;
     float n = __builtin_rintf(clamped * 1.44269504f);

@@ -7,7 +7,9 @@ there are none, and the modules of the same names compute the same with PyTorch'
 import ctypes
 import hashlib
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,12 +31,12 @@ DECLARATION = re.compile(r"^(void|int) (\w+)\(([^)]*)\)", re.MULTILINE)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions of kernels.c, or None."""
+    """The functions, or None."""
     if os.environ.get("STATE_OF_GPT_NATIVE") == "0":
         return None
     try:
         loaded = OPENMP.findall(Path("/proc/self/maps").read_text())
-        ctypes.CDLL(max(loaded, key=lambda path: "torch" in path), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(max(loaded, key=lambda path: re.search(r"torch[./]lib", path) is not None), ctypes.RTLD_GLOBAL)
         functions = ctypes.CDLL(str(compiled()))
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
@@ -52,20 +54,25 @@ def c_type(declaration: str) -> type:
 
 def compiled() -> Path:
     """The shared library for this machine. Raises OSError or CalledProcessError."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or not shutil.which(compiler[0]):
         raise OSError("no C compiler")
     processor = re.search(r"^(flags|Features).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    recipe = [source.read_text() for source in SOURCES] + [processor.group(), os.path.realpath(compiler), *COMPILE, *LINK]
+    recipe = [source.read_text() for source in SOURCES] + [
+        processor.group() if processor else platform.processor(),
+        *compiler,
+        *COMPILE,
+        *LINK,
+    ]
     folder = FOLDER / "__pycache__"
     target = folder / f"kernels-{hashlib.sha256(''.join(recipe).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             sources = [source for source in SOURCES if source.suffix == ".c"]
-            subprocess.run([compiler, *COMPILE, *sources], cwd=scratch, check=True, capture_output=True)
+            subprocess.run([*compiler, *COMPILE, *sources], cwd=scratch, check=True, capture_output=True)
             objects, made = [f"{source.stem}.o" for source in sources], Path(scratch, target.name)
-            subprocess.run([compiler, *LINK, *objects, "-o", made], cwd=scratch, check=True, capture_output=True)
+            subprocess.run([*compiler, *LINK, *objects, "-o", made], cwd=scratch, check=True, capture_output=True)
             made.replace(target)  # whole or not at all, however many processes start at once
     return target
 

@@ -20,7 +20,7 @@ FEW = 512  # rows, up to which reading the weights is what takes time
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers of `model` compute with copies of their weights, made at the start, and without gradients."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and can_pack(m.weight)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and can_pack(m)]
     for layer in layers:
         layer.forward = partial(product, layer.weight, layer.bias, pack(layer.weight))
     try:
@@ -30,8 +30,11 @@ def packed(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def can_pack(weight: Tensor) -> bool:
-    functions = functions_for(weight) if weight.dtype == torch.bfloat16 else None
+def can_pack(layer: nn.Linear) -> bool:
+    weight, bias = layer.weight, layer.bias
+    if weight.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16) or "forward" in vars(layer):
+        return False
+    functions = functions_for(weight)
     return functions is not None and weight.shape[1] % 2 == 0 and weight.shape[1] >= 32 and bool(functions.can_pack())
 
 
@@ -47,7 +50,7 @@ def product(weight: Tensor, bias: Tensor | None, made: Tensor, x: Tensor) -> Ten
     """F.linear(x, weight, bias) for x (..., inputs); made: the weight packed."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    if rows > FEW:
+    if rows > FEW or x.dtype != weight.dtype or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
     functions_for(x).packed_linear(x.data_ptr(), made.data_ptr(), address(bias), y.data_ptr(), rows, outputs, inputs)

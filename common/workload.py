@@ -239,9 +239,11 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
         logits = w.shape.vocab_size * (LOGIT_BYTES * alive + learned)
     rollout = 0.0
     if w.response:
+        # PPO's half copy of the policy, and on a CPU its matrices as the matrix units want them.
+        rollout = 2 * parameters(w.shape) * (1 + on_cpu) if w.stage == "rl" and half else 0.0
         # A batch that shrinks is copied: the old cache and at most 80 % of it.
         element = 2 if zero and w.stage == "rl" else 4
-        rollout = 1.8 * kv_cache_bytes(w.shape, w.rollout_rows, w.prompt + w.response, element)
+        rollout += 1.8 * kv_cache_bytes(w.shape, w.rollout_rows, w.prompt + w.response, element)
         rollout += PICK_BYTES * w.rollout_rows * w.shape.vocab_size
     gathered = 2 * parameters(w.shape) if zero == 3 and w.stage == "rl" else 0  # once for all tokens of a rollout
     # Gradients are born while activations die, unless an earlier micro-batch has left its own.

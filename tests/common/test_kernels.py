@@ -69,6 +69,22 @@ def test_layer_norm(dtype, tolerance):
         assert ours.dtype == dtype and error(ours, theirs) < tolerance
 
 
+def test_norms_elsewhere(monkeypatch):
+    """Under fp16 autocast, of other shapes, and where the backward pass finds no C (compiled autograd)."""
+    x, weight, bias = randn(64, 64), randn(64, seed=1), randn(64, seed=2)
+    true = F.layer_norm(x.double(), (64,), weight.double(), bias.double(), 1e-5)
+    with torch.autocast("cpu", torch.float16):
+        assert error(rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5)) < 1e-3
+        assert error(layer_norm(x, weight, bias, 1e-5), true) < 1e-3
+    assert layer_norm(x, weight, bias.bfloat16().float(), 1e-5).shape == x.shape
+    with pytest.raises(ValueError, match=r"weight of \(8,\) for x of \(64, 64\)"):
+        rms_norm(x, weight[:8], 1e-5)
+    found = layer_norm(x, weight, bias, 1e-5)
+    monkeypatch.setattr(native, "library", lambda: None)
+    for ours, theirs in zip(gradients(found, x, weight, bias), gradients(true, x, weight, bias), strict=True):
+        assert error(ours, theirs) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norm_of_a_row_of_zeros_and_under_autocast(kind):
     x, weight, bias = randn(4, 64).detach(), randn(64, seed=1), randn(64, seed=2)
@@ -206,6 +222,18 @@ def test_a_cache_fed_token_by_token_equals_all_at_once(H, K, family, width, half
             assert error(found, true[torch.arange(3), at]) < (3e-2 if half else 1e-5)
 
 
+def test_a_cache_that_is_full_or_of_another_dtype_says_so(tiny_gpt):
+    model = tiny_gpt("llama")
+    cache = KVCache(model.config, 1, 2, next(model.parameters()))
+    with torch.no_grad():
+        model.trunk(torch.tensor([[1, 2]]), cache)
+        with pytest.raises(IndexError, match="3 tokens in a row: the cache has room for 2"):
+            model.trunk(torch.tensor([[3]]), cache)
+        for T in (1, 2):
+            with pytest.raises(RuntimeError, match="dtype"), torch.autocast("cpu", BF16):
+                model.trunk(torch.ones(1, T, dtype=torch.long), KVCache(model.config, 1, 2, next(model.parameters())))
+
+
 def test_no_gradient_is_lost_in_a_cache(tiny_gpt):
     model = tiny_gpt("llama")
     with pytest.raises(RuntimeError, match="no_grad"):
@@ -213,6 +241,16 @@ def test_no_gradient_is_lost_in_a_cache(tiny_gpt):
 
 
 # Sampling
+
+
+@half
+def test_pick_ids_never_leaves_what_is_left(half):
+    """50 ids of 50 257, drawn at the very end of the distribution, where rounding passes all of them."""
+    logits = randn(200, 50257).detach() * 3
+    logits[logits < logits.topk(50).values[:, -1:]] = float("-inf")
+    logits[:, 0] = float("-inf")
+    ids, logprobs = pick_ids(logits.bfloat16() if half else logits, torch.full((200,), 1 - 2**-24), 1.0)
+    assert logprobs.isfinite().all() and (logits[torch.arange(200), ids] > float("-inf")).all()
 
 
 @half
@@ -296,6 +334,8 @@ def test_a_frozen_head_gets_no_gradient_and_no_tokens_are_no_problem():
     linear_logprobs(hidden, weight, torch.arange(5))[0].sum().backward()
     assert hidden.grad.norm() > 0 and weight.grad is None
     weight.requires_grad_()
+    whole = linear_logprobs(hidden, weight, torch.arange(5))[0]
+    assert torch.equal(linear_logprobs(hidden, weight, torch.arange(5, dtype=torch.int32))[0], whole)
     logprobs, entropies = linear_logprobs(hidden[:0], weight, torch.arange(0), entropies=True)
     logprobs.sum().backward()
     assert logprobs.shape == entropies.shape == (0,) and not weight.grad.any()

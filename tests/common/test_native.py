@@ -70,6 +70,15 @@ def test_without_them_pytorch_computes_the_same(why, folder, monkeypatch, tiny_g
 
 
 @needs_compiler
+def test_a_processor_that_tells_no_flags_is_no_obstacle(folder, monkeypatch):
+    real = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **k: "cpu : POWER9" if "cpuinfo" in self.name else real(self, *a, **k)
+    )
+    assert native.compiled().exists()
+
+
+@needs_compiler
 def test_openmp_is_the_one_of_torch():
     """One OpenMP in the process, and its number of threads is torch's."""
     script = (
@@ -91,7 +100,7 @@ def test_what_they_do_not_take_goes_to_pytorch():
 # Packed matrices
 
 
-can_pack = pytest.mark.skipif(not packed.can_pack(torch.zeros(32, 32, dtype=BF16)), reason="no matrix units (AMX)")
+can_pack = pytest.mark.skipif(not packed.can_pack(nn.Linear(32, 32, dtype=BF16)), reason="no matrix units (AMX)")
 
 
 @can_pack
@@ -121,6 +130,18 @@ def test_a_model_is_itself_again_afterwards(tiny_gpt):
     with torch.no_grad():
         model.head.weight.neg_()
     assert sample(model, [[5, 9]], max_new_tokens=6, temperature=0)[0].ids != first
+
+
+@can_pack
+def test_inside_another_and_for_other_numbers_it_changes_nothing():
+    layer, x = nn.Linear(64, 64, dtype=BF16), torch.randn(4, 64).to(BF16)
+    with packed.packed(layer):
+        with packed.packed(layer):
+            assert "forward" in vars(layer)
+        assert layer(x.requires_grad_()).requires_grad
+        with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+            layer(x.float())
+    assert "forward" not in vars(layer)
 
 
 @can_pack
