@@ -47,6 +47,8 @@ def main(spec: dict) -> None:
         model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, dtype=torch.float32)
+        # Drawn as ours is, three times as wide as transformers' own, so that losses can be compared.
+        torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     files = {split: spec[split] for split in ("train", "eval")}
     with tempfile.TemporaryDirectory() as folder:
         rows = load_dataset("json", data_files=files, cache_dir=folder)
