@@ -89,14 +89,15 @@ def sample_batch(
     hidden = hidden[torch.arange(len(prompts)), lengths - 1]
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still is
     left, draws = limits, uniforms.t().contiguous()  # theirs: (B), (steps, B)
-    ids = torch.zeros(len(prompts), budget, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(prompts), budget, device=device)
+    ids = torch.zeros(budget, len(prompts), dtype=torch.long, device=device)
+    logprobs = torch.zeros(budget, len(prompts), device=device)
     ends = limits.clone()
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     waiting = torch.zeros_like(stopped)  # rows of the batch that have ended but not left it yet
     for step in range(budget):
         tokens, chosen = pick(model.head(hidden), draws[step], temperature, top_k, top_p)
-        ids[rows, step], logprobs[rows, step] = tokens, chosen  # what waiting rows say is cut off at the end
+        ids[step].index_copy_(0, rows, tokens)  # what waiting rows say is cut off at the end
+        logprobs[step].index_copy_(0, rows, chosen)
         said_stop = torch.isin(tokens, stops)
         ended = (said_stop | (left == step + 1)) & ~waiting
         leaving = cache.longest == model.config.max_length  # for want of room in the context
@@ -113,7 +114,7 @@ def sample_batch(
             cache.keep(staying)
         hidden = model.trunk(tokens[:, None], cache)[:, 0]
     model.train(training)
-    ids, logprobs, ends, stopped = ids.tolist(), logprobs.tolist(), ends.tolist(), stopped.tolist()
+    ids, logprobs, ends, stopped = ids.t().tolist(), logprobs.t().tolist(), ends.tolist(), stopped.tolist()
     return [Sample(i[:end], p[:end], s) for i, p, end, s in zip(ids, logprobs, ends, stopped, strict=True)]
 
 

@@ -101,7 +101,7 @@ class Attention(nn.Module):
         H, K = self.config.n_head, self.config.n_kv_head
         dropout = self.config.dropout if self.training else 0.0
         y = attention(self.qkv(x), H, K, rope, mask, dropout, tokens, slots)
-        return self.dropout(self.out(y))
+        return self.dropout(self.out(y)) if self.training else self.out(y)
 
 
 class MLP(nn.Module):
@@ -116,7 +116,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        return self.dropout(self.down(swiglu(h) if self.gated else gelu(h)))
+        y = self.down(swiglu(h) if self.gated else gelu(h))
+        return self.dropout(y) if self.training else y
 
 
 class Block(nn.Module):
@@ -163,8 +164,8 @@ class Trunk(nn.Module):
         if config.family == "llama":
             frequencies = config.rope_theta ** -(torch.arange(0, config.head_width, 2).float() / config.head_width)
             angles = torch.arange(config.max_length).float()[:, None] * frequencies
-            self.register_buffer("cos", angles.cos(), persistent=False)  # (max_length, D/2)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (max_length, D)
+            self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
 
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, keep: Tensor | None = None
@@ -182,8 +183,7 @@ class Trunk(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions if tokens is None else tokens.of(positions.expand_as(ids)))
         else:
-            cos, sin = (table[positions].to(dtype) for table in (self.cos, self.sin))
-            rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            rope = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         x = self.dropout(x)
         mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
         local = None
