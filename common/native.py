@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ SOURCES = sorted(FOLDER.glob("*.[ch]"))
 FAST = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 COMPILE = ("-O3", "-march=native", *FAST, "-fopenmp", "-fPIC", "-w", "-c")
 LINK = ("-shared", "-nostdlib")  # OpenMP must be the one that torch has loaded: two would fight for the cores
-OPENMP = re.compile(r"/\S*/lib(?:gomp|iomp5|omp)\S*$", re.MULTILINE)
+OPENMP = re.compile(r"/.*/lib(?:gomp|iomp5|omp)[^/]*$", re.MULTILINE)
 DECLARATION = re.compile(r"^(void|int) (\w+)\(([^)]*)\)", re.MULTILINE)
 
 
@@ -38,7 +39,14 @@ def library() -> ctypes.CDLL | None:
         loaded = OPENMP.findall(Path("/proc/self/maps").read_text())
         ctypes.CDLL(max(loaded, key=lambda path: re.search(r"torch[./]lib", path) is not None), ctypes.RTLD_GLOBAL)
         functions = ctypes.CDLL(str(compiled()))
-    except (OSError, ValueError, subprocess.CalledProcessError):
+    except (OSError, ValueError):
+        return None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip()
+        warnings.warn(
+            f"{error.cmd[0]} could not compile the kernels, PyTorch's are used, which are slower: {said}",
+            stacklevel=2,
+        )
         return None
     for result, name, arguments in DECLARATION.findall("".join(source.read_text() for source in SOURCES)):
         function = getattr(functions, name)

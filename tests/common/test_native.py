@@ -1,6 +1,7 @@
 """Compiling the kernels, or not; and the matrices that only the matrix units read."""
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import subprocess
@@ -63,7 +64,12 @@ def test_without_them_pytorch_computes_the_same(why, folder, monkeypatch, tiny_g
         monkeypatch.setattr(native, "FOLDER", folder / "kernels.c")
     native.library.cache_clear()
     try:
-        assert native.library() is None
+        with (
+            pytest.warns(UserWarning, match="cc could not compile.*kernels.c:1")
+            if why == "it fails"
+            else contextlib.nullcontext()
+        ):
+            assert native.library() is None
         assert [s.ids for s in sample(model, prompts, max_new_tokens=8, temperature=0)] == wanted
     finally:
         native.library.cache_clear()
