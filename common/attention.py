@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.cache import Slots
-from common.native import functions_for, tensor
+from common.native import address, functions_for, tensor
 
 Rope = tuple[Tensor, Tensor]  # (B or 1, T, D) each: cosines; sines, negative for the first half of D
 Heads = tuple[Tensor, Tensor, Tensor]  # queries (B, H, T, D), keys and values (B, K, T, D)
@@ -110,22 +110,17 @@ def _cached_attention(qkv: Tensor, heads: int, kv_heads: int, rope: Rope | None,
     if qkv.requires_grad:
         raise RuntimeError("attention with a cache is for sampling, without gradients: use torch.no_grad()")
     functions = functions_for(qkv, slots.keys, *(rope or ())) if qkv.dtype == slots.keys.dtype else None
-    cos, sin = rope or (None, None)
-    turned = (cos.data_ptr(), *tensor(sin)) if rope else (None, None, False)
-    keys, values, at = slots.keys.data_ptr(), slots.values.data_ptr(), slots.at.data_ptr()
     if functions and T == 1:
         y = qkv.new_empty(B, 1, heads * D)
         mask = mask.contiguous()
         functions.attend_one(
-            *tensor(qkv), B, S, heads, kv_heads, D, *turned, keys, values, at, *tensor(mask), slots.used, y.data_ptr()
-        )
+            *tensor(qkv), B, S, heads, kv_heads, D, *_tables(rope), slots.keys.data_ptr(), slots.values.data_ptr(),
+            slots.at.data_ptr(), *tensor(mask), slots.used, y.data_ptr(),
+        )  # fmt: skip
         return y
     if functions:
         q = qkv.new_empty(B, heads, T, D)
-        rope_rows = 1 if cos is None else len(cos)
-        functions.split_heads(
-            *tensor(qkv), B * T, None, at, T, S, heads, kv_heads, D, *turned, rope_rows, q.data_ptr(), keys, values, False
-        )
+        _move_heads(qkv, q, slots.keys, slots.values, rope, slots=slots.at)
     else:
         q, k, v = split_heads(qkv, heads, kv_heads, rope)
         slots.write(k, v)
@@ -157,7 +152,7 @@ class _SplitHeads(torch.autograd.Function):
         new = qkv.new_zeros if tokens else qkv.new_empty
         q, k, v = new(B, heads, T, D), new(B, kv_heads, T, D), new(B, kv_heads, T, D)
         ctx.rope, ctx.tokens, ctx.like = rope, tokens, qkv.shape
-        _move_heads(qkv, q, k, v, rope, tokens, back=False)
+        _move_heads(qkv, q, k, v, rope, tokens)
         return q, k, v
 
     @staticmethod
@@ -168,13 +163,27 @@ class _SplitHeads(torch.autograd.Function):
         return dqkv, None, None, None, None
 
 
-def _move_heads(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, tokens: Tokens | None, back: bool) -> None:
-    (_, H, T, D), K = q.shape, k.shape[1]
-    turned = (rope[0].data_ptr(), *tensor(rope[1]), len(rope[0])) if rope else (None, None, False, 1)
+def _move_heads(
+    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Rope | None,
+    tokens: Tokens | None = None,
+    slots: Tensor | None = None,
+    back: bool = False,
+) -> None:
+    """From qkv to q, k, v, or back; slots (B, T): where in k and v (B, K, S, D) the positions go."""
+    (_, H, T, D), (_, K, S, _) = q.shape, k.shape
     functions_for(qkv, q, k, v).split_heads(
-        *tensor(qkv), qkv.shape[0] * qkv.shape[1], tokens and tokens.at.data_ptr(), None, T, T, H, K, D, *turned,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), back,
+        *tensor(qkv), qkv.shape[0] * qkv.shape[1], tokens and tokens.at.data_ptr(), address(slots), T, S, H, K, D,
+        *_tables(rope), len(rope[0]) if rope else 1, q.data_ptr(), k.data_ptr(), v.data_ptr(), back,
     )  # fmt: skip
+
+
+def _tables(rope: Rope | None) -> tuple[int | None, int | None, bool]:
+    """As attention.c takes them."""
+    return (rope[0].data_ptr(), *tensor(rope[1])) if rope else (None, None, False)
 
 
 class _MergeHeads(torch.autograd.Function):

@@ -177,9 +177,8 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         w, targets = weight.to(hidden.dtype), targets.long().contiguous()
         if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
-            raise IndexError(
-                f"targets from {targets.min()} to {targets.max()}: there are {len(weight)} ids"
-            )  # C would not say so
+            # C would not say so.
+            raise IndexError(f"targets from {targets.min()} to {targets.max()}: there are {len(weight)} ids")
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         found = torch.empty_like(logprobs) if entropies else None
         for part in _parts(hidden, weight):
