@@ -32,7 +32,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from common.config import InputError, Parser, cli_args, did_you_mean, fingerprint, guard, load, load_yaml, stage_config
+from common.config.schema import Parser, cli_args, did_you_mean, fingerprint, load, stage_config
+from common.config.strict_yaml import load_yaml
+from common.program.entry import guard
+from common.program.errors import InputError
 
 ROOT = Path(__file__).resolve().parent
 console = Console(highlight=False, markup=False, soft_wrap=True)

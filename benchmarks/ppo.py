@@ -31,9 +31,10 @@ from benchmarks.workload import (
     write_model,
     write_rows,
 )
-from common.chat import prompt_ids
-from common.costs import forward_flops
-from common.model import GPTConfig, RewardModel
+from common.model.costs import forward_flops
+from common.model.gpt import RewardModel
+from common.model.shape import GPTConfig
+from common.text.chat import prompt_ids
 
 EPOCHS, MINIBATCHES, RATE, KL_COEF = 4, 4, 1e-5, 0.05
 

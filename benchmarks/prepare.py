@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.side_by_side import ROOT, Missing, arguments, pin, side_by_side
-from common.tokenizer import Tokenizer
+from common.text.tokenizer import Tokenizer
 
 PEER = """
 import json, sys, time

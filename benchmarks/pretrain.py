@@ -20,8 +20,8 @@ import yaml
 
 from benchmarks.side_by_side import ROOT, Missing, arguments, side_by_side, start
 from benchmarks.workload import MIXED, by_precision, launch, peer, run_stage, tokens_per_second, training_flops
-from common.checkpoint import load_config
-from common.model import GPTConfig
+from common.handoff.publish import load_config
+from common.model.shape import GPTConfig
 
 RECIPE = ROOT / "configs" / "nanogpt" / "pretrain.yaml"
 README = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch": 12, "warmup": 100, "decay_to": 1e-4}

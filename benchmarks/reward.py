@@ -25,8 +25,8 @@ from benchmarks.workload import (
     write_model,
     write_rows,
 )
-from common.chat import comparison_prompt, render
-from common.tokenizer import Tokenizer
+from common.text.chat import comparison_prompt, render
+from common.text.tokenizer import Tokenizer
 
 LENGTH, RATE = 512, 1e-4
 HELD_OUT = 16  # pairs for the held-out loss

@@ -1,4 +1,4 @@
-"""Sampling with a cache, common.generate.sample beside transformers' generate: new tokens a second.
+"""Sampling with a cache, common.model.sample.sample beside transformers' generate: new tokens a second.
 
     python -m benchmarks.sample
 
@@ -21,9 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.side_by_side import arguments, side_by_side, start
 from benchmarks.workload import by_precision, letters, llama, random_llama, shape_arguments, write_model
-from common.checkpoint import load_model
-from common.costs import forward_flops
-from common.generate import sample
+from common.handoff.publish import load_model
+from common.model.costs import forward_flops
+from common.model.sample import sample
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from benchmarks.workload import (
     write_model,
     write_rows,
 )
-from common.chat import render, rows_to_messages
-from common.tokenizer import Tokenizer
+from common.text.chat import render, rows_to_messages
+from common.text.tokenizer import Tokenizer
 
 LENGTH, RATE = 512, 1e-3
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common.placement import has_bf16
+from common.train.placement import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 

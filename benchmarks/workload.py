@@ -18,10 +18,11 @@ import torch
 
 from benchmarks.memory import peak_mb
 from benchmarks.side_by_side import ROOT, Missing, child
-from common.checkpoint import publish
-from common.costs import forward_flops
-from common.model import GPT, GPTConfig, RewardModel
-from common.tokenizer import Tokenizer
+from common.handoff.publish import publish
+from common.model.costs import forward_flops
+from common.model.gpt import GPT, RewardModel
+from common.model.shape import GPTConfig
+from common.text.tokenizer import Tokenizer
 
 MIXED = {"bf16": "bf16", "fp32": "no"}  # our names for the precision of the arithmetic
 

@@ -1,1 +1,1 @@
-"""What must be identical in every stage; knows no stage."""
+"""What all stages share, in rooms; the floor of each is below that of the next. No room knows a stage."""

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from common.checkpoint import publish
-from common.model import GPT, GPTConfig, RewardModel
-from common.tokenizer import Tokenizer
+from common.handoff.publish import publish
+from common.model.gpt import GPT, RewardModel
+from common.model.shape import GPTConfig
+from common.text.tokenizer import Tokenizer
 from stages.pretrain import prepare
 
 torch.set_num_threads(1)

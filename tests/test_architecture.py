@@ -1,6 +1,6 @@
 """The rules of imports, checked on the syntax tree of every source file; and the checker itself on a tree that breaks each.
 
-stages -> common, never back, never stage -> other stage; the maths imports torch alone; pipeline.py imports common.config
+stages -> common, never back, never stage -> other stage; the maths imports torch alone; pipeline.py imports common.config.schema
 alone; no project code is imported inside a function; the ground truth stays out of every stage's reach.
 """
 
@@ -73,13 +73,17 @@ def allowed(importer: str, module: str) -> bool:
     """Whether project file `importer` may import the project's `module`."""
     room, target = importer.split("/")[0], module.split(".")[0]
     if importer == "pipeline.py":
-        return module == "common.config" or module.startswith("common.config.") or module == "common"
+        return module == "common.config.schema" or module.startswith("common.config.schema.") or module == "common"
     if room == "common":
         return target == "common"
     if room == "stages":
         own = ".".join(importer.split("/")[:2])
-        # common.measure loads the ground truth for compare
-        return (target == "common" and not module.startswith("common.measure")) or module == own or module.startswith(own + ".")
+        # tools.compare.measure loads the ground truth for compare
+        return (
+            (target == "common" and not module.startswith("tools.compare.measure"))
+            or module == own
+            or module.startswith(own + ".")
+        )
     if room == "data":
         return target == "common" or module.startswith("data.")
     return room in ("benchmarks", target) or target == "common"  # compare.py and its like stand on common alone
@@ -173,12 +177,15 @@ def test_files_are_short():
 BROKEN = {
     "common/ops.py": ("import numpy", "common/ops.py:1: imports numpy, but torch alone is allowed"),
     "common/run.py": ("from stages.rl import ppo", "common/run.py:1: may not import stages.rl"),
-    "common/late.py": ("def f():\n    import common.ops", "common/late.py:2: imports common.ops inside a function"),
+    "common/late.py": ("def f():\n    import common.model.ops", "common/late.py:2: imports common.model.ops inside a function"),
     "common/near.py": ("from .ops import x", "common/near.py:1: relative import"),
-    "common/eager.py": ("x = __import__('common.ops')", "common/eager.py:1: loads code by name"),
+    "common/eager.py": ("x = __import__('common.model.ops')", "common/eager.py:1: loads code by name"),
     "stages/rl/train.py": ("import stages.sft.train", "stages/rl/train.py:1: may not import stages.sft.train"),
-    "stages/rl/ppo.py": ("from common.ops import whiten", "stages/rl/ppo.py:1: imports common.ops, but torch alone is allowed"),
-    "stages/rl/cheat.py": ("from common import measure", "stages/rl/cheat.py:1: may not import common.measure"),
+    "stages/rl/ppo.py": (
+        "from common.model.ops import whiten",
+        "stages/rl/ppo.py:1: imports common.model.ops, but torch alone is allowed",
+    ),
+    "stages/rl/cheat.py": ("from common import measure", "stages/rl/cheat.py:1: may not import tools.compare.measure"),
     "stages/reward/loss.py": ("import torch, os", "stages/reward/loss.py:1: imports os, but torch alone is allowed"),
     "stages/reward/collect.py": (
         "def f():\n    from data.demo import gold",
@@ -187,8 +194,8 @@ BROKEN = {
     "stages/sft/train.py": ("GOLD = 'data.demo.gold'", "stages/sft/train.py:1: names 'data.demo.gold'"),
     "data/demo/world.py": ("from data.demo.gold import judge", "data/demo/world.py:1: imports the ground truth"),
     "data/other/prepare.py": ("import stages.sft.train", "data/other/prepare.py:1: may not import stages.sft.train"),
-    "pipeline.py": ("from common.data import pad", "pipeline.py:1: may not import common.data"),
-    "compare.py": ("from stages.rl.ppo import gae", "compare.py:1: may not import stages.rl.ppo"),
+    "pipeline.py": ("from common.rows.shards import pad", "pipeline.py:1: may not import common.rows.shards"),
+    "compare.py": ("from stages.rl.algorithms.ppo import gae", "compare.py:1: may not import stages.rl.algorithms.ppo"),
 }
 
 
@@ -202,10 +209,10 @@ def test_the_checker_sees_a_broken_rule(tmp_path, name):
 
 
 GOOD = {
-    "stages/rl/train.py": "from common.ops import x\nfrom stages.rl.ppo import gae\nfrom stages.rl import rollout",
+    "stages/rl/train.py": "from common.model.ops import x\nfrom stages.rl.algorithms.ppo import gae\nfrom stages.rl import rollout",
     "stages/rl/ppo.py": "import math\nfrom typing import NamedTuple\nfrom torch.nn import functional as F",
     "data/demo/labeller.py": "from data.demo import flaws, gold",
-    "pipeline.py": "import os\nfrom common.config import load",
+    "pipeline.py": "import os\nfrom common.config.schema import load",
     "common/hf.py": "def f():\n    from safetensors.torch import load_file\n    model.eval()",
     "tests/test_x.py": "import stages.rl.train, data.demo.gold",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import load
+from common.config.schema import load
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from common.config import InputError
+from common.program.errors import InputError
 
 # Notes its name and its arguments, writes a model and a verdict, fails or waits when told to by a file.
 FAKE = """
@@ -195,7 +195,7 @@ def test_a_failing_stage_ends_the_pipeline_with_its_code(project, capfd):
 def test_exit_code_two_of_a_real_config_error(project, capfd):
     fields = "output_dir: str; count: int"
     (project.root / "real.py").write_text(
-        f"from common.config import cli, stage_config\n@stage_config\nclass Config: {fields}\ncli(Config, print)\n"
+        f"from common.config.schema import cli, stage_config\n@stage_config\nclass Config: {fields}\ncli(Config, print)\n"
     )
     project.write("pipeline", output_dir=project.base, steps={"data": {"module": "real"}})
     assert project.run() == 0

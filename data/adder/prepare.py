@@ -10,9 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.config import InputError, OutputDir, cli, stage_config, to_dict
-from common.data import write_jsonl
-from common.files import dump, write_atomically
+from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.program.errors import InputError
+from common.program.files import dump, write_atomically, write_jsonl
 
 
 @stage_config

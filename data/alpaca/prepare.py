@@ -12,10 +12,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from common.chat import rows_to_messages
-from common.config import InputError, OutputDir, cli, stage_config, to_dict
-from common.data import read_rows, write_jsonl
-from common.files import dump, provenance, write_atomically
+from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.handoff.report import provenance
+from common.program.errors import InputError
+from common.program.files import dump, write_atomically, write_jsonl
+from common.rows.sources import read_rows
+from common.text.chat import rows_to_messages
 
 
 @stage_config

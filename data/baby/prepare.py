@@ -9,10 +9,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.config import OutputDir, cli, stage_config, to_dict
-from common.data import write_jsonl
-from common.files import dump, vouch, write_atomically
-from common.tokenizer import Tokenizer
+from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.handoff.report import vouch
+from common.program.files import dump, write_atomically, write_jsonl
+from common.text.tokenizer import Tokenizer
 
 
 @stage_config

@@ -1,4 +1,4 @@
-"""The hidden ground truth of the demo world. NO STAGE MAY IMPORT THIS; only the demo's labeller and compare.py do.
+"""The hidden ground truth of the demo world. NO STAGE MAY IMPORT THIS; only the demo's labeller and tools.compare do.
 
 score = content (right, or the share of what was asked) x form (length, capital, ending, worked step, closing)
         x no repeated sentence x (share of attested word pairs)^2 x finished

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from common.config import InputError, OutputDir, cli, stage_config
+from common.config.schema import OutputDir, cli, stage_config
+from common.program.errors import InputError
 from data.demo import flaws, gold, labeller, world
 from data.demo.documents import documents
 from data.demo.world import FAMILIES

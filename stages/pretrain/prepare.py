@@ -21,14 +21,17 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from common.chat import rows_to_messages
-from common.config import InputError, OutputDir, cli, fingerprint, stage_config, to_dict
-from common.data import Mixture
-from common.files import MANIFEST, dump, load_tokenizer, provenance, vouch, write_atomically
-from common.keys import ReadsRows, Seed, refuse_overwriting
-from common.signals import interrupt_with
-from common.sources import BadRows, Row, content_of, iter_rows
-from common.tokenizer import GAPS, PATTERN, Tokenizer, check_text
+from common.config.schema import OutputDir, cli, fingerprint, stage_config, to_dict
+from common.config.training import ReadsRows, Seed, refuse_overwriting
+from common.handoff.locate import load_tokenizer
+from common.handoff.report import provenance, vouch
+from common.program.errors import InputError
+from common.program.files import MANIFEST, dump, write_atomically
+from common.program.signals import interrupt_with
+from common.rows.shards import Mixture
+from common.rows.sources import BadRows, Row, content_of, iter_rows
+from common.text.chat import rows_to_messages
+from common.text.tokenizer import GAPS, PATTERN, Tokenizer, check_text
 from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, split_document, tokenise
 
 

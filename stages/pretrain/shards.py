@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import SHARD_DTYPES
+from common.rows.shards import SHARD_DTYPES
 
 
 class ShardWriter:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common.chat import stop_ids
-from common.config import InputError
-from common.files import dump, sha256, write_atomically
-from common.tokenizer import Tokenizer
+from common.program.errors import InputError
+from common.program.files import dump, sha256, write_atomically
+from common.text.chat import stop_ids
+from common.text.tokenizer import Tokenizer
 from stages.pretrain.shards import ShardWriter
 
 CHUNK = 1 << 18  # characters that a process is given at once

@@ -14,21 +14,23 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from common.architecture import ArchitectureConfig, new_model
-from common.chat import prompt_ids, stop_ids
-from common.checkpoint import check_context, load_model, load_tokenizer, publish
-from common.config import InputError, cli, fingerprint, stage_config
-from common.costs import GPUS, forward_flops
-from common.data import Shards, share
-from common.generate import check_prompts, sample
-from common.model import GPT
-from common.muon import muon
-from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.placement import sampler, whole
-from common.run import Run
-from common.scoring import same_ids
-from common.tokenizer import Tokenizer
-from common.train_config import TrainConfig
+from common.config.schema import cli, fingerprint, stage_config
+from common.config.training import TrainConfig
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import check_context, load_model, publish
+from common.model.costs import GPUS, forward_flops
+from common.model.gpt import GPT
+from common.model.presets import ArchitectureConfig, new_model
+from common.model.sample import check_prompts, sample
+from common.program.errors import InputError
+from common.rows.batches import share
+from common.rows.shards import Shards
+from common.text.chat import prompt_ids, stop_ids
+from common.text.tokenizer import Tokenizer, same_ids
+from common.train.muon import muon
+from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.train.placement import sampler, whole
+from common.train.run import Run
 
 
 @stage_config

@@ -18,16 +18,19 @@ from typing import Annotated, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from common.chat import Message, comparison_prompt, prompt_ids, rows_to_messages, rows_to_prompt
-from common.checkpoint import check_context, dump, lineage, load_model, load_tokenizer, provenance, write_atomically
-from common.config import InputError, OutputDir, cli, stage_config, to_dict
-from common.data import Row, read_rows, write_jsonl
-from common.generate import sample
-from common.keys import ReadsRows, Seed, refuse_overwriting
-from common.signals import interrupt_with
-from common.sources import BadRows
-from common.tokenizer import Tokenizer
-from stages.reward.comparisons import ranked
+from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.config.training import ReadsRows, Seed, refuse_overwriting
+from common.handoff.locate import lineage, load_tokenizer
+from common.handoff.publish import check_context, load_model
+from common.handoff.report import provenance
+from common.model.sample import sample
+from common.program.errors import InputError
+from common.program.files import dump, write_atomically, write_jsonl
+from common.program.signals import interrupt_with
+from common.rows.sources import BadRows, Row, read_rows
+from common.text.chat import Message, comparison_prompt, prompt_ids, rows_to_messages, rows_to_prompt
+from common.text.comparisons import ranked
+from common.text.tokenizer import Tokenizer
 
 Labeller = Callable[[str, list[str], random.Random], list[int]]
 Contrast = Callable[[str, random.Random], list[tuple[str, str]]]

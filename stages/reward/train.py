@@ -17,17 +17,21 @@ from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
-from common.chat import comparison_prompt
-from common.checkpoint import check_context, load_model, load_tokenizer, publish
-from common.config import InputError, cli, fingerprint, stage_config
-from common.data import Order, Row, pad, share
-from common.lora import add_lora, merged_state, save_adapter
-from common.model import RewardModel
-from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.placement import whole
-from common.run import Run
-from common.train_config import NonNegative, RowsConfig
-from stages.reward.comparisons import ranked
+from common.config.schema import cli, fingerprint, stage_config
+from common.config.training import NonNegative, RowsConfig
+from common.handoff.adapter import save_adapter
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import check_context, load_model, publish
+from common.model.gpt import RewardModel
+from common.model.lora import add_lora, merged_state
+from common.program.errors import InputError
+from common.rows.batches import Order, pad, share
+from common.rows.sources import Row
+from common.text.chat import comparison_prompt
+from common.text.comparisons import ranked
+from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.train.placement import whole
+from common.train.run import Run
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
 
 

@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.config import stage_config
-from common.data import share
-from common.ops import masked_mean, whiten
-from common.optim import NonFiniteError, Update
-from common.run import Run
-from common.tokenizer import Tokenizer
-from common.train_config import NonNegative, Positive, TrainConfig
-from stages.rl.ppo import explained_variance, kl_estimates, policy_loss, value_loss
+from common.config.schema import stage_config
+from common.config.training import NonNegative, Positive, TrainConfig
+from common.model.ops import masked_mean, whiten
+from common.rows.batches import share
+from common.text.tokenizer import Tokenizer
+from common.train.run import Run
+from common.train.update import NonFiniteError, Update
+from stages.rl.algorithms.ppo import explained_variance, kl_estimates, policy_loss, value_loss
 from stages.rl.rollout import ActorCritic, Trajectory
 
 

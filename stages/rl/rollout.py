@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.data import pad
-from common.generate import sample
-from common.model import GPT, RewardModel
-from common.ops import length_mask
-from stages.rl.ppo import gae, kl_estimates, shape_scores, token_rewards
+from common.model.gpt import GPT, RewardModel
+from common.model.ops import length_mask
+from common.model.sample import sample
+from common.rows.batches import pad
+from stages.rl.algorithms.ppo import gae, kl_estimates, shape_scores, token_rewards
 
 
 class ActorCritic(nn.Module):

@@ -15,22 +15,25 @@ import torch
 from accelerate.utils import gather_object
 from pydantic import Field
 
-from common.chat import prompt_ids, rows_to_prompt
-from common.checkpoint import check_context, lineage, load_config, load_model, load_tokenizer, publish
-from common.config import Failure, InputError, cli, fingerprint, stage_config
-from common.data import Order, Row, Shards, read_rows
-from common.keys import ReadsRows
-from common.log import Laps
-from common.lora import add_lora, merged_state, save_adapter
-from common.optim import NonFiniteError, SchedulerType, adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.placement import frozen, sampler, whole
-from common.run import Run
-from common.scoring import same_ids
-from common.sources import BadRows
-from common.tokenizer import Tokenizer
-from common.train_config import NonNegative, Positive
+from common.config.schema import cli, fingerprint, stage_config
+from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType
+from common.handoff.adapter import save_adapter
+from common.handoff.locate import lineage, load_tokenizer
+from common.handoff.publish import check_context, load_config, load_model, publish
+from common.model.lora import add_lora, merged_state
+from common.program.errors import Failure, InputError
+from common.rows.batches import Order
+from common.rows.shards import Shards
+from common.rows.sources import BadRows, Row, read_rows
+from common.text.chat import prompt_ids, rows_to_prompt
+from common.text.tokenizer import Tokenizer, same_ids
+from common.train.log import Laps
+from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.train.placement import frozen, sampler, whole
+from common.train.run import Run
+from common.train.update import NonFiniteError
+from stages.rl.algorithms.ppo import next_kl_coef
 from stages.rl.learn import PPOConfig, describe, episode_samples, learn
-from stages.rl.ppo import next_kl_coef
 from stages.rl.rollout import ActorCritic, Trajectory, joined, rollout
 
 
@@ -137,7 +140,7 @@ def main(cfg: Config) -> None:
     if bool(cfg.ptx_data) != (cfg.ptx_coef > 0):
         raise InputError(f"ptx_data {cfg.ptx_data}, ptx_coef {cfg.ptx_coef}: PTX needs both, or neither")
     if cfg.eval_steps:
-        raise InputError(f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; compare.py judges the result")
+        raise InputError(f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; tools.compare judges the result")
     run = Run(cfg, "rl", "lm")
     tokenizer = load_tokenizer(cfg.parent)
     raw, reference, reward_model = load_models(cfg, run)

@@ -16,19 +16,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.architecture import ArchitectureConfig, new_model
-from common.chat import Rendered, colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
-from common.checkpoint import check_context, load_model, load_tokenizer, publish
-from common.config import InputError, cli, fingerprint, stage_config
-from common.data import Order, Row, pad, share, write_jsonl
-from common.generate import sample
-from common.lora import add_lora, merged_state, save_adapter
-from common.model import GPT
-from common.optim import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.placement import sampler, whole
-from common.run import Run
-from common.tokenizer import Tokenizer
-from common.train_config import RowsConfig
+from common.config.schema import cli, fingerprint, stage_config
+from common.config.training import RowsConfig
+from common.handoff.adapter import save_adapter
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import check_context, load_model, publish
+from common.model.gpt import GPT
+from common.model.lora import add_lora, merged_state
+from common.model.presets import ArchitectureConfig, new_model
+from common.model.sample import sample
+from common.program.errors import InputError
+from common.program.files import write_jsonl
+from common.rows.batches import Order, pad, share
+from common.rows.sources import Row
+from common.text.chat import Rendered, colour_preview, prompt_ids, render, rows_to_messages, rows_to_prompt
+from common.text.tokenizer import Tokenizer
+from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.train.placement import sampler, whole
+from common.train.run import Run
 
 
 @stage_config

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import side_by_side as harness
 from benchmarks.workload import endless, letters, random_llama, tokens_per_second
-from common.generate import sample
-from common.model import GPTConfig
+from common.model.sample import sample
+from common.model.shape import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"benchmark", "ratio", "ours", "peer", "unit", "peak_fraction", "peak_fractions", "all", "runs", "machine", "commit"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prepare
-from common.data import Shards
+from common.rows.shards import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"benchmark", "ratio", "ours", "peer", "unit", "peer_name", "all", "runs", "machine", "threads", "commit"}

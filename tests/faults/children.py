@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from accelerate.state import AcceleratorState
 
-from common.config import guard
-from common.run import Run
-from common.state import generators
+from common.program.entry import guard
+from common.train.resume import generators
+from common.train.run import Run
 from stages.pretrain import train as pretrain
 from stages.reward import train as reward
 from stages.rl import train as rl

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import pipeline
-from common.config import cli, guard
+from common.config.schema import cli
+from common.program.entry import guard
 from stages.pretrain import prepare
 from stages.pretrain import train as pretrain
 from stages.reward import collect
@@ -59,7 +60,7 @@ def program(capsys) -> Callable[..., Ended]:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory, tokenizer, tiny_gpt, tiny_reward) -> dict[str, str]:
     """What the stages' good configs point to: a language model, a reward model, shards."""
-    from common.checkpoint import publish
+    from common.handoff.publish import publish
 
     root, stage = tmp_path_factory.mktemp("made"), {"stage": "test", "parent": None}
     publish(root / "lm", tiny_gpt(), tokenizer, stage | {"kind": "lm"})

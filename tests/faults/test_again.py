@@ -12,7 +12,7 @@ import pytest
 from children import child, result
 
 import pipeline
-from common.config import InputError
+from common.program.errors import InputError
 from pipeline import ROOT
 
 # Waits for a file, then publishes as a stage does; notes each time that it ran.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.train_config import RowsConfig
+from common.config.training import RowsConfig
 
 # (stage, lines of its YAML file or words of its command line, what the one line must say); {lm} and such are paths.
 KEYS = [
@@ -114,7 +114,7 @@ def no_weights(monkeypatch):
     def fail(folder):
         pytest.fail(f"weights of {folder} were read")
 
-    monkeypatch.setattr("common.checkpoint.read_weights", fail)
+    monkeypatch.setattr("common.handoff.publish.read_weights", fail)
 
 
 def refused(ended, parts):

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 from children import FORGET, FULL, STAGES, child, on_call, same, uninterrupted
 
-import common.run
-import common.state
-from common.checkpoint import verify
+import common.train.resume
+import common.train.run
+from common.program.files import verify
 
 SAVED, LAST = 2, 6  # the state before the save that is hit, and the last one before the end, of 7 steps saved every 2
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -30,7 +30,7 @@ class Operations:
     def __init__(self, folder: Path, at: int | None, left: str) -> None:
         self.folder, self.at, self.left = str(folder), at, left
         self.armed, self.writing, self.seen = False, "", []
-        for owner in (common.state, safetensors.torch):  # Rust's writing raises no audit event
+        for owner in (common.train.resume, safetensors.torch):  # Rust's writing raises no audit event
             real = owner.save_file
             owner.save_file = lambda tensors, name, *rest, real=real, **more: (
                 sys.audit("open", str(name), "wb", os.O_WRONLY),
@@ -62,19 +62,19 @@ class Operations:
 
 def in_save(operations: Operations) -> None:
     """The second save, of step 4: with save_total_limit 1 it also drops the first."""
-    on_call(common.run, "save_state", 1, operations.arm)
+    on_call(common.train.run, "save_state", 1, operations.arm)
     if operations.at is None:
-        on_call(common.run, "save_state", 2, operations.note)
+        on_call(common.train.run, "save_state", 2, operations.note)
 
 
 def in_publish(operations: Operations) -> None:
-    on_call(common.run.Run, "finish", 0, operations.arm)
+    on_call(common.train.run.Run, "finish", 0, operations.arm)
 
-    def forget(run: common.run.Run) -> None:
+    def forget(run: common.train.run.Run) -> None:
         FORGET(run)
         operations.note()
 
-    common.run.Run.forget = forget
+    common.train.run.Run.forget = forget
 
 
 def crashes(folder: Path, stage: str, keys: dict, place: Callable[[Operations], None]) -> list[tuple[int, str]]:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from children import FULL, STAGES, child, on_call, same, uninterrupted
 
-import common.run
-from common.checkpoint import load_model, load_tokenizer
-from common.config import InputError
-from common.data import Shards
-from common.state import newest_state
+import common.train.run
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import load_model
+from common.program.errors import InputError
+from common.rows.shards import Shards
+from common.train.resume import newest_state
 
 FLIPS, CUTS = (30, 10) if FULL else (6, 4)  # of each stage's states, and of each kind of published directory
 UPDATES = {"rl": 4}
@@ -58,7 +59,7 @@ def each_damage(files: list[Path], seed: int, check: Callable[[], bool]) -> int:
 def killed(stage: str, keys: dict, step: int) -> None:
     """The run is killed in its step number `step` (from 0)."""
     die = lambda: os._exit(9)  # noqa: E731
-    assert child(stage, keys, lambda: on_call(common.run, "update", step * UPDATES.get(stage, 1), die)).code == 9
+    assert child(stage, keys, lambda: on_call(common.train.run, "update", step * UPDATES.get(stage, 1), die)).code == 9
 
 
 @pytest.mark.parametrize("stage", STAGES)

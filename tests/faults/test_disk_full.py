@@ -13,8 +13,8 @@ import pytest
 import yaml
 from children import FULL, STAGES, child, on_call, same, uninterrupted
 
-import common.run
-from common.state import newest_state
+import common.train.run
+from common.train.resume import newest_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,15 +29,15 @@ def no_room() -> None:
 
 
 def in_save(fill: Callable[[], None]) -> None:
-    on_call(common.run, "save_state", 1, fill)
+    on_call(common.train.run, "save_state", 1, fill)
 
 
 def in_publish(fill: Callable[[], None]) -> None:
-    on_call(common.run.Run, "finish", 0, fill)
+    on_call(common.train.run.Run, "finish", 0, fill)
 
 
 def in_log(fill: Callable[[], None]) -> None:
-    on_call(common.run.Run, "log", 3, fill)
+    on_call(common.train.run.Run, "log", 3, fill)
 
 
 def cases() -> Iterator[tuple[Callable, Callable, int]]:

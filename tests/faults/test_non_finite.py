@@ -12,9 +12,9 @@ import pytest
 import torch
 from children import FULL, STAGES, child, on_call, result, signal_self
 
-import common.run
+import common.train.run
 import stages.rl.rollout
-from common.optim import NonFiniteError
+from common.train.update import NonFiniteError
 
 UPDATES = {"rl": 4}  # of a step
 LOGGED = r"loss \[.*\]{where}, gradient norm {norm}; no update was applied"
@@ -36,7 +36,7 @@ KINDS = {bad_loss: LOGGED.format(where=" from micro-batch 0 of process 0", norm=
 
 def spoil(change: Callable, numbers: set[int]) -> None:
     """In a child: the first micro-batch of these updates (from 0) is changed. Checks that a refused one changes nothing."""
-    real, calls = common.run.update, []
+    real, calls = common.train.run.update, []
 
     def update(accelerator: Any, model: torch.nn.Module, optimizer: Any, batches: Any, loss: Callable, *rest: Any) -> Any:
         calls.append(1)
@@ -51,7 +51,7 @@ def spoil(change: Callable, numbers: set[int]) -> None:
             assert len(before) == len(after) and all(map(torch.equal, before, after)), "an update was applied"
             raise
 
-    common.run.update = update
+    common.train.run.update = update
 
 
 def things(model: torch.nn.Module, optimizers: Any) -> list[torch.Tensor]:
@@ -141,7 +141,7 @@ def test_a_resume_remembers_what_was_left_out(stage, setting, tmp_path):
 
     def stop() -> None:
         spoil(bad_loss, {each})
-        on_call(common.run, "update", 3 * each, signal_self(signal.SIGTERM))
+        on_call(common.train.run, "update", 3 * each, signal_self(signal.SIGTERM))
 
     assert child(stage, keys, stop).code == 75
     assert child(stage, keys | {"output_dir": str(tmp_path / "whole")}, lambda: spoil(bad_loss, {each, 5 * each})).code == 0

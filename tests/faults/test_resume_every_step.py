@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from children import FULL, STAGES, child, on_call, same, signal_self, uninterrupted
 
-import common.run
+import common.train.run
 
 STEPS = 12
 UPDATES = {"rl": 4}  # of a step, where it is more than one
@@ -22,7 +22,7 @@ def test_stopped_in_every_step(stage, setting, tmp_path):
         folder.mkdir()
         cut = keys | {"output_dir": str(folder / "cut")}
         number, kind = step * UPDATES.get(stage, 1), signal.SIGINT if step % 2 else signal.SIGTERM
-        ended = child(stage, cut, lambda n=number, k=kind: on_call(common.run, "update", n, signal_self(k)))
+        ended = child(stage, cut, lambda n=number, k=kind: on_call(common.train.run, "update", n, signal_self(k)))
         assert ended.code == 75, ended.err
         assert sorted(path.name for path in Path(cut["output_dir"], "state").iterdir()) == [f"step-{step + 1}"]
         ended = child(stage, cut)

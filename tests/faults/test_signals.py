@@ -9,32 +9,32 @@ from pathlib import Path
 import pytest
 from children import FULL, STAGES, child, on_call, same, signal_self, uninterrupted
 
-import common.run
-import common.state
+import common.train.resume
+import common.train.run
 import stages.rl.rollout
-from common.checkpoint import verify
-from common.state import newest_state
+from common.program.files import verify
+from common.train.resume import newest_state
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 # name: (stage, what is called there, which call of it, saved step then). Steps are saved every 2 of 7, evaluated every 3.
 PLACES = {
-    "update": ("sft", (common.run, "update"), 2, 3),
-    "last update": ("rl", (common.run, "update"), 4 * 7 - 1, 7),
+    "update": ("sft", (common.train.run, "update"), 2, 3),
+    "last update": ("rl", (common.train.run, "update"), 4 * 7 - 1, 7),
     "rollout": ("rl", (stages.rl.rollout, "sample"), 3, 3),
     "scoring": ("rl", (stages.rl.rollout, "evaluate"), 3, 3),
     "evaluation in pretrain": ("pretrain", (STAGES["pretrain"], "evaluate"), 1, 3),
     "evaluation in sft": ("sft", (STAGES["sft"], "evaluate"), 1, 3),
     "evaluation in reward": ("reward", (STAGES["reward"], "evaluate"), 1, 6),
     "last evaluation": ("reward", (STAGES["reward"], "evaluate"), 3, 7),
-    "save": ("sft", (common.state, "save_file"), 4, 4),
-    "between saves": ("reward", (common.run.Run, "checkpoint"), 3, 3),
+    "save": ("sft", (common.train.resume, "save_file"), 4, 4),
+    "between saves": ("reward", (common.train.run.Run, "checkpoint"), 3, 3),
 }
 BEFORE = {  # where nothing has begun: nothing is saved
     "tokenising in sft": ("sft", (STAGES["sft"], "parse")),
     "tokenising in reward": ("reward", (STAGES["reward"], "ranked")),
     "tokenising in rl": ("rl", (STAGES["rl"], "parse")),
     "loading": ("pretrain", (STAGES["pretrain"], "load_tokenizer")),
-    "preparing": ("pretrain", (common.run.Run, "prepare")),
+    "preparing": ("pretrain", (common.train.run.Run, "prepare")),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_signal_before_the_loop(place, setting, tmp_path):
     ended = child(stage, keys, stop)
     assert ended.code == 75 and ended.err == f"interrupted: {stage}, not begun; the same command starts it\n", ended
     assert not (tmp_path / "cut" / "state").exists()
-    child(stage, keys, lambda: on_call(common.run, "save_state", 2, lambda: os._exit(9)))
+    child(stage, keys, lambda: on_call(common.train.run, "save_state", 2, lambda: os._exit(9)))
     before = contents(tmp_path / "cut")
     assert (tmp_path / "cut" / "state" / "step-4").exists()
     assert child(stage, keys, stop).code == 75
@@ -89,7 +89,9 @@ def test_a_signal_while_it_publishes(stage, setting, tmp_path):
 
 def hang_in_save(*kinds: int) -> Callable[[], None]:
     """Signals between two files of the save of step 4; the save is long, as the next file is never written."""
-    return lambda: on_call(common.state, "save_file", 4, lambda: [os.kill(os.getpid(), kind) for kind in kinds] and wait())
+    return lambda: on_call(
+        common.train.resume, "save_file", 4, lambda: [os.kill(os.getpid(), kind) for kind in kinds] and wait()
+    )
 
 
 def wait() -> None:
@@ -107,7 +109,7 @@ def test_a_second_signal_ends_it_at_once(stage, kinds, code, setting, tmp_path):
     ended = child(stage, keys, hang_in_save(*kinds))
     assert ended.code == code and "Traceback" not in ended.err
     assert newest_state(tmp_path / "cut" / "state")[1]["step"] == 2
-    ended = child(stage, keys, lambda: on_call(common.run, "update", 3, signal_self(*kinds)))
+    ended = child(stage, keys, lambda: on_call(common.train.run, "update", 3, signal_self(*kinds)))
     assert ended.code == code and "Traceback" not in ended.err
     ended = child(stage, keys)
     assert ended.code == 0 and "going on from" in ended.out, ended.err

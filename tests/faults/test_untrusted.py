@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint import load_model, load_tokenizer
-from common.config import InputError
-from common.sources import read_rows
-from common.tokenizer import CONTROL
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import load_model
+from common.program.errors import InputError
+from common.rows.sources import read_rows
+from common.text.comparisons import ranked
+from common.text.tokenizer import CONTROL
 from stages.reward import collect
-from stages.reward.comparisons import ranked
 from stages.rl import train as rl
 from stages.sft import train as sft
 

@@ -9,10 +9,11 @@ import torch
 import transformers
 from datasets import Dataset
 
-from common.chat import prompt_ids, rows_to_prompt
-from common.checkpoint import load_model, load_tokenizer
-from common.generate import sample
-from common.scoring import reward_scores
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import load_model
+from common.model.sample import sample
+from common.rewards.scoring import reward_scores
+from common.text.chat import prompt_ids, rows_to_prompt
 from tests.smoke.conftest import lines, message, one_step
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

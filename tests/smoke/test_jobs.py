@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-from common.checkpoint import load_model, load_tokenizer, verify
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import load_model
+from common.program.files import verify
 from tests.smoke.conftest import LAUNCH, PLAIN, ROAD, TRAINERS, call, lines
 
 JOBS = ["stages.pretrain.prepare", *TRAINERS[:2], "stages.reward.collect", *TRAINERS[2:]]

@@ -19,9 +19,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from common import placement
-from common.config import Interrupted
-from common.run import Run
+from common.program.errors import Interrupted
+from common.train import placement
+from common.train.run import Run
 from stages.rl import train as rl
 
 ROOT = Path(__file__).resolve().parents[2]

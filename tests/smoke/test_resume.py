@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
-from common.config import InputError
+from common.program.errors import InputError
 from stages.pretrain import train as pretrain
 from stages.reward import train as reward
 from stages.rl import train as rl
@@ -62,7 +62,7 @@ def results(folder: str) -> dict[str, object]:
 def crash_in_update(monkeypatch, number: int) -> None:
     """The next run dies in its update number `number` (from 0), without a chance to clean up."""
     calls = []
-    module = sys.modules["common.optim"]
+    module = sys.modules["common.train.optimizers"]
     real = module.update
 
     def update(*args, **kwargs):
@@ -71,7 +71,7 @@ def crash_in_update(monkeypatch, number: int) -> None:
             raise Crash
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["common.run"], "update", update)
+    monkeypatch.setattr(sys.modules["common.train.run"], "update", update)
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])

@@ -1,0 +1,1 @@
+"""Strict configs: what a key may be, and where a wrong one stands."""

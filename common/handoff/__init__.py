@@ -1,0 +1,1 @@
+"""Model directories: how a stage publishes one, and how the next one reads it."""

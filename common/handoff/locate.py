@@ -1,0 +1,47 @@
+"""Where a model directory is: here, verified, or on the Hub; and who its parent was. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.program.errors import InputError
+from common.program.files import MANIFEST, sha256, verify
+from common.text.tokenizer import Tokenizer
+
+UNREAD = "weights are read from safetensors only, as a pickle can run code"
+
+
+def locate(path: str, weights: bool = True) -> Path:
+    """A local directory as it is, verified; anything else is a Hub id, fetched without any pickle."""
+    if Path(path).is_dir():
+        verify(Path(path), weights)
+        return Path(path)
+    if Path(path).is_file():
+        raise InputError(f"{path}: is a file; a model is a directory of config.json and model.safetensors ({UNREAD})")
+    if path.count("/") > 1 or path.startswith((".", "/", "runs/")):
+        raise InputError(f"{path}: no such directory; run the stage that makes it first")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # its errors differ by release; the first line tells
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(f"{path}: neither a directory here nor a model that the Hub would give ({reason})") from None
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    return Tokenizer.load(locate(path, weights=False))
+
+
+def lineage(path: str | None) -> dict[str, Any]:
+    """What a child notes about its parent: path and the hash of its manifest."""
+    if path is None:
+        return {"parent": None}
+    manifest = Path(path) / MANIFEST
+    return {"parent": path, "parent_hash": sha256(manifest) if manifest.exists() else None}
+
+
+def read_stage(path: str | Path) -> dict[str, Any]:
+    """stage.json of a stage directory; empty for a directory that is not one of ours."""
+    file = Path(path) / "stage.json"
+    return json.loads(file.read_text()) if file.exists() else {}

@@ -1,0 +1,1 @@
+"""The GPT: its shape, its layers, sampling, LoRA, and what it costs."""

@@ -1,0 +1,1 @@
+"""What makes the model fast on CPUs; the model can be read without it."""

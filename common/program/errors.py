@@ -1,0 +1,23 @@
+"""What can end a program early: bad input, a failure, an interruption. Each is one line to the user."""
+
+
+class InputError(Exception):
+    """Bad input from the user (config, data, directory): one line naming value, place and fix; exit code 2.
+
+    `reason`: what a row that it refuses is counted under when such rows are skipped.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+INTERRUPTED = 75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
+
+
+class Failure(Exception):
+    """The run cannot go on (numbers that are not finite, a full disk): one line, exit code 1."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and its state is saved."""

@@ -1,0 +1,95 @@
+"""Files that a hand-off consists of: written whole or not at all, checksums over them, and what they say of their origin.
+
+Without torch, so that preparing data does not wait for it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.program.errors import Failure, InputError
+
+MANIFEST = "manifest.json"
+SPARE = 64 * 2**20  # bytes that a save leaves free on the disk
+
+
+def write_manifest(folder: Path, files: Sequence[Path]) -> None:
+    """Size and sha256 of each file, by its path inside `folder`."""
+    manifest = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    write_atomically(folder / MANIFEST, dump(manifest))
+
+
+def verify(folder: Path, weights: bool = True) -> None:
+    """Raise InputError unless every file is as the manifest says. Directories of other makers have none, and pass.
+
+    Without `weights` gigabytes of them are not hashed, where only the other files are read.
+    """
+    if (folder / "stage.json").exists() and not (folder / MANIFEST).exists():
+        raise InputError(f"{folder}: the save was cut short (no {MANIFEST}); run its stage again")
+    if not (folder / MANIFEST).exists():
+        return
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        wanted = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (ValueError, AttributeError, TypeError, KeyError):  # ValueError: broken JSON, or no UTF-8
+        raise InputError(f"{folder / MANIFEST}: damaged; run the stage again") from None
+    for name, (size, digest) in wanted.items():
+        file = folder / name
+        if not file.exists():
+            raise InputError(f"{file}: missing, though {MANIFEST} lists it; run the stage again")
+        hashed = weights or file.suffix != ".safetensors"
+        if file.stat().st_size != size or (hashed and sha256(file) != digest):
+            raise InputError(f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again")
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """All of `content` or the file as it was: temporary file, fsync, rename."""
+    temporary = file.with_name(file.name + ".tmp")
+    with writing(file):
+        try:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, say, is a Failure: one line and no traceback."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise Failure(f"{path}: could not be written ({why}); when it can be, the same command goes on") from None
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError when the disk has no room for `size` bytes, and some to spare."""
+    if (free := shutil.disk_usage(folder).free) < size + SPARE:
+        raise OSError(f"{(size + SPARE) / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free")
+
+
+def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    """Atomically: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
+    temporary.replace(path)

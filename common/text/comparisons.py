@@ -1,0 +1,53 @@
+"""A row of comparisons -> ids: `prompt`, `answers`, `ranks` (K answers ranked), or `prompt`, `chosen`, `rejected`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from common.program.errors import InputError
+from common.text.chat import comparison_prompt, prompt_ids
+from common.text.tokenizer import Tokenizer
+
+
+class Ranked(NamedTuple):
+    answers: list[list[int]]  # prompt and answer, K of them; with the end token unless the answer was cut off
+    ranks: list[float]  # 0 = best
+    sources: list[str]  # who wrote each: "policy" is the SFT model
+
+
+def side(value: Any) -> str:
+    """The text of `chosen` or `rejected`: plain, a message, or messages of which the last is the answer."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value = value[-1]
+    if isinstance(value, Mapping):
+        value = value.get("content", value.get("value"))
+    if not isinstance(value, str):
+        raise InputError(f"an answer must be text or a message, not {str(value)[:60]!r}", "wrong type")
+    return value
+
+
+def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
+    """Raises InputError for a row that is no comparison; `stopped` (default: all) and `sources` (people) may be absent."""
+    given = {name: row[name] for name in ("answers", "ranks", "stopped", "sources") if row.get(name) is not None}
+    for name, values in given.items():
+        if not isinstance(values, list):
+            raise InputError(f"{name} must be a list, not {str(values)[:60]!r}", "wrong type")
+    start = prompt_ids(tokenizer, comparison_prompt(row))
+    if not given.get("answers"):
+        if lacking := [name for name in ("chosen", "rejected") if row.get(name) is None]:
+            raise InputError(f"no column {lacking[0]!r}; need answers + ranks or chosen + rejected", "columns")
+        given["answers"] = [row["chosen"], row["rejected"]]
+    texts = [side(text) for text in given["answers"]]
+    ranks = given.get("ranks", [0, 1])
+    stopped = given.get("stopped", [True] * len(texts))
+    sources = given.get("sources", ["people"] * len(texts))
+    if not all(isinstance(rank, int | float) and math.isfinite(rank) for rank in ranks):
+        raise InputError(f"ranks {ranks}: numbers are needed, 0 = best", "wrong type")
+    if not len(texts) == len(ranks) == len(stopped) == len(sources):
+        sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped, {len(sources)} sources"
+        raise InputError(f"{sizes}: as many are needed of each", "numbers differ")
+    ids = [
+        [*start, *tokenizer.encode(text), *([tokenizer.eot_id] if ended else [])]
+        for text, ended in zip(texts, stopped, strict=True)
+    ]
+    return Ranked(ids, ranks, sources)

@@ -1,0 +1,1 @@
+"""What the training loops stand on: placement, updates, logs, resuming. Owns no loop."""

@@ -1,0 +1,173 @@
+"""Collecting comparisons: hooks, reference answers, people's pairs, and a held-out split by prompt."""
+
+import json
+import random
+import sys
+import types
+
+import pytest
+
+from common.handoff.locate import load_tokenizer
+from common.program.errors import InputError
+from stages.reward.collect import Config, main
+
+QUESTIONS = [f"Name an animal. {n}" for n in range(10)]
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """A module "own_hooks" as a recipe would bring it: longest answer best; one off-task answer; calls are noted."""
+    module = types.ModuleType("own_hooks")
+    module.calls = []
+
+    def rank(prompt: str, answers: list[str], rng: random.Random) -> list[int]:
+        module.calls.append((prompt, list(answers)))
+        assert isinstance(rng, random.Random)
+        order = sorted({len(answer) for answer in answers}, reverse=True)
+        return [order.index(len(answer)) for answer in answers]
+
+    module.rank = rank
+    module.contrast = lambda prompt, rng: [("off_task", "no"), ("near_miss", f"{prompt} {rng.random():.3f}")]
+    monkeypatch.setitem(sys.modules, "own_hooks", module)
+    return module
+
+
+@pytest.fixture
+def setting(tmp_path, tiny_gpt, stage_dir):
+    def make(rows=None, **keys) -> Config:
+        rows = [{"prompt": question, "completion": "The fox."} for question in QUESTIONS] if rows is None else rows
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        defaults = {
+            "parent": stage_dir(tiny_gpt(seed=1)), "train_data": str(file), "output_dir": str(tmp_path / "collect"),
+            "answers_per_prompt": 3, "max_new_tokens": 8, "max_prompt_length": 24, "eval_fraction": 0.2,
+        }  # fmt: skip
+        return Config(**defaults | keys)
+
+    return make
+
+
+def collected(cfg: Config) -> tuple[list[dict], list[dict], dict]:
+    """(training rows, held-out rows, stage.json)."""
+    main(cfg)
+    texts = []
+    for name in ("comparisons.jsonl", "eval.jsonl", "stage.json"):
+        with open(f"{cfg.output_dir}/{name}") as file:  # noqa: PTH123
+            texts.append(file.read())
+    train, heldout = ([json.loads(line) for line in text.splitlines()] for text in texts[:2])
+    return train, heldout, json.loads(texts[2])
+
+
+def question(row: dict) -> str:
+    prompt = row.get("prompt")
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def test_labeller_and_contrast(setting, hooks):
+    train, heldout, stage = collected(setting(labeller="own_hooks:rank", contrast="own_hooks:contrast"))
+    assert (len(train), len(heldout)) == (8, 2)
+    assert sorted(map(question, train + heldout)) == sorted(QUESTIONS)
+    assert [prompt for prompt, _ in hooks.calls] == QUESTIONS  # asked once each
+    seen = dict(hooks.calls)
+    for row in train + heldout:
+        assert row["answers"] == seen[question(row)]
+        assert row["sources"] == ["policy"] * 3 + ["off_task", "near_miss"]
+        assert row["answers"][3] == "no"
+        assert row["answers"][4].startswith(question(row))
+        lengths = [len(answer) for answer in row["answers"]]
+        for i in range(5):
+            for j in range(5):
+                assert (row["ranks"][i] < row["ranks"][j]) == (lengths[i] > lengths[j])
+        assert len(row["stopped"]) == 5
+        assert row["stopped"][3:] == [True, True]
+    assert len({answer for row in train for answer in row["answers"][:3]}) > 12  # samples at temperature 1 differ
+    assert stage["gate"]["passed"]
+    assert stage["metrics"] == {"answers": 50, "prompts": 10, "pairs": 0, "too_long": 0}
+
+
+def test_the_same_seed_collects_the_same(setting, hooks, tmp_path):
+    keys = {"labeller": "own_hooks:rank", "contrast": "own_hooks:contrast"}
+    one, two, other = (
+        collected(setting(output_dir=str(tmp_path / name), seed=seed, **keys))[:2]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert one == two
+    assert one != other
+
+
+def test_without_a_labeller_the_reference_wins(setting):
+    train, heldout, _ = collected(setting())
+    for row in train + heldout:
+        assert row["answers"][0] == "The fox."
+        assert row["ranks"] == [0, 1, 1, 1]
+        assert row["sources"] == ["reference", "policy", "policy", "policy"]
+        assert row["stopped"][0] is True
+    rows = [{"prompt": "Hi", "completion": "Yes"}, {"prompt": "Hi"}]
+    with pytest.raises(InputError, match=r"prompts\.jsonl:2: without a labeller"):
+        main(setting(rows))
+
+
+def test_stopped_says_whether_the_end_token_came(setting, tiny_gpt, stage_dir, tokenizer):
+    import torch
+
+    stops, never = tiny_gpt(seed=1, tie_embeddings=False), tiny_gpt(seed=1, tie_embeddings=False)
+    with torch.no_grad():
+        stops.head.weight[tokenizer.eot_id] *= 30
+        never.head.weight[tokenizer.eot_id] *= 0
+    found = {}
+    for name, model in (("stops", stops), ("never", never)):
+        train, heldout, _ = collected(setting(parent=stage_dir(model), max_new_tokens=2))
+        found[name] = [flag for row in train + heldout for flag in row["stopped"][1:]]
+    assert any(found["stops"])
+    assert not any(found["never"])
+
+
+def test_people_s_pairs_are_merged_into_both_files(setting, hooks, tmp_path):
+    people = [{"prompt": f"Who is it? {n}", "chosen": "me", "rejected": f"you {n}"} for n in range(10)]
+    file = tmp_path / "people.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in people))
+    train, heldout, stage = collected(setting(labeller="own_hooks:rank", pairs=[str(file)]))
+    assert (len(train), len(heldout)) == (16, 4)
+    found = [row for row in train + heldout if "chosen" in row]
+    assert sorted(found, key=question) == people
+    assert sum("chosen" in row for row in heldout) == 2
+    assert stage["metrics"]["pairs"] == 10
+
+
+def test_held_out_prompts_are_in_no_training_row(setting, hooks, tmp_path):
+    """Also where a prompt comes twice, among people's pairs, or in both kinds."""
+    rows = [{"prompt": QUESTIONS[n // 2]} for n in range(20)]
+    people = [{"prompt": QUESTIONS[n // 3], "chosen": "me", "rejected": f"you {n}"} for n in range(30)]
+    file = tmp_path / "people.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in people))
+    for seed in range(3):
+        train, heldout, _ = collected(setting(rows, labeller="own_hooks:rank", pairs=[str(file)], seed=seed))
+        assert len(train) + len(heldout) == 50
+        assert heldout
+        assert not {question(row) for row in train} & {question(row) for row in heldout}
+
+
+def test_long_prompts_are_counted_and_max_prompts_holds(setting, hooks):
+    rows = [{"prompt": "Hi"}, {"prompt": "The red fox and the blue bird. " * 4}, *({"prompt": f"Go on {n}"} for n in range(5))]
+    train, heldout, stage = collected(setting(rows, labeller="own_hooks:rank", max_prompts=4))
+    assert sorted(map(question, train + heldout)) == ["Go on 0", "Go on 1", "Hi"]
+    assert stage["metrics"]["too_long"] == 1
+    assert "1 prompts too long" in stage["gate"]["text"]
+
+
+@pytest.mark.parametrize("name", ["own_hooks:nothing", "no_such_module:rank", "own_hooks"])
+def test_a_wrong_hook_is_named(setting, hooks, name):
+    with pytest.raises(InputError, match=name):
+        main(setting(labeller=name))
+
+
+def test_rows_of_the_sft_formats_are_prompts_too(setting, tokenizer):
+    rows = [
+        {"instruction": "Add them.", "input": "two, three", "output": "five"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]},
+    ]
+    cfg = setting(rows)
+    train, heldout, _ = collected(cfg)
+    found = {question(row): row["answers"][0] for row in train + heldout}
+    assert found == {"Add them.\n\ntwo, three": "five", "Hi": "Yes?"}
+    assert load_tokenizer(cfg.parent).vocab_size == tokenizer.vocab_size

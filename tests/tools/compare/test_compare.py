@@ -1,0 +1,297 @@
+"""tools.compare: structure, seeds, KL, gate, page and chat on tiny random models and a made-up ground truth."""
+
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from common.config.schema import load
+from common.handoff.locate import load_tokenizer
+from common.handoff.publish import load_model, publish
+from common.model.gpt import GPT, RewardModel
+from common.model.sample import sample
+from common.model.shape import GPTConfig
+from common.program.errors import InputError
+from common.text.chat import prompt_ids
+from common.text.tokenizer import Tokenizer
+from tools.compare import __main__ as compare
+from tools.compare import terminal
+from tools.compare.checks import checks, verdict
+from tools.compare.measure import interval
+
+ROOT = Path(__file__).resolve().parents[3]
+PROMPTS = ["red one", "blue two <script>alert(1)</script>", "red three", "blue four", "red five"]
+
+
+class Verdict(NamedTuple):
+    score: float
+    correct: bool
+    family: str
+
+
+def judge(prompt: str, answer: str, stopped: bool) -> Verdict:
+    """Made up: the share of e's, an answer of even length is right; prompts start with their family."""
+    if prompt.split()[0] not in ("red", "blue"):
+        raise ValueError("unknown colour")
+    return Verdict(answer.count("e") / max(1, len(answer)), len(answer) % 2 == 0, prompt.split()[0])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train_bpe(["red one blue two three four five, here the é is. " * 4], 290)
+
+
+@pytest.fixture(scope="module")
+def runs(tokenizer, tmp_path_factory) -> Path:
+    """base, sft, rl and twin (the weights of rl), reward; comparisons and prompts."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = GPTConfig(vocab_size=290, max_length=48, n_layer=1, n_head=2, n_embd=16)
+    for seed, name in enumerate(("base", "sft", "rl", "twin")):
+        torch.manual_seed(min(seed, 2))
+        model = GPT(config)
+        torch.nn.init.normal_(model.head.weight, std=0.3)
+        stage = {"stage": name, "step": 3, "parent": None, "commit": "c0ffee"}
+        publish(folder / name, model, tokenizer if name == "base" else tokenizer.with_chat(), stage)
+    torch.manual_seed(9)
+    publish(folder / "reward", RewardModel(config), tokenizer.with_chat(), {"stage": "reward"})
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    rows = [{"prompt": a, "answers": ["eee", "xe", "", "x"], "sources": ["policy"] * 2 + ["bad"] * 2,
+             "stopped": [True, False, True, True], "ranks": [0, 1, 2, 3]} for a in asked]  # fmt: skip
+    rows.append({"prompt": asked[0], "chosen": "a", "rejected": "b"})  # people's: gold is not asked about it
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fake_gold(monkeypatch):
+    module = types.ModuleType("fake_gold")
+    module.judge = judge
+    monkeypatch.setitem(sys.modules, "fake_gold", module)
+
+
+def run(*words: object) -> None:
+    compare.main(load(compare.Config, compare.arguments([str(word) for word in words])))
+
+
+@pytest.fixture(scope="module")
+def full(runs, tmp_path_factory):
+    """The whole report: (compare.json, folder)."""
+    folder = tmp_path_factory.mktemp("report")
+    module = types.ModuleType("fake_gold")
+    module.judge = judge
+    sys.modules["fake_gold"] = module
+    run(
+        runs / "base", runs / "sft", runs / "rl", "--prompts", runs / "prompts.jsonl", "--reward", runs / "reward",
+        "--reference", runs / "sft", "--gold", "fake_gold", "--comparisons", runs / "eval.jsonl", "--best_of", 4,
+        "--best_of_prompts", 3, "--max_new_tokens", 8, "--shown", 4, "--output_dir", folder,
+    )  # fmt: skip
+    return json.loads((folder / "compare.json").read_text()), folder
+
+
+def test_report_structure(full):
+    result, folder = full
+    for mode in ("sampled", "greedy"):
+        assert list(result[mode]) == ["base", "sft", "rl"]
+        for row in result[mode].values():
+            for kind in ("gold", "reward"):
+                low, high = row[kind]["ci95"]
+                assert low <= row[kind]["mean"] <= high and row[kind]["n"] == 5
+            assert {"kl", "stop_rate", "length"} <= set(row)
+            assert {name: kind["n"] for name, kind in row["families"].items()} == {"blue": 2, "red": 3}
+            # means over families, weighted, are the mean over all
+            parts = sum(kind["gold"] * kind["n"] for kind in row["families"].values()) / 5
+            assert parts == pytest.approx(row["gold"]["mean"], abs=1e-5)
+        assert result[mode]["sft"]["kl"] == 0
+    assert result["sampled"]["rl"]["kl"] != 0
+    assert set(result["best_of_n"]) == {"1", "2", "4"} and result["best_of_prompts"] == 3
+    assert result["best_of_n"]["4"]["reward"]["mean"] > result["best_of_n"]["1"]["reward"]["mean"]
+    assert result["best_of_n"]["1"]["kl"] == 0 and result["best_of_n"]["4"]["kl"] == pytest.approx(0.636294, abs=1e-6)
+    # The rows of the 3 prompts that best-of answered: golds 1, .5, 0, 0 and four samples of the reference, all of gold 0.
+    assert result["reward_model"]["all"]["n"] == 3 * (1 + 6 + 6) and result["reward_model"]["prompts"] == 3
+    assert result["reward_model"]["by_source"]["bad / policy"]["n"] == 3 * 4
+    assert [row["family"] for row in result["samples"]] == ["blue", "red", "blue", "red"]  # families in turn
+    stage = json.loads((folder / "stage.json").read_text())
+    assert stage["gate"]["passed"] is False and "sampled gold of sft is" in stage["gate"]["text"]
+    assert "\n" not in stage["gate"]["text"]
+
+
+def test_same_prompt_same_seed_same_stream(runs, capsys):
+    words = (runs / "rl", runs / "twin", "--prompts", runs / "prompts.jsonl", "--seed", 5, "--max_new_tokens", 8, "--json")
+    run(*words)
+    result = json.loads(capsys.readouterr().out)  # nothing but JSON on stdout
+    model, tokenizer = load_model(str(runs / "rl")), load_tokenizer(str(runs / "rl"))
+    ids = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    direct = sample(model, ids, max_new_tokens=8, seed=5, stop_ids=[tokenizer.eot_id])
+    for row, answer in zip(result["samples"], direct, strict=True):
+        said = {name: modes["sampled"]["text"] for name, modes in row["answers"].items()}
+        assert said["rl"] == said["twin"] == tokenizer.decode(answer.ids)
+    run(*words, "--seed", 6)
+    assert json.loads(capsys.readouterr().out)["samples"] != result["samples"]
+
+
+def test_several_answers_to_each_prompt(runs, capsys):
+    """All of them count, whole prompts are drawn for the interval, the first is shown; greedy there is only one."""
+    words = (runs / "rl", "--prompts", runs / "prompts.jsonl", "--gold", "fake_gold", "--max_new_tokens", 8, "--json")
+    run(*words, "--answers_per_prompt", 3)
+    result = json.loads(capsys.readouterr().out)
+    model, tokenizer = load_model(str(runs / "rl")), load_tokenizer(str(runs / "rl"))
+    ids = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS for _ in range(3)]
+    texts = [tokenizer.decode(a.ids) for a in sample(model, ids, max_new_tokens=8, seed=0, stop_ids=[tokenizer.eot_id])]
+    assert len({*texts[:3]}) > 1
+    golds = [judge("red", text, True).score for text in texts]
+    figures = result["sampled"]["rl"]
+    assert figures["gold"]["n"] == 15 and figures["gold"]["mean"] == pytest.approx(sum(golds) / 15, abs=1e-6)
+    assert figures["gold"]["ci95"] == interval([sum(golds[i : i + 3]) for i in range(0, 15, 3)], [3] * 5)["ci95"]
+    blue = [len(text) % 2 == 0 for text in texts[3:6] + texts[9:12]]
+    assert figures["families"]["blue"]["n"] == 6 and figures["families"]["blue"]["correct"] == pytest.approx(
+        sum(blue) / 6, abs=1e-6
+    )
+    assert [row["answers"]["rl"]["sampled"]["text"] for row in result["samples"]] == [texts[i] for i in (3, 0, 9, 6, 12)]
+    run(*words, "--answers_per_prompt", 3, "--temperature", 0)
+    assert json.loads(capsys.readouterr().out)["greedy"]["rl"]["gold"]["n"] == 5
+
+
+def test_kl_against_a_full_forward(runs, tokenizer, capsys):
+    """log pi(answer | plain prompt) - log ref(answer | chat prompt), token by token without batches."""
+    run(runs / "base", "--prompt", "red one", "--reference", runs / "sft", "--max_new_tokens", 6, "--json")
+    result = json.loads(capsys.readouterr().out)
+    messages = [{"role": "user", "content": "red one"}]
+    own = prompt_ids(tokenizer, messages)
+    theirs = prompt_ids(tokenizer.with_chat(), messages)
+    answer = sample(load_model(str(runs / "base")), [own], max_new_tokens=6, stop_ids=[tokenizer.eot_id])[0].ids
+    totals = []
+    for name, prompt in (("base", own), ("sft", theirs)):
+        logprobs = load_model(str(runs / name))(torch.tensor([prompt + answer])).detach().log_softmax(-1)[0]
+        totals.append(sum(float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)))
+    assert result["sampled"]["base"]["kl"] == pytest.approx(totals[0] - totals[1], abs=1e-3)
+
+
+def test_page_needs_nothing_else(full):
+    result, folder = full
+    text = (folder / "compare.html").read_text()
+    links = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']([^"']*)""", text)
+    assert links and all(link.startswith("data:") for link in links)
+    assert sum(link.startswith("data:image/png;base64,") for link in links) == 2
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert "&lt;script&gt;" in text  # a prompt is text
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+    for name in ("base", "sft", "rl"):
+        assert result["models"][name]["path"] in text
+    assert sorted(file.name for file in folder.glob("*.png")) == ["compare-best-of-n.png", "compare-families.png"]
+
+
+def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    run(runs / "base", runs / "sft", "--prompt", "red one", "--temperature", 0, "--html", page, "--max_new_tokens", 4)
+    out = capsys.readouterr().out
+    assert "red one" in out and "base" in out and "sft" in out
+    assert "<h1>Side by side: base / sft</h1>" in page.read_text()
+
+
+def test_budget_is_that_of_the_smallest_context(runs, capsys):
+    run(runs / "sft", "--prompt", "red one", "--max_new_tokens", 900, "--json")
+    assert "max_new_tokens 900 -> 4" in capsys.readouterr().err  # context 48 less a prompt of a few tokens
+
+
+def test_prompts_from_a_text_file(runs, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("red one\n\nblue two\n")
+    run(runs / "sft", "--prompts", tmp_path / "p.txt", "--max_new_tokens", 2, "--json")
+    assert [row["prompt"] for row in json.loads(capsys.readouterr().out)["samples"]] == ["red one", "blue two"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "name one or more model directories"),
+        ("sft", "either --prompt TEXT or --prompts FILE"),
+        ("sft --prompt x --prompts y", "either --prompt TEXT or --prompts FILE"),
+        ("sft sft --prompt x", "named twice"),
+        ("nowhere/at/all --prompt x", "no such directory"),
+        ("reward --prompt x", "reward model, a language model is wanted"),
+        ("sft --prompt x --reward sft", "holds a language model, a reward model is wanted"),
+        ("sft --prompt x --best_of 2", "best_of needs reward"),
+        ("sft --prompt x --comparisons c", "comparisons need reward and gold"),
+        ("sft --prompt green --gold fake_gold", "unknown colour"),
+        ("sft --prompt red --gold no_such_module", "not a module with a function judge"),
+        ("base --chat", "has no chat template"),
+        ("base sft --chat", "--chat takes one model"),
+    ],
+)
+def test_errors(runs, monkeypatch, words, message):
+    monkeypatch.chdir(runs)
+    with pytest.raises(InputError, match=re.escape(message)):
+        run(*words.split())
+
+
+def test_command_line(runs):
+    start = [sys.executable, "-m", "tools.compare"]
+    found = subprocess.run([*start, str(runs / "sft"), "--promt", "x"], capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr == "error: command line: unknown key --promt; did you mean `prompt`?\n"
+
+
+def test_arguments():
+    assert compare.arguments(["a", "--json", "b", "--prompt", "p", "c"]) == [
+        "--json=true", "--prompt", "p", "--models", "a", "b", "c"
+    ]  # fmt: skip
+    assert compare.arguments(["--models", "a", "b", "--chat", "false"]) == ["--chat=false", "--models", "a", "b"]
+    assert compare.names_of(["runs/x/rl", "runs/x/sft/"]) == ["rl", "sft"]
+    assert compare.names_of(["runs/x/sft", "runs/y/sft/"]) == ["x/sft", "y/sft"]
+
+
+def figures(gold: float, half: float, **correct: float) -> dict:
+    kinds = {kind: {"gold": gold, "correct": share, "n": 100} for kind, share in correct.items()}
+    return {"gold": {"mean": gold, "ci95": [gold - half, gold + half], "n": 200}, "families": kinds}
+
+
+def test_gate():
+    names = ["b", "s", "r"]
+    rows = {"b": figures(0.08, 0.01, sum=0.0), "s": figures(0.54, 0.02, sum=0.97), "r": figures(0.69, 0.02, sum=0.94)}
+    result = {"sampled": rows, "greedy": dict(rows), "reward_model": {"accuracy": 0.75}}
+    result["checks"] = checks(result, names)
+    assert len(result["checks"]) == 8 and verdict(result, names)[0]  # every bound is met exactly
+    result["greedy"] = rows | {"r": figures(0.57, 0.02, sum=0.9)}
+    result["reward_model"] = {"accuracy": 0.7}
+    result["checks"] = checks(result, names)
+    passed, text = verdict(result, names)
+    assert not passed and "5 of 8 checks hold" in text
+    for part in ("greedy gold, r's interval above s's is -0.010, not > 0", "greedy correct sum, r - s is -0.070",
+                 "accuracy against gold is 0.700, not >= 0.75"):  # fmt: skip
+        assert part in text
+
+
+def test_pieces_hold_back_half_a_character(tokenizer):
+    ids = [*tokenizer.encode("a"), *(i for i in range(290) if tokenizer.token_bytes(i) == b"\xc3")]
+    second = next(i for i in range(290) if tokenizer.token_bytes(i) == b"\xa9")
+    assert list(terminal.pieces(tokenizer, iter([*ids, second, tokenizer.role_ids["user"], ids[0]]))) == ["a", "é", "a"]
+    assert list(terminal.pieces(tokenizer, iter(ids))) == ["a", "\ufffd"]
+    assert terminal.printable("a\x1b[2Jé\n") == "a\\x1b[2Jé\n"
+
+
+def test_chat_keeps_what_fits_and_forgets(runs, capsys, monkeypatch):
+    model, tokenizer = load_model(str(runs / "sft")), load_tokenizer(str(runs / "sft"))
+    seen = []
+
+    def fake_stream(model, prompt, **options):
+        seen.append(tokenizer.decode(prompt, skip_control=False))
+        yield from tokenizer.encode("three")
+
+    monkeypatch.setattr(terminal, "stream", fake_stream)
+    lines = iter(["red", "blue", "/reset", "", "one", "here " * 60, "/exit"])
+    terminal.chat(model, tokenizer, lambda _: next(lines), max_new_tokens=8, seed=0)
+    assert seen == [
+        "<|user|>red<|assistant|>",
+        "<|user|>red<|assistant|>three<|endoftext|><|user|>blue<|assistant|>",
+        "<|user|>one<|assistant|>",
+    ]
+    out = capsys.readouterr().out
+    assert out.count("three") == 3 and "(forgotten)" in out and "there is room for 40" in out
+    turns = [{"role": role, "content": "one two three"} for role in ("user", "assistant", "user")]
+    assert terminal.fit(tokenizer, turns, 12) == turns[2:]

@@ -1,0 +1,1 @@
+"""Programs that look at runs and recipes: compare, plan, chain, curves, overoptimise."""

@@ -1,0 +1,1 @@
+"""A tiny model drawn as a Markov chain."""

@@ -1,0 +1,255 @@
+"""Over-optimisation: while PPO drives the proxy (the reward model's score) up, what does the ground truth do?
+
+    python -m tools.overoptimise --config configs/demo-overoptimise/report.yaml
+
+Reads samples.jsonl of PPO runs, judges the answers kept there, and draws gold and proxy against d = sqrt(KL) to the
+reference, with the curve of best-of-n from the reference beside it (Gao 2022, figure 1).
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.handoff.locate import lineage, load_tokenizer, read_stage
+from common.handoff.publish import load_model
+from common.handoff.report import provenance
+from common.program.errors import InputError
+from common.program.files import dump, write_atomically
+from common.rows.sources import Row, read_rows
+from tools import page
+from tools.compare import report
+from tools.compare.checks import failures, want
+from tools.compare.measure import Gold, Judges, answer_prompts, best_of_table, families, interval, load_gold, mean, read_prompts
+from tools.compare.terminal import cell
+
+COLUMNS = {"step": int, "prompt": str, "answer": str, "score": (int, float), "kl": (int, float), "stopped": bool}
+
+
+@stage_config
+class Config:
+    """Report gold and proxy against the distance from the reference."""
+
+    runs: Annotated[list[str], Field(min_length=1)]
+    """Directories of PPO runs, one curve: a later one went on from an earlier one (steps are counted on)."""
+    output_dir: OutputDir
+    """Where overoptimise.json, overoptimise.html, overoptimise.png and stage.json go."""
+    gold: str
+    """Module with judge(prompt, answer, stopped), the ground truth."""
+    reward: str | None = None
+    """The reward model, for best-of-n; null = the one that the runs used."""
+    reference: str | None = None
+    """The model that best-of-n draws from; null = the one that the runs' KL is measured from."""
+    prompts: str | None = None
+    """Prompts for best-of-n; null = leave it out."""
+    best_of: Annotated[int, Field(gt=0)] = 64
+    """Largest n."""
+    best_of_prompts: Annotated[int, Field(gt=0)] = 100
+    """Prompts used for it."""
+    window: Annotated[int, Field(gt=0)] = 4
+    """Logged rollouts pooled into one point of the curve."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 80
+    """Longest answer of best-of-n; as in the runs."""
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    """Answers sampled at once."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of best-of-n's answers."""
+
+
+def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
+    """Config value `key` (null: `otherwise`) that all runs share. InputError where they differ or it is not noted."""
+    found = {}
+    for run in runs:
+        config = read_stage(run).get("config", {})
+        if not (value := config.get(key) or config.get(otherwise)):
+            raise InputError(f"{run}: no finished PPO run there (stage.json names no {key})")
+        found[str(Path(value).resolve())] = value
+    if len(found) > 1:
+        raise InputError(f"runs: their {key}s differ ({', '.join(found.values())}), so they are no one curve")
+    return next(iter(found.values()))
+
+
+def read_episodes(runs: Sequence[str], gold: Gold) -> list[dict[str, Any]]:
+    """Rows of all samples.jsonl with "gold", "correct" and "family"; steps of a later run follow the earlier one's."""
+    episodes: list[dict[str, Any]] = []
+    for run in runs:
+        before = max((row["step"] for row in episodes), default=0)
+        for row in read_rows(str(Path(run) / "samples.jsonl")):
+            for column, kind in COLUMNS.items():
+                if not isinstance(row.data.get(column), kind):
+                    raise InputError(f"{row.origin}: {column} is {row.data.get(column)!r}; a PPO run's samples are needed")
+            episodes.append(judged(row, gold) | {"step": before + row.data["step"]})
+    return episodes
+
+
+def judged(row: Row, gold: Gold) -> dict[str, Any]:
+    try:
+        truth = gold(row.data["prompt"], row.data["answer"], row.data["stopped"])
+    except ValueError as error:
+        raise InputError(f"{row.origin}: {error}") from None
+    return {**row.data, "gold": float(truth.score), "correct": bool(truth.correct), "family": truth.family}
+
+
+def series(episodes: Sequence[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """Means over `window` consecutive logged steps, the newest window whole: one row a point of the curve."""
+    steps = sorted({row["step"] for row in episodes})
+    ends = list(range(len(steps), 0, -window))[::-1]
+    points = []
+    for end in ends:
+        inside = set(steps[max(0, end - window) : end])
+        rows = [row for row in episodes if row["step"] in inside]
+        kinds = {}
+        for kind in sorted({row["family"] for row in rows}):
+            kinds[kind] = mean([row["correct"] for row in rows if row["family"] == kind])
+        points.append(
+            {
+                "first_step": min(inside),
+                "last_step": max(inside),
+                "kl": mean([row["kl"] for row in rows]),
+                "gold": interval([row["gold"] for row in rows]),
+                "proxy": interval([row["score"] for row in rows]),
+                "stop_rate": mean([row["stopped"] for row in rows]),
+                "correct": kinds,
+            }
+        )
+    return points
+
+
+def best_of(cfg: Config, reference: str, reward: str) -> dict[str, Any]:
+    """Best-of-n from the reference: the curve of choosing instead of training."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judges = Judges((load_model(reward, "reward").to(device), load_tokenizer(reward)), None, load_gold(cfg.gold))
+    prompts = read_prompts(cfg.prompts, cfg.best_of_prompts)
+    families(judges.gold, prompts)  # refuses prompts that gold cannot judge, before the work
+    many = [messages for messages in prompts for _ in range(cfg.best_of)]
+    with tqdm(total=len(many), unit="answer", desc=f"best of {cfg.best_of}", disable=not sys.stderr.isatty()) as bar:
+        found = answer_prompts(
+            load_model(reference, "lm").to(device), load_tokenizer(reference), many, judges, is_reference=True,
+            progress=bar.update, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, batch_size=cfg.batch_size,
+        )  # fmt: skip
+    return {"best_of_n": best_of_table(found, cfg.best_of), "best_of_prompts": len(prompts)}
+
+
+def assess(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{"peak", "end", "checks"}: over-optimised = after gold's peak the proxy did not fall, gold did."""
+    peak, end = max(points, key=lambda point: point["gold"]["mean"]), points[-1]
+    checks = [
+        want("proxy, end - gold's peak", end["proxy"]["mean"] - peak["proxy"]["mean"], at_least=0),
+        want("gold, its interval at the peak above that at the end", peak["gold"]["ci95"][0] - end["gold"]["ci95"][1], above=0),
+    ]
+    return {"peak": peak, "end": end, "checks": checks}
+
+
+def typical(episodes: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each family the answer of median proxy score at a point of the curve."""
+    rows = [row for row in episodes if point["first_step"] <= row["step"] <= point["last_step"]]
+    found = []
+    for kind in sorted({row["family"] for row in rows}):
+        own = sorted((row for row in rows if row["family"] == kind), key=lambda row: row["score"])
+        found.append({**own[len(own) // 2], "kind": kind})
+    return found
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Gold above, proxy below, both against sqrt(KL)."""
+    figure, axes = report.new_figure(2)
+    points = result["ppo"]
+    distances = [math.sqrt(max(0.0, point["kl"])) for point in points]
+    for axis, kind, other in zip(axes, ("gold", "proxy"), ("gold", "reward"), strict=True):
+        report.error_bars(axis, distances, [point[kind] for point in points], fmt="o-", ms=3, lw=1.2,
+                          color=report.COLOURS[2], label="PPO")  # fmt: skip
+        if rows := list(result.get("best_of_n", {}).values()):
+            report.error_bars(axis, [row["kl"] ** 0.5 for row in rows], [row[other] for row in rows], fmt="s-", ms=3,
+                              lw=1.2, color=report.COLOURS[1], label="best of n")  # fmt: skip
+        axis.axvline(math.sqrt(max(0.0, result["peak"]["kl"])), color=report.COLOURS[0], lw=1, ls="--")
+        axis.set_ylabel("gold (ground truth)" if kind == "gold" else "proxy (reward model)")
+    report.legend_above(figure, axes[0])
+    axes[1].set_xlabel("distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best")
+    figure.savefig(file)
+
+
+def render(result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool) -> str:
+    peak, end = result["peak"], result["end"]
+    about = (
+        f"PPO is paid by the proxy, the score of {result['reward']}. Gold, the ground truth"
+        f" ({result['gold']}, 0 to 1), is what was meant. Gold is best at steps {peak['first_step']} to {peak['last_step']}"
+        f" ({cell(peak['gold'])}, proxy {cell(peak['proxy'])}, KL {peak['kl']:.1f} nats) and ends at {cell(end['gold'])}, proxy"
+        f" {cell(end['proxy'])}, KL {end['kl']:.1f}. "
+    )
+    about += "The proxy went on up while gold went down." if passed else "Over-optimisation is not established here."
+    parts = [page.paragraph(about), page.picture(png, "Gold and proxy against the square root of KL, PPO and best of n")]
+    parts += [page.heading("One answer of each family, at gold's peak and at the end")]
+    last = {row["kind"]: row for row in typical(episodes, end)}
+    for row in typical(episodes, peak):
+        pair = [("at gold's peak", row), ("at the end", last.get(row["kind"]))]
+        cards = [
+            page.card(when, [(r["prompt"], r["answer"], f"gold {r['gold']:.2f} · proxy {r['score']:+.2f}",
+                              "good" if r["correct"] else "bad")]) for when, r in pair if r
+        ]  # fmt: skip
+        parts.append(page.beside(f"{row['kind']}: the answer of median proxy score", cards))
+    kinds = sorted({kind for point in result["ppo"] for kind in point["correct"]})
+    rows = [
+        [f"{p['first_step']}-{p['last_step']}", f"{p['kl']:.2f}", cell(p["gold"]), cell(p["proxy"]), f"{p['stop_rate']:.2f}"]
+        + [f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds]
+        for p in result["ppo"]
+    ]
+    header = ["steps", "KL", "gold", "proxy", "stop rate", *(f"correct {kind}" for kind in kinds)]
+    parts += [page.heading("PPO"), page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)")]
+    if "best_of_n" in result:
+        rows = [[n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])] for n, r in result["best_of_n"].items()]
+        about = f"{result['reference']}, {result['best_of_prompts']} held-out prompts; KL = ln n - (n-1)/n"
+        parts += [page.heading("Best of n"), page.table(["n", "KL", "gold", "proxy"], rows, about)]
+    parts += [page.paragraph("Runs: " + ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()), "soft")]
+    return page.document("Over-optimisation: what the proxy sees and what is true", parts)
+
+
+def main(cfg: Config) -> None:
+    started = time.perf_counter()
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = cfg.reference or same_origin(cfg.runs, "reference", "parent")
+    reward = cfg.reward or same_origin(cfg.runs, "reward_model", "reward_model")
+    episodes = read_episodes(cfg.runs, load_gold(cfg.gold))
+    points = series(episodes, cfg.window)
+    result: dict[str, Any] = {
+        "runs": {run: read_stage(run).get("step") for run in cfg.runs},
+        "reference": reference,
+        "reward": reward,
+        "gold": cfg.gold,
+        "ppo": points,
+        **assess(points),
+    }
+    if cfg.prompts:
+        result |= best_of(cfg, reference, reward)
+    draw(result, folder / "overoptimise.png")
+    failed, peak, end = failures(result["checks"]), result["peak"], result["end"]
+    line = " -> ".join(
+        f"{p['gold']['mean']:.3f} / {p['proxy']['mean']:+.2f} at KL {p['kl']:.1f}" for p in (points[0], peak, end)
+    )
+    text = "; ".join([f"gold / proxy, start -> gold's peak -> end: {line}", *failed])
+    print(f"gate overoptimise: {'FAIL' if failed else 'PASS'}  {text}")
+    write_atomically(folder / "overoptimise.json", dump(result))
+    write_atomically(folder / "overoptimise.html", render(result, episodes, folder / "overoptimise.png", not failed).encode())
+    stage = {
+        "stage": "overoptimise",
+        "kind": "report",
+        "parents": {run: lineage(run) for run in cfg.runs},
+        "config": to_dict(cfg),
+        "seed": cfg.seed,
+        "gate": {"passed": not failed, "text": text},
+        "metrics": {name: {kind: p[kind]["mean"] for kind in ("gold", "proxy")} for name, p in (("peak", peak), ("end", end))},
+        "wall_time": round(time.perf_counter() - started, 2),
+        **provenance(),
+    }
+    write_atomically(folder / "stage.json", dump(stage))
+
+
+if __name__ == "__main__":
+    cli(Config, main)
