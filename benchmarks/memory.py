@@ -5,6 +5,11 @@ from pathlib import Path
 
 
 def peak_mb(process: int | str = "self") -> float:
-    """The most memory that a process has held until now, in MB; nan where the system does not tell."""
+    """The most memory that a process has held until now, in MB; nan where the system does not
+    tell."""
     status = Path(f"/proc/{process}/status")
-    return float(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6 if status.exists() else float("nan")
+    return (
+        float(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
+        if status.exists()
+        else float("nan")
+    )

@@ -1,16 +1,20 @@
-"""Tokenising beside `datasets.map` with the same tokenizer; and training on shards a hundred times as many.
+"""Tokenising beside `datasets.map` with the same tokenizer; and training on shards a hundred times
+as many.
 
     python -m benchmarks.prepare --text input.txt --threads 2
 
-The text is cut at blank lines into documents of some 2 kB, repeated to so many megabytes of JSONL, and a byte-level BPE is
-trained on it. Ours is `python -m stages.pretrain.prepare` from its launch to its end: start, two readings, shards on the
-disk, checksums. The peer is the call of `map` alone, batched, with the fast tokenizer of the same tokenizer.json, ids the
-only column, in a cache of its own; what it takes to import, and to make an Arrow table of the JSONL, is not counted. With
-several threads it is tried with as many processes and with as many threads of the tokenizer. Both must give as many tokens.
+The text is cut at blank lines into documents of some 2 kB, repeated to so many megabytes of JSONL,
+and a byte-level BPE is trained on it. Ours is `python -m stages.pretrain.prepare` from its launch
+to its end: start, two readings, shards on the disk, checksums. The peer is the call of `map` alone,
+batched, with the fast tokenizer of the same tokenizer.json, ids the only column, in a cache of its
+own; what it takes to import, and to make an Arrow table of the JSONL, is not counted. With several
+threads it is tried with as many processes and with as many threads of the tokenizer. Both must give
+as many tokens.
 
-Memory is the peak, over a side's processes together, of RssAnon (what it has allocated) and of Rss, which also has the pages
-of mapped files. Those are the page cache, and the kernel takes them back, so RssAnon is the honest one where a side
-maps files (datasets does); of ours, which reads each row of a shard when it needs it, both must stay the same.
+Memory is the peak, over a side's processes together, of RssAnon (what it has allocated) and of Rss,
+which also has the pages of mapped files. Those are the page cache, and the kernel takes them back,
+so RssAnon is the honest one where a side maps files (datasets does); of ours, which reads each row
+of a shard when it needs it, both must stay the same.
 """
 
 import contextlib
@@ -63,10 +67,20 @@ def memory_of(pid: int) -> dict[str, int]:
     """Bytes of a process and of all that it has started; nothing where there is no /proc."""
     found = {"anon": 0, "rss": 0}
     try:
-        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        found = {"anon": int(fields["RssAnon"].split()[0]) << 10, "rss": int(fields["VmRSS"].split()[0]) << 10}
-        children = [memory_of(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        children = [child for child in children if child != found]  # vfork: not yet a program, it is its parent's memory
+        fields = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        found = {
+            "anon": int(fields["RssAnon"].split()[0]) << 10,
+            "rss": int(fields["VmRSS"].split()[0]) << 10,
+        }
+        children = [
+            memory_of(int(child))
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+        children = [
+            child for child in children if child != found
+        ]  # vfork: not yet a program, it is its parent's memory
         found = {key: value + sum(child[key] for child in children) for key, value in found.items()}
     except (OSError, KeyError):  # it has just ended
         pass
@@ -74,10 +88,13 @@ def memory_of(pid: int) -> dict[str, int]:
 
 
 def watch(command: list[str], **environment: str) -> Watched:
-    """Run a program to its end, looking at its memory 20 times a second. Raises RuntimeError with what it said."""
+    """Run a program to its end, looking at its memory 20 times a second. Raises RuntimeError with
+    what it said."""
     peak, started = {"anon": 0, "rss": 0}, time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=said, stderr=subprocess.STDOUT
+        )
         while True:
             try:
                 process.wait(0.05)
@@ -88,7 +105,9 @@ def watch(command: list[str], **environment: str) -> Watched:
         said.seek(0)
         output = said.read()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {process.returncode}:\n{output[-3000:]}"
+        )
     return Watched(output, seconds, {key: round(value / 1e6, 1) for key, value in peak.items()})
 
 
@@ -104,7 +123,9 @@ def documents_of(text: str, size: int = 2000) -> list[str]:
 
 def write_rows(file: Path, documents: list[str], size: float) -> None:
     """The documents again and again, until the text has `size` bytes."""
-    rows = [(json.dumps({"text": document}) + "\n", len(document.encode())) for document in documents]
+    rows = [
+        (json.dumps({"text": document}) + "\n", len(document.encode())) for document in documents
+    ]
     with file.open("w", encoding="utf-8") as out:
         while size > 0:
             for row, length in rows:
@@ -114,7 +135,8 @@ def write_rows(file: Path, documents: list[str], size: float) -> None:
 
 
 class Bench:
-    """The work of one comparison, in a folder with tokenizer/, and what is noted beside the speed."""
+    """The work of one comparison, in a folder with tokenizer/, and what is noted beside the
+    speed."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.folder, self.threads = folder, threads
@@ -129,13 +151,24 @@ class Bench:
         """MB/s"""
         out = self.folder / "shards"
         shutil.rmtree(out, ignore_errors=True)
-        flags = {"train_data": rows, "output_dir": out, "tokenizer": self.folder / "tokenizer", "num_proc": self.threads}
-        flags["eval_fraction"] = 0.1  # of the documents, each whole, so that the tokens are the peer's
+        flags = {
+            "train_data": rows,
+            "output_dir": out,
+            "tokenizer": self.folder / "tokenizer",
+            "num_proc": self.threads,
+        }
+        flags["eval_fraction"] = (
+            0.1  # of the documents, each whole, so that the tokens are the peer's
+        )
         line = [sys.executable, "-m", "stages.pretrain.prepare"]
-        done = watch([*line, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])
+        done = watch(
+            [*line, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
+        )
         [source] = json.loads((out / "shards.json").read_text())["sources"]
         if rows.suffix == ".jsonl":
-            self.same_tokens(rows, sum(source["tokens"].values()) - source["documents"])  # less the end of each text
+            self.same_tokens(
+                rows, sum(source["tokens"].values()) - source["documents"]
+            )  # less the end of each text
         self.memory[f"ours {rows.name}"] = done.memory
         return sum(source["bytes"].values()) / 1e6 / done.seconds
 
@@ -145,8 +178,18 @@ class Bench:
             raise Missing(f"pip install {' '.join(missing)}")
         cache = self.folder / "cache"
         shutil.rmtree(cache, ignore_errors=True)
-        line = [sys.executable, "-c", PEER, str(rows), str(self.folder / "tokenizer"), str(cache), str(processes)]
-        done = watch(line, TOKENIZERS_PARALLELISM=str(parallel).lower(), RAYON_NUM_THREADS=str(self.threads))
+        line = [
+            sys.executable,
+            "-c",
+            PEER,
+            str(rows),
+            str(self.folder / "tokenizer"),
+            str(cache),
+            str(processes),
+        ]
+        done = watch(
+            line, TOKENIZERS_PARALLELISM=str(parallel).lower(), RAYON_NUM_THREADS=str(self.threads)
+        )
         found = json.loads(done.output.strip().splitlines()[-1])
         shutil.rmtree(cache)
         self.same_tokens(rows, found["tokens"])
@@ -157,12 +200,16 @@ class Bench:
 def write_shards(source: Path, folder: Path, tokens: int, size: int = 10_000_000) -> None:
     """The prepared shards again and again, until there are so many training tokens."""
     meta = json.loads((source / "shards.json").read_text())
-    ids = np.concatenate([np.fromfile(file, meta["dtype"]) for file in sorted(source.glob("train-*.bin"))])
+    ids = np.concatenate(
+        [np.fromfile(file, meta["dtype"]) for file in sorted(source.glob("train-*.bin"))]
+    )
     folder.mkdir()
     for file in [*source.glob("tokenizer*.json"), *source.glob("eval-*.bin")]:
         shutil.copy(file, folder)
     for number, start in enumerate(range(0, tokens, size)):
-        np.resize(np.roll(ids, -(start % len(ids))), min(size, tokens - start)).tofile(folder / f"train-{number:05d}.bin")
+        np.resize(np.roll(ids, -(start % len(ids))), min(size, tokens - start)).tofile(
+            folder / f"train-{number:05d}.bin"
+        )
     meta["tokens"]["train"] = tokens
     (folder / "shards.json").write_text(json.dumps(meta))
 
@@ -171,12 +218,28 @@ def train(folder: Path, shards: Path, steps: int) -> tuple[float, dict[str, floa
     """(tokens/s, peak memory) of stages.pretrain.train with a small model."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    flags = {"train_data": shards, "output_dir": out, "max_steps": steps, "logging_steps": max(1, steps // 10)}
-    flags |= {"n_layer": 2, "n_head": 2, "n_embd": 128, "max_length": 128, "eval_rows": 16, "save_steps": "null"}
+    flags = {
+        "train_data": shards,
+        "output_dir": out,
+        "max_steps": steps,
+        "logging_steps": max(1, steps // 10),
+    }
+    flags |= {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 128,
+        "max_length": 128,
+        "eval_rows": 16,
+        "save_steps": "null",
+    }
     line = [sys.executable, "-m", "stages.pretrain.train"]
-    done = watch([*line, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])
+    done = watch(
+        [*line, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
+    )
     rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([row["tokens/s"] for row in rows if "tokens/s" in row][1:]), done.memory
+    return statistics.median(
+        [row["tokens/s"] for row in rows if "tokens/s" in row][1:]
+    ), done.memory
 
 
 def compare_shards(folder: Path, tokens: int, steps: int, runs: int) -> dict[str, Any]:
@@ -195,20 +258,34 @@ def compare_shards(folder: Path, tokens: int, steps: int, runs: int) -> dict[str
             found[name] += [{"tokens/s": speed, **memory}] if number else []
     shutil.rmtree(folder / "large")
     medians = {
-        name: {key: statistics.median(run[key] for run in of_one) for key in ("tokens/s", "anon", "rss")}
+        name: {
+            key: statistics.median(run[key] for run in of_one)
+            for key in ("tokens/s", "anon", "rss")
+        }
         for name, of_one in found.items()
     }
-    ratios = {key: round(medians["large"][key] / max(1e-9, medians["small"][key]), 3) for key in ("tokens/s", "anon", "rss")}
+    ratios = {
+        key: round(medians["large"][key] / max(1e-9, medians["small"][key]), 3)
+        for key in ("tokens/s", "anon", "rss")
+    }
     return {"tokens": sets, **medians, "large_over_small": ratios}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--text", type=Path, required=True, help="a text, the longer the better")
-    parser.add_argument("--megabytes", type=float, default=100, help="of text to tokenise; memory also at a fifth of it")
+    parser.add_argument(
+        "--megabytes",
+        type=float,
+        default=100,
+        help="of text to tokenise; memory also at a fifth of it",
+    )
     parser.add_argument("--vocab_size", type=int, default=8192, help="ids of the BPE")
     parser.add_argument(
-        "--shard_tokens", type=int, default=1_000_000, help="in the small set of shards; 0: leave that part out"
+        "--shard_tokens",
+        type=int,
+        default=1_000_000,
+        help="in the small set of shards; 0: leave that part out",
     )
     parser.add_argument("--steps", type=int, default=300, help="of training on the shards")
     options = parser.parse_args()
@@ -229,7 +306,11 @@ def main() -> None:
             bench.ours(book)
             book.unlink()
         bench.ours(part)
-        shards = compare_shards(folder, options.shard_tokens, options.steps, options.runs) if options.shard_tokens else None
+        shards = (
+            compare_shards(folder, options.shard_tokens, options.steps, options.runs)
+            if options.shard_tokens
+            else None
+        )
         with contextlib.suppress(Missing):
             bench.peer(part, sizes[0], options.threads)
         sides = {
@@ -238,7 +319,9 @@ def main() -> None:
         }
         if options.threads > 1:
             sides["datasets.map, threads"] = lambda: bench.peer(whole, sizes[1], 1, parallel=True)
-        side_by_side("prepare", "MB/s", sides, runs=options.runs, memory_MB=bench.memory, shards=shards)
+        side_by_side(
+            "prepare", "MB/s", sides, runs=options.runs, memory_MB=bench.memory, shards=shards
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Programs on the same work, side by side: alternating runs, medians, their ratio, and how near the machine's limit they come.
+"""Programs on the same work, side by side: alternating runs, medians, their ratio, and how near the
+machine's limit they come.
 
 Every benchmark's last line is JSON; `ratio` is ours over the peer's, higher is better.
 """
@@ -29,12 +30,25 @@ class Missing(Exception):
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(
-        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--runs", type=int, default=3, help="counted runs after one without count; 0: one in all, for a try")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=3,
+        help="counted runs after one without count; 0: one in all, for a try",
+    )
     parser.add_argument("--alone", action="store_true", help="our side only")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; both sides are pinned to so many cores")
-    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), help="default: both where the CPU has bf16")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; both sides are pinned to so many cores"
+    )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("bf16", "fp32"),
+        help="default: both where the CPU has bf16",
+    )
     return parser
 
 
@@ -47,24 +61,35 @@ def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def pin(threads: int) -> None:
-    """This process and all that it starts to `threads` cores and as many threads; a GPU is hidden from both sides."""
+    """This process and all that it starts to `threads` cores and as many threads; a GPU is hidden
+    from both sides."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
 
 
 def child(command: list[str], **environment: str) -> dict[str, Any]:
-    """Run a program to its end; its last line of output is JSON. Raises Missing or RuntimeError with what it said."""
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    """Run a program to its end; its last line of output is JSON. Raises Missing or RuntimeError
+    with what it said."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-3000:]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def gemm_peak(precision: str) -> float:
-    """FLOP/s of the best of a few matrix products in bf16 or fp32, timed now on the threads that torch has."""
+    """FLOP/s of the best of a few matrix products in bf16 or fp32, timed now on the threads that
+    torch has."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
     for rows, inner, columns in ((1024, 1024, 1024), (2048, 512, 2048), (2048, 256, 1024)):
@@ -90,13 +115,15 @@ def side_by_side(
     alone: bool = False,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Time `sides` in turn, `runs` counted rounds after one uncounted; print medians, and the JSON line.
+    """Time `sides` in turn, `runs` counted rounds after one uncounted; print medians, and the JSON
+    line.
 
-    Names are "ours bf16", "ours fp32", "<peer> bf16", "<peer> fp32" (or without a precision); each call returns one figure
-    in `unit`. The first of ours is our default; it is compared with the best of the peers, and fp32 with fp32.
-    A side that raises Missing is skipped by name. flops_per_unit: model FLOPs behind one unit (of a side), from which follows
-    the share of the GEMM peak at its precision, timed when the runs are done. warm_up: whether a round without count comes
-    first; alone: no peers. `extra` goes into the line as it is then.
+    Names are "ours bf16", "ours fp32", "<peer> bf16", "<peer> fp32" (or without a precision); each
+    call returns one figure in `unit`. The first of ours is our default; it is compared with the
+    best of the peers, and fp32 with fp32. A side that raises Missing is skipped by name.
+    flops_per_unit: model FLOPs behind one unit (of a side), from which follows the share of the
+    GEMM peak at its precision, timed when the runs are done. warm_up: whether a round without count
+    comes first; alone: no peers. `extra` goes into the line as it is then.
     """
     digits = 3 if lower_is_better else 1
     found: dict[str, list[float]] = {}
@@ -112,7 +139,10 @@ def side_by_side(
                 missed.add(name)
                 continue
             found.setdefault(name, [])
-            print(f"{'warm-up' if not number else f'run {number}'}  {name:20} {figure:12,.{digits}f} {unit}", flush=True)
+            print(
+                f"{'warm-up' if not number else f'run {number}'}  {name:20} {figure:12,.{digits}f} {unit}",
+                flush=True,
+            )
             if number:
                 found[name].append(figure)
     medians = {name: statistics.median(figures) for name, figures in found.items()}
@@ -132,15 +162,28 @@ def side_by_side(
     plain = [name for name in peers if name.endswith("fp32")]
     if "ours fp32" in medians and plain:
         line["ratio_fp32"] = round(over(medians["ours fp32"], peers[plain[0]]), 3)
-    peaks = {precision: gemm_peak(precision) for precision in {precision_of(name) for name in medians}}
+    peaks = {
+        precision: gemm_peak(precision) for precision in {precision_of(name) for name in medians}
+    }
     shares = {}
     for name, figure in medians.items():
         flops = flops_per_unit(name) if callable(flops_per_unit) else flops_per_unit
-        shares[name] = round(flops * (1 / figure if lower_is_better else figure) / peaks[precision_of(name)], 4)
-        print(f"{name:20} {figure:12,.{digits}f} {unit}" + (f"  {shares[name]:6.1%} of the GEMM peak" if flops else ""))
-    line |= {"peak_fraction": shares[ours], "peak_fractions": shares} if any(shares.values()) else {}
+        shares[name] = round(
+            flops * (1 / figure if lower_is_better else figure) / peaks[precision_of(name)], 4
+        )
+        print(
+            f"{name:20} {figure:12,.{digits}f} {unit}"
+            + (f"  {shares[name]:6.1%} of the GEMM peak" if flops else "")
+        )
+    line |= (
+        {"peak_fraction": shares[ours], "peak_fractions": shares} if any(shares.values()) else {}
+    )
     line |= {"all": found, "runs": runs}
-    line |= {"gemm_gflops": {precision: round(peak / 1e9) for precision, peak in peaks.items()}, **extra, **machine()}
+    line |= {
+        "gemm_gflops": {precision: round(peak / 1e9) for precision, peak in peaks.items()},
+        **extra,
+        **machine(),
+    }
     print(json.dumps(line), flush=True)
     return line
 
@@ -150,10 +193,16 @@ def precision_of(name: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
     names = (
-        [row.split(":")[1].strip() for row in cpuinfo.read_text().splitlines() if "model name" in row]
+        [
+            row.split(":")[1].strip()
+            for row in cpuinfo.read_text().splitlines()
+            if "model name" in row
+        ]
         if cpuinfo.exists()
         else []
     )

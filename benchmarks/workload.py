@@ -1,4 +1,5 @@
-"""What the benchmarks work on: a small random Llama and its tokenizer, real rows; and our stages, run as anyone runs them."""
+"""What the benchmarks work on: a small random Llama and its tokenizer, real rows; and our stages,
+run as anyone runs them."""
 
 import argparse
 import json
@@ -30,7 +31,9 @@ MIXED = {"bf16": "bf16", "fp32": "no"}  # our names for the precision of the ari
 def shape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n_layer", type=int, default=4, help="layers of the Llama")
     parser.add_argument("--n_embd", type=int, default=256, help="its width, in heads of 64")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="its ids, control tokens included")
+    parser.add_argument(
+        "--vocab_size", type=int, default=2048, help="its ids, control tokens included"
+    )
 
 
 def llama(args: argparse.Namespace, max_length: int) -> GPTConfig:
@@ -47,9 +50,11 @@ def random_llama(config: GPTConfig) -> GPT:
 
 
 def endless(model: GPT, tokenizer: Tokenizer) -> GPT:
-    """The same, but end and padding are never sampled, so that every answer runs to its full length on both sides.
+    """The same, but end and padding are never sampled, so that every answer runs to its full length
+    on both sides.
 
-    All tokens get a direction that they share, which changes no probability among them; these two get its opposite.
+    All tokens get a direction that they share, which changes no probability among them; these two
+    get its opposite.
     """
     with torch.no_grad():
         weight = model.trunk.wte.weight
@@ -60,14 +65,20 @@ def endless(model: GPT, tokenizer: Tokenizer) -> GPT:
 
 
 def letters(vocab_size: int) -> Tokenizer:
-    """One id a character and the control tokens, so many in all: text of any exact number of tokens can be written."""
+    """One id a character and the control tokens, so many in all: text of any exact number of tokens
+    can be written."""
     return Tokenizer.characters(chr(0x4E00 + i) for i in range(vocab_size - 5)).with_chat()
 
 
 def write_model(folder: Path, model: GPT | RewardModel, tokenizer: Tokenizer) -> str:
     """A directory that our stages and transformers read."""
     kind = "lm" if isinstance(model, GPT) else "reward"
-    publish(folder, model, tokenizer, {"stage": "benchmark", "kind": kind, "parent": None, "metrics": {}})
+    publish(
+        folder,
+        model,
+        tokenizer,
+        {"stage": "benchmark", "kind": kind, "parent": None, "metrics": {}},
+    )
     return str(folder)
 
 
@@ -77,21 +88,26 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def training_flops(config: GPTConfig, rows: Sequence[int], head_tokens: int) -> float:
-    """Model FLOPs of training on one token of rows of these lengths, with logits at `head_tokens` of them in all."""
+    """Model FLOPs of training on one token of rows of these lengths, with logits at `head_tokens`
+    of them in all."""
     tokens = sum(rows)
-    length = sum(row * row for row in rows) / tokens  # of the row that a token finds itself in, on average
+    length = (
+        sum(row * row for row in rows) / tokens
+    )  # of the row that a token finds itself in, on average
     return 3 * forward_flops(config, tokens, length, head_tokens) / tokens
 
 
 def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[dict[str, float]]:
-    """`python -m module --config ...` to its end -> of each line of metrics the second `at` which it was printed, and
-    `peak_mb`, the most memory that the process had held until then."""
+    """`python -m module --config ...` to its end -> of each line of metrics the second `at` which
+    it was printed, and `peak_mb`, the most memory that the process had held until then."""
     file = folder / "config.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
     command = [sys.executable, "-m", module, "--config", str(file)]
     line, moments, said = re.compile(rf"{module.split('.')[1]} +\d+  "), [], []
     with (folder / "errors").open("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
         for text in process.stdout:
             if line.match(text):
                 moments.append({"at": time.perf_counter(), "peak_mb": peak_mb(process.pid)})
@@ -103,8 +119,11 @@ def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[dict[st
     return moments
 
 
-def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """A stage in a new folder under `scratch` -> (lines of its metrics.jsonl, each with what `launch` says; its stage.json)."""
+def run_stage(
+    module: str, config: Mapping[str, Any], scratch: str
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """A stage in a new folder under `scratch` -> (lines of its metrics.jsonl, each with what
+    `launch` says; its stage.json)."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     moments = launch(module, {**config, "output_dir": str(folder / "out")}, folder)
     rows = [json.loads(row) for row in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -113,10 +132,15 @@ def run_stage(module: str, config: Mapping[str, Any], scratch: str) -> tuple[lis
 
 
 def tokens_per_second(rows: Sequence[Mapping[str, float]], uncounted: int) -> float:
-    """Of the training intervals that the stage logged after `uncounted` steps: their tokens/s, each weighed by its seconds."""
+    """Of the training intervals that the stage logged after `uncounted` steps: their tokens/s, each
+    weighed by its seconds."""
     name = "tokens/s"
     logged = [row for row in rows if name in row]
-    pairs = [(row[name], row["at"] - before["at"]) for before, row in pairwise(logged) if row["step"] > uncounted]
+    pairs = [
+        (row[name], row["at"] - before["at"])
+        for before, row in pairwise(logged)
+        if row["step"] > uncounted
+    ]
     return sum(rate * seconds for rate, seconds in pairs) / sum(seconds for _, seconds in pairs)
 
 

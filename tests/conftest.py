@@ -1,4 +1,5 @@
-"""Shared fixtures: no network, one thread, a tiny chat tokenizer, tiny random models of both families."""
+"""Shared fixtures: no network, one thread, a tiny chat tokenizer, tiny random models of both
+families."""
 
 import os
 
@@ -35,7 +36,8 @@ def tokenizer() -> Tokenizer:
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights far from the usual start: clear preferences in the logits, no zero bias, no norm weight of exactly 1."""
+    """Weights far from the usual start: clear preferences in the logits, no zero bias, no norm
+    weight of exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +46,14 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def shape(family: str, vocab_size: int, **overrides) -> GPTConfig:
-    settings = {"vocab_size": vocab_size, "max_length": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_inner": 64}
+    settings = {
+        "vocab_size": vocab_size,
+        "max_length": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_inner": 64,
+    }
     if family == "llama":
         settings["n_kv_head"] = 2
     return GPTConfig(family=family, **settings | overrides)
@@ -52,7 +61,8 @@ def shape(family: str, vocab_size: int, **overrides) -> GPTConfig:
 
 @pytest.fixture(scope="session")
 def tiny_gpt(tokenizer) -> Callable[..., GPT]:
-    """tiny_gpt(family, seed=0, **GPTConfig fields) -> a new random GPT in eval mode: 2 layers x 32, context 64."""
+    """tiny_gpt(family, seed=0, **GPTConfig fields) -> a new random GPT in eval mode: 2 layers x 32,
+    context 64."""
 
     def make(family: str = "llama", seed: int = 0, **overrides) -> GPT:
         model = GPT(shape(family, overrides.pop("vocab_size", tokenizer.vocab_size), **overrides))
@@ -64,10 +74,13 @@ def tiny_gpt(tokenizer) -> Callable[..., GPT]:
 
 @pytest.fixture(scope="session")
 def tiny_reward(tokenizer) -> Callable[..., RewardModel]:
-    """tiny_reward(family, seed=0, shift=0.0, **GPTConfig fields) -> a new random RewardModel in eval mode."""
+    """tiny_reward(family, seed=0, shift=0.0, **GPTConfig fields) -> a new random RewardModel in
+    eval mode."""
 
     def make(family: str = "llama", seed: int = 0, shift: float = 0.0, **overrides) -> RewardModel:
-        model = RewardModel(shape(family, overrides.pop("vocab_size", tokenizer.vocab_size), **overrides))
+        model = RewardModel(
+            shape(family, overrides.pop("vocab_size", tokenizer.vocab_size), **overrides)
+        )
         randomise(model, seed)
         model.shift.fill_(shift)
         return model.eval()
@@ -77,12 +90,19 @@ def tiny_reward(tokenizer) -> Callable[..., RewardModel]:
 
 @pytest.fixture(scope="session")
 def stage_dir(tokenizer, tmp_path_factory) -> Callable[..., str]:
-    """stage_dir(model, own_tokenizer=None, **stage.json keys) -> path of a new published directory."""
+    """stage_dir(model, own_tokenizer=None, **stage.json keys) -> path of a new published
+    directory."""
 
     def make(model: GPT | RewardModel, own_tokenizer: Tokenizer | None = None, **stage) -> str:
         folder = tmp_path_factory.mktemp("stage")
         kind = "lm" if isinstance(model, GPT) else "reward"
-        content = {"stage": "test", "kind": kind, "parent": None, "gate": {"passed": True, "text": ""}, "metrics": {}}
+        content = {
+            "stage": "test",
+            "kind": kind,
+            "parent": None,
+            "gate": {"passed": True, "text": ""},
+            "metrics": {},
+        }
         publish(folder, model, own_tokenizer or tokenizer, content | stage)
         return str(folder)
 
@@ -101,39 +121,88 @@ def fresh_accelerate():
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("toy")
-    texts = [f"The fox number {n % 10} met the bird number {n % 7} by the river." for n in range(200)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.main(prepare.Config(train_data=[str(folder)], output_dir=str(folder / "shards"), vocab_size=290, eval_fraction=0.1))
+    texts = [
+        f"The fox number {n % 10} met the bird number {n % 7} by the river." for n in range(200)
+    ]
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
+    prepare.main(
+        prepare.Config(
+            train_data=[str(folder)],
+            output_dir=str(folder / "shards"),
+            vocab_size=290,
+            eval_fraction=0.1,
+        )
+    )
     return str(folder / "shards")
 
 
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory, shards, tiny_gpt, tiny_reward, stage_dir):
-    """setting(stage, **keys) -> keys of a run of 7 updates over more than one epoch, saved every 2, with dropout."""
+    """setting(stage, **keys) -> keys of a run of 7 updates over more than one epoch, saved every 2,
+    with dropout."""
     tmp_path = tmp_path_factory.mktemp("setting")
     answers = ["Yes.", "No, it is not.", "The fox."]
     rows = {
         "sft": [{"prompt": f"Is it {n}?", "completion": answers[n % 3]} for n in range(20)],
-        "reward": [{"prompt": f"Is it {n}?", "answers": answers, "ranks": [n % 2, 1, 2]} for n in range(20)],
+        "reward": [
+            {"prompt": f"Is it {n}?", "answers": answers, "ranks": [n % 2, 1, 2]} for n in range(20)
+        ],
         "rl": [{"prompt": f"Is it {n}?"} for n in range(20)],
     }
     for name, group in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
     parent = stage_dir(tiny_gpt("llama", seed=1))
-    shared = {"mixed_precision": "no", "max_steps": 7, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    trained = {"parent": parent, "eval_fraction": 0.2, "eval_steps": 3, "per_device_train_batch_size": 4, "max_length": 48}
+    shared = {
+        "mixed_precision": "no",
+        "max_steps": 7,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    trained = {
+        "parent": parent,
+        "eval_fraction": 0.2,
+        "eval_steps": 3,
+        "per_device_train_batch_size": 4,
+        "max_length": 48,
+    }
     own = {
         "pretrain": {
-            "train_data": shards, "n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 32, "dropout": 0.2,
-            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "eval_steps": 3, "eval_rows": 8,
-            "optimizer": "muon", "sample_prompts": ["Who?"], "sample_tokens": 4,
+            "train_data": shards,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 32,
+            "max_length": 32,
+            "dropout": 0.2,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "eval_steps": 3,
+            "eval_rows": 8,
+            "optimizer": "muon",
+            "sample_prompts": ["Who?"],
+            "sample_tokens": 4,
         },
-        "sft": {"train_data": str(tmp_path / "sft.jsonl"), "dropout": 0.2, "samples": 1, "sample_tokens": 4, **trained},
+        "sft": {
+            "train_data": str(tmp_path / "sft.jsonl"),
+            "dropout": 0.2,
+            "samples": 1,
+            "sample_tokens": 4,
+            **trained,
+        },
         "reward": {"train_data": str(tmp_path / "reward.jsonl"), **trained},
         "rl": {
-            "parent": parent, "reward_model": stage_dir(tiny_reward("llama", seed=2)), "train_data": str(tmp_path / "rl.jsonl"),
-            "max_prompt_length": 32, "max_new_tokens": 6, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
-            "target_kl": 1.0, "kl_horizon": 20, "critic_warmup_steps": 1,
+            "parent": parent,
+            "reward_model": stage_dir(tiny_reward("llama", seed=2)),
+            "train_data": str(tmp_path / "rl.jsonl"),
+            "max_prompt_length": 32,
+            "max_new_tokens": 6,
+            "per_device_train_batch_size": 4,
+            "num_ppo_epochs": 2,
+            "target_kl": 1.0,
+            "kl_horizon": 20,
+            "critic_warmup_steps": 1,
         },
-    }  # fmt: skip
+    }
     return lambda stage, **keys: {**shared, **own[stage], **keys}

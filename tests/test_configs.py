@@ -19,16 +19,24 @@ STEPS = [
 @pytest.mark.parametrize(("file", "module"), STEPS, ids=lambda value: getattr(value, "stem", value))
 def test_config_fits_its_module(file, module, tmp_path):
     given = tmp_path / "given.yaml"
-    given.write_text(file.read_text().replace("${", "x{"))  # variables are the pipeline's to fill in
+    given.write_text(
+        file.read_text().replace("${", "x{")
+    )  # variables are the pipeline's to fill in
     cfg = load(importlib.import_module(module).Config, ["--config", str(given)])
     written = yaml.safe_load(given.read_text())
-    assert {key for key in written if getattr(cfg, key) is None} <= {key for key, value in written.items() if value is None}
+    assert {key for key in written if getattr(cfg, key) is None} <= {
+        key for key, value in written.items() if value is None
+    }
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda file: file.stem
+)
 def test_accelerate_reads_its_configs(file):
     from accelerate.commands.config.config_args import load_config_from_file
 
     read = load_config_from_file(str(file))
     assert read.num_machines == (2 if file.stem == "multi_node" else 1)
-    assert (read.distributed_type == "DEEPSPEED") == ("zero" in file.stem or file.stem == "multi_node")
+    assert (read.distributed_type == "DEEPSPEED") == (
+        "zero" in file.stem or file.stem == "multi_node"
+    )

@@ -1,4 +1,5 @@
-"""The pipeline on a fake recipe: what runs, with which words on its command line, and what is skipped."""
+"""The pipeline on a fake recipe: what runs, with which words on its command line, and what is
+skipped."""
 
 import json
 import os
@@ -13,7 +14,8 @@ import pytest
 import pipeline
 from common.program.errors import InputError
 
-# Notes its name and its arguments, writes a model and a verdict, fails or waits when told to by a file.
+# Notes its name and its arguments, writes a model and a verdict, fails or waits when told to by a
+# file.
 FAKE = """
 import json, pathlib, signal, sys, time
 words = sys.argv[1:]
@@ -36,16 +38,23 @@ if name != "data":
 
 
 class Project:
-    """A recipe data -> pretrain -> sft -> compare; sft reads data as well, and compare reads pretrain and sft."""
+    """A recipe data -> pretrain -> sft -> compare; sft reads data as well, and compare reads
+    pretrain and sft."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.recipe, self.base = root, root / "demo", str(root / "runs" / "demo")
         (root / "fake.py").write_text(FAKE)
         self.recipe.mkdir()
-        self.write("pipeline", output_dir=self.base, steps={
-            "data": {"module": "fake"}, "pretrain": {"module": "fake", "launch": True},
-            "sft": {"module": "fake", "launch": True, "args": {"rate": 1e-4}}, "compare": {"module": "fake", "output": "."},
-        })  # fmt: skip
+        self.write(
+            "pipeline",
+            output_dir=self.base,
+            steps={
+                "data": {"module": "fake"},
+                "pretrain": {"module": "fake", "launch": True},
+                "sft": {"module": "fake", "launch": True, "args": {"rate": 1e-4}},
+                "compare": {"module": "fake", "output": "."},
+            },
+        )
         (root / "texts").mkdir()
         (root / "texts" / "a.txt").write_text("once")
         self.write("data", count=5)
@@ -83,7 +92,11 @@ def test_runs_in_order_then_skips_everything(project, capfd):
     assert project.run() == 0
     assert project.ran() == ["data", "pretrain", "sft", "compare"]
     out = capfd.readouterr().out
-    assert "pretrain  2/4" in out and "PASS  pretrain [learned]" in out and "FAIL  sft [learned]" in out
+    assert (
+        "pretrain  2/4" in out
+        and "PASS  pretrain [learned]" in out
+        and "FAIL  sft [learned]" in out
+    )
     assert project.run() == 0 and project.ran() == []
     assert "sft: unchanged, skipped" in capfd.readouterr().out
 
@@ -147,7 +160,10 @@ def test_seed_goes_to_every_step_and_is_part_of_the_fingerprint(project):
     project.run()
     project.run("--seed", "3")
     assert project.ran() == ["data", "pretrain", "sft", "compare"]
-    assert all(words[words.index("--seed") + 1] == "3" and words.count("--seed") == 1 for _, words in project.calls())
+    assert all(
+        words[words.index("--seed") + 1] == "3" and words.count("--seed") == 1
+        for _, words in project.calls()
+    )
     project.run("--seed", "3")
     assert project.ran() == []
 
@@ -166,14 +182,23 @@ def test_from_takes_earlier_steps_from_the_recipes_own_folder(project, capfd):
     capfd.readouterr()
     assert project.run("--output_dir", other, "--from", "sft") == 0
     assert project.ran() == ["sft", "compare"]
-    assert f"--train_data {other}/data/sft.jsonl" in project.words("sft")  # finished in `other`: taken from there
-    assert "--parent" not in project.words("sft")  # finished in the recipe's own folder only: as the YAML says
-    assert project.words("compare") == f"--output_dir {other} --models {project.base}/pretrain {other}/sft"
+    assert f"--train_data {other}/data/sft.jsonl" in project.words(
+        "sft"
+    )  # finished in `other`: taken from there
+    assert "--parent" not in project.words(
+        "sft"
+    )  # finished in the recipe's own folder only: as the YAML says
+    assert (
+        project.words("compare")
+        == f"--output_dir {other} --models {project.base}/pretrain {other}/sft"
+    )
     assert f"pretrain: taken from {project.base}/pretrain" in capfd.readouterr().out
 
 
 def test_from_names_the_missing_step_and_a_command_that_makes_it(project):
-    with pytest.raises(InputError, match=r"step data is not finished in .*runs/demo; make it: python pipeline.py") as error:
+    with pytest.raises(
+        InputError, match=r"step data is not finished in .*runs/demo; make it: python pipeline.py"
+    ) as error:
         project.run("--from", "sft")
     words = str(error.value).partition("pipeline.py ")[2].split()
     assert pipeline.main(words) == 0 and project.ran() == ["data"]
@@ -186,7 +211,9 @@ def test_a_failing_stage_ends_the_pipeline_with_its_code(project, capfd):
     assert project.ran() == ["data", "pretrain"]
     lines = capfd.readouterr().err.splitlines()
     assert lines[-2] == "pretrain: the stage's own words"
-    assert lines[-1].startswith("step pretrain ended with exit code 1; to go on from it: python pipeline.py ")
+    assert lines[-1].startswith(
+        "step pretrain ended with exit code 1; to go on from it: python pipeline.py "
+    )
     (project.root / "fail_pretrain").unlink()
     assert pipeline.main(lines[-1].partition("pipeline.py ")[2].split()) == 0
     assert project.ran() == ["data", "pretrain", "pretrain", "sft", "compare"]
@@ -207,13 +234,22 @@ def test_exit_code_two_of_a_real_config_error(project, capfd):
 def test_variables(project):
     file = project.root / "rows.json"
     file.write_text("[1]")
-    project.write("pipeline", output_dir=project.base, variables={"rows": None, "size": "small"},
-                  steps={"data": {"module": "fake"}})  # fmt: skip
+    project.write(
+        "pipeline",
+        output_dir=project.base,
+        variables={"rows": None, "size": "small"},
+        steps={"data": {"module": "fake"}},
+    )
     project.write("data", source="${rows}", names=["${size}.txt", "x"])
-    with pytest.raises(InputError, match=r"demo needs --rows X on the command line, for \$\{rows\} in .*data.yaml"):
+    with pytest.raises(
+        InputError, match=r"demo needs --rows X on the command line, for \$\{rows\} in .*data.yaml"
+    ):
         project.run()
     project.run("--rows", str(file))
-    assert project.words("data") == f"--output_dir {project.base}/data --source {file} --names small.txt x"
+    assert (
+        project.words("data")
+        == f"--output_dir {project.base}/data --source {file} --names small.txt x"
+    )
     file.write_text("[2]")
     project.run("--rows", str(file))
     assert project.ran() == ["data"]
@@ -227,7 +263,10 @@ def test_variables(project):
 def test_a_key_of_one_step_on_the_command_line(project):
     project.run()
     project.run("--sft.rate=0.1", "--sft.parent=elsewhere/model", "--seed=4", "--sft.seed=5")
-    assert project.words("sft") == f"--output_dir {project.base}/sft --parent elsewhere/model --rate 0.1 --seed 5"
+    assert (
+        project.words("sft")
+        == f"--output_dir {project.base}/sft --parent elsewhere/model --rate 0.1 --seed 5"
+    )
 
 
 def test_dry_run_shows_and_changes_nothing(project, capfd):
@@ -237,7 +276,10 @@ def test_dry_run_shows_and_changes_nothing(project, capfd):
     (data,) = [line for line in lines if "data.yaml" in line]
     (sft,) = [line for line in lines if "sft.yaml" in line]
     assert data.startswith("python -m fake --config")
-    assert "configs/accelerate/ddp.yaml --num_processes 2 --num_cpu_threads_per_process" in sft and " -m fake --config" in sft
+    assert (
+        "configs/accelerate/ddp.yaml --num_processes 2 --num_cpu_threads_per_process" in sft
+        and " -m fake --config" in sft
+    )
     project.run()
     project.write("pretrain", texts="gone", steps=10)
     capfd.readouterr()
@@ -246,15 +288,23 @@ def test_dry_run_shows_and_changes_nothing(project, capfd):
     assert "data: unchanged, skipped" in out and "sft.yaml" in out and "compare.yaml" in out
     project.run("--dry_run", "--force", "--launch", "zero2.yaml")
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python")]
-    assert ["--config_file zero2.yaml -m fake" in line for line in lines] == [False, True, True, False]
+    assert ["--config_file zero2.yaml -m fake" in line for line in lines] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--form", "sft"], "unknown option --form; did you mean `from`?"),
-    (["--from", "stf"], "has no step stf; did you mean `sft`?"),
-    (["--from", "sft", "--to", "data"], "--from sft comes after --to data"),
-    (["--sfft.rate=1"], "unknown option --sfft.rate=1; did you mean `sft`?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--form", "sft"], "unknown option --form; did you mean `from`?"),
+        (["--from", "stf"], "has no step stf; did you mean `sft`?"),
+        (["--from", "sft", "--to", "data"], "--from sft comes after --to data"),
+        (["--sfft.rate=1"], "unknown option --sfft.rate=1; did you mean `sft`?"),
+    ],
+)
 def test_bad_command_lines(project, words, message):
     with pytest.raises(InputError) as error:
         project.run(*words)
@@ -263,18 +313,31 @@ def test_bad_command_lines(project, words, message):
 
 def test_bad_recipes(project):
     project.write("data", source=f"{project.base}/sft")
-    with pytest.raises(InputError, match=r"data.yaml: .*demo/sft is made by step sft, which does not run before data"):
+    with pytest.raises(
+        InputError,
+        match=r"data.yaml: .*demo/sft is made by step sft, which does not run before data",
+    ):
         project.run()
-    (project.recipe / "pipeline.yaml").write_text("output_dir: x\nsteps:\n  data:\n    modul: fake\n")
-    with pytest.raises(InputError, match=r"pipeline.yaml:3: `steps.data.module` is required \(and 1 more\)"):
+    (project.recipe / "pipeline.yaml").write_text(
+        "output_dir: x\nsteps:\n  data:\n    modul: fake\n"
+    )
+    with pytest.raises(
+        InputError, match=r"pipeline.yaml:3: `steps.data.module` is required \(and 1 more\)"
+    ):
         project.run()
-    (project.recipe / "pipeline.yaml").write_text("output_dir: x\nsteps:\n  data: {module: fake; rm}\n")
-    with pytest.raises(InputError, match=r"pipeline.yaml:3: steps.data.module = fake; rm is refused"):
+    (project.recipe / "pipeline.yaml").write_text(
+        "output_dir: x\nsteps:\n  data: {module: fake; rm}\n"
+    )
+    with pytest.raises(
+        InputError, match=r"pipeline.yaml:3: steps.data.module = fake; rm is refused"
+    ):
         project.run()
     with pytest.raises(InputError, match=r"config file nowhere/pipeline.yaml: No such file"):
         pipeline.main(["nowhere"])
     (project.root / "file").write_text("")
-    project.write("pipeline", output_dir=str(project.root / "file"), steps={"pretrain": {"module": "fake"}})
+    project.write(
+        "pipeline", output_dir=str(project.root / "file"), steps={"pretrain": {"module": "fake"}}
+    )
     with pytest.raises(InputError, match=r"output_dir .*/file: File exists"):
         project.run()
 
@@ -287,7 +350,10 @@ def test_signals_are_forwarded_and_a_second_pipeline_is_refused(project):
         until = time.time() + 20
         while not (project.root / "waiting").exists() and time.time() < until:
             time.sleep(0.02)
-        with pytest.raises(InputError, match=r"runs/demo: another pipeline, or a stage that it left, is running there"):
+        with pytest.raises(
+            InputError,
+            match=r"runs/demo: another pipeline, or a stage that it left, is running there",
+        ):
             project.run("--from", "sft")
         first.send_signal(signal.SIGTERM)
         error = first.communicate(timeout=20)[1]

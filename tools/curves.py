@@ -3,7 +3,8 @@
     python -m tools.curves runs/lecture/one_head runs/lecture/four_heads --output_dir runs/x
     python -m tools.curves runs/lecture/bigram --output_dir runs/x --bigram runs/lecture/prepare
 
-Reads stage.json and metrics.jsonl of any stages that measure a held-out loss; writes curves.json, curves.png, curves.html.
+Reads stage.json and metrics.jsonl of any stages that measure a held-out loss; writes curves.json,
+curves.png, curves.html.
 """
 
 import itertools
@@ -31,7 +32,9 @@ from tools import page
 from tools.compare import report
 from tools.compare.checks import failures, want
 
-BIGRAM_WITHIN = 0.02  # nats: a model without layers that has learned its table is this near to the counts
+BIGRAM_WITHIN = (
+    0.02  # nats: a model without layers that has learned its table is this near to the counts
+)
 LARGEST_TABLE = 4096  # tokens of a vocabulary whose bigrams are counted
 HEADER = ("run", "shape", "parameters", "tokens", "seconds", "loss")
 
@@ -45,7 +48,8 @@ class Config:
     output_dir: OutputDir
     """Where curves.json, curves.png, curves.html and stage.json go."""
     bigram: str | None = None
-    """Folder of stages.pretrain.prepare whose bigrams are counted, for runs without layers to be compared with."""
+    """Folder of stages.pretrain.prepare whose bigrams are counted, for runs without layers to be
+    compared with."""
     smoothing: Annotated[float, Field(gt=0)] = 1.0
     """Added to the count of every bigram (1: Laplace)."""
     improving: bool = False
@@ -58,17 +62,37 @@ def read_run(path: str) -> dict[str, Any]:
     """Facts of a finished stage, and its curve: [[step, held-out loss in nats a token], ...]."""
     stage, file = read_stage(path), Path(path) / "metrics.jsonl"
     if not stage or not file.exists():
-        raise InputError(f"{path}: no finished stage there (stage.json and metrics.jsonl are needed)")
+        raise InputError(
+            f"{path}: no finished stage there (stage.json and metrics.jsonl are needed)"
+        )
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     curve = [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row]
     if not curve:
-        raise InputError(f"{path}: its metrics.jsonl has no eval_loss, which is what runs are compared by")
+        raise InputError(
+            f"{path}: its metrics.jsonl has no eval_loss, which is what runs are compared by"
+        )
     config = load_config(path)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
-    facts = {"path": path, "family": config.family, "n_layer": config.n_layer, "n_head": config.n_head}
-    facts |= {"n_embd": config.n_embd, "vocab_size": config.vocab_size, "parameters": parameters, "curve": curve}
-    keys = {"steps": "step", "tokens_seen": "tokens_seen", "seconds": "wall_time", "commit": "commit", "parent": "parent"}
+    facts = {
+        "path": path,
+        "family": config.family,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+    }
+    facts |= {
+        "n_embd": config.n_embd,
+        "vocab_size": config.vocab_size,
+        "parameters": parameters,
+        "curve": curve,
+    }
+    keys = {
+        "steps": "step",
+        "tokens_seen": "tokens_seen",
+        "seconds": "wall_time",
+        "commit": "commit",
+        "parent": "parent",
+    }
     return facts | {name: stage.get(key) for name, key in keys.items()} | {"loss": curve[-1][1]}
 
 
@@ -81,19 +105,27 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def pairs(folder: str, split: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """(first, second) token of every pair of neighbours in a split, and the size of the vocabulary."""
+    """(first, second) token of every pair of neighbours in a split, and the size of the
+    vocabulary."""
     shards = Shards(folder, split, 1)
     texts = [stream.read(0, stream.tokens) for stream in shards.streams]
-    firsts, seconds = (np.concatenate([text[part] for text in texts]) for part in (slice(-1), slice(1, None)))
+    firsts, seconds = (
+        np.concatenate([text[part] for text in texts]) for part in (slice(-1), slice(1, None))
+    )
     return firsts, seconds, shards.meta["vocab_size"]
 
 
 def bigram_loss(folder: str, smoothing: float) -> float:
-    """Cross-entropy, in nats a token, of the held-out split under the bigram counts of the training split."""
+    """Cross-entropy, in nats a token, of the held-out split under the bigram counts of the training
+    split."""
     first, second, size = pairs(folder, "train")
     if size > LARGEST_TABLE:
-        raise InputError(f"{folder}: {size} tokens; bigrams are counted for at most {LARGEST_TABLE}")
-    counts = np.bincount(first * size + second, minlength=size * size).reshape(size, size) + smoothing
+        raise InputError(
+            f"{folder}: {size} tokens; bigrams are counted for at most {LARGEST_TABLE}"
+        )
+    counts = (
+        np.bincount(first * size + second, minlength=size * size).reshape(size, size) + smoothing
+    )
     first, second, _ = pairs(folder, "eval")
     return float(-np.log(counts[first, second] / counts.sum(1)[first]).mean())
 
@@ -104,13 +136,25 @@ def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> N
     axis = axes[0]
     for n, (name, run) in enumerate(runs.items()):
         steps, losses = zip(*run["curve"], strict=True)
-        axis.plot(steps, losses, "o-", ms=3, lw=1.4, label=name, color=report.COLOURS[n % len(report.COLOURS)])
+        axis.plot(
+            steps,
+            losses,
+            "o-",
+            ms=3,
+            lw=1.4,
+            label=name,
+            color=report.COLOURS[n % len(report.COLOURS)],
+        )
     if bigram is not None:
         axis.axhline(bigram, color="black", lw=1, ls="--", label="bigram counts")
     ends = [run["loss"] for run in runs.values()]
     early = [loss for run in runs.values() for _, loss in run["curve"][1:]] or ends
     margin = 0.06 * (max(early) - min(ends) + 0.1)
-    axis.set(xlabel="updates", ylabel="held-out loss, nats a token", ylim=(min(ends) - margin, max(early) + margin))
+    axis.set(
+        xlabel="updates",
+        ylabel="held-out loss, nats a token",
+        ylim=(min(ends) - margin, max(early) + margin),
+    )
     report.legend_above(figure, axis)
     figure.savefig(file)
 
@@ -127,7 +171,9 @@ def main(cfg: Config) -> None:
     runs = dict(zip(names_of(cfg.runs), map(read_run, cfg.runs), strict=True))
     checks, remarks = [], []
     if len({run["vocab_size"] for run in runs.values()}) > 1:
-        remarks.append("The runs have different vocabularies, so their losses, which are means over tokens, do not compare.")
+        remarks.append(
+            "The runs have different vocabularies, so their losses, which are means over tokens, do not compare."
+        )
     bigram = None if cfg.bigram is None else bigram_loss(cfg.bigram, cfg.smoothing)
     if bigram is not None:
         remarks.append(
@@ -137,11 +183,23 @@ def main(cfg: Config) -> None:
         for name, run in runs.items():
             if run["n_layer"] == 0:
                 apart = run["loss"] - bigram
-                remarks.append(f"{name}, which sees one token only: {run['loss']:.4f}, that is {apart:+.4f}.")
-                checks.append(want(f"{name}, distance from the bigram counts", abs(apart), at_most=BIGRAM_WITHIN))
+                remarks.append(
+                    f"{name}, which sees one token only: {run['loss']:.4f}, that is {apart:+.4f}."
+                )
+                checks.append(
+                    want(
+                        f"{name}, distance from the bigram counts",
+                        abs(apart),
+                        at_most=BIGRAM_WITHIN,
+                    )
+                )
     if cfg.improving:
         for before, after in itertools.pairwise(runs):
-            checks.append(want(f"loss, {before} - {after}", runs[before]["loss"] - runs[after]["loss"], above=0))
+            checks.append(
+                want(
+                    f"loss, {before} - {after}", runs[before]["loss"] - runs[after]["loss"], above=0
+                )
+            )
 
     table = Table(title=cfg.output_dir, title_justify="left")
     for column in HEADER:
@@ -156,7 +214,13 @@ def main(cfg: Config) -> None:
 
     failed = failures(checks)
     losses = ", ".join(f"{name} {run['loss']:.3f}" for name, run in runs.items())
-    text = "; ".join([f"held-out loss {losses}", *([f"bigram counts {bigram:.3f}"] if bigram is not None else []), *failed])
+    text = "; ".join(
+        [
+            f"held-out loss {losses}",
+            *([f"bigram counts {bigram:.3f}"] if bigram is not None else []),
+            *failed,
+        ]
+    )
     print(f"gate curves: {'FAIL' if failed else 'PASS'}  {text}")
     folder.mkdir(parents=True, exist_ok=True)
     result = {
@@ -167,7 +231,11 @@ def main(cfg: Config) -> None:
     write_atomically(folder / "curves.json", dump(result))
     draw(runs, bigram, folder / "curves.png")
     parts = [
-        page.table(HEADER, rows, "shape: layers x heads x width; tokens trained on; held-out loss in nats a token"),
+        page.table(
+            HEADER,
+            rows,
+            "shape: layers x heads x width; tokens trained on; held-out loss in nats a token",
+        ),
         *map(page.paragraph, remarks),
     ]
     parts += [page.picture(folder / "curves.png", "held-out loss of each run against updates")]
@@ -178,7 +246,10 @@ def main(cfg: Config) -> None:
         "config": to_dict(cfg),
         "metrics": {n: run["loss"] for n, run in runs.items()},
     }
-    stage |= {"gate": {"passed": not failed, "text": text}, "wall_time": round(time.perf_counter() - started, 2)}
+    stage |= {
+        "gate": {"passed": not failed, "text": text},
+        "wall_time": round(time.perf_counter() - started, 2),
+    }
     write_atomically(folder / "stage.json", dump(stage | provenance()))
 
 

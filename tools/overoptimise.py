@@ -1,9 +1,11 @@
-"""Over-optimisation: while PPO drives the proxy (the reward model's score) up, what does the ground truth do?
+"""Over-optimisation: while PPO drives the proxy (the reward model's score) up, what does the ground
+truth do?
 
     python -m tools.overoptimise --config configs/demo-overoptimise/report.yaml
 
-Reads samples.jsonl of PPO runs, judges the answers kept there, and draws gold and proxy against d = sqrt(KL) to the
-reference, with the curve of best-of-n from the reference beside it (Gao 2022, figure 1).
+Reads samples.jsonl of PPO runs, judges the answers kept there, and draws gold and proxy against d =
+sqrt(KL) to the reference, with the curve of best-of-n from the reference beside it (Gao 2022,
+figure 1).
 """
 
 import math
@@ -27,10 +29,27 @@ from common.rows.sources import Row, read_rows
 from tools import page
 from tools.compare import report
 from tools.compare.checks import failures, want
-from tools.compare.measure import Gold, Judges, answer_prompts, best_of_table, families, interval, load_gold, mean, read_prompts
+from tools.compare.measure import (
+    Gold,
+    Judges,
+    answer_prompts,
+    best_of_table,
+    families,
+    interval,
+    load_gold,
+    mean,
+    read_prompts,
+)
 from tools.compare.terminal import cell
 
-COLUMNS = {"step": int, "prompt": str, "answer": str, "score": (int, float), "kl": (int, float), "stopped": bool}
+COLUMNS = {
+    "step": int,
+    "prompt": str,
+    "answer": str,
+    "score": (int, float),
+    "kl": (int, float),
+    "stopped": bool,
+}
 
 
 @stage_config
@@ -38,7 +57,8 @@ class Config:
     """Report gold and proxy against the distance from the reference."""
 
     runs: Annotated[list[str], Field(min_length=1)]
-    """Directories of PPO runs, one curve: a later one went on from an earlier one (steps are counted on)."""
+    """Directories of PPO runs, one curve: a later one went on from an earlier one (steps are
+    counted on)."""
     output_dir: OutputDir
     """Where overoptimise.json, overoptimise.html, overoptimise.png and stage.json go."""
     gold: str
@@ -64,7 +84,8 @@ class Config:
 
 
 def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
-    """Config value `key` (null: `otherwise`) that all runs share. InputError where they differ or it is not noted."""
+    """Config value `key` (null: `otherwise`) that all runs share. InputError where they differ or
+    it is not noted."""
     found = {}
     for run in runs:
         config = read_stage(run).get("config", {})
@@ -72,19 +93,24 @@ def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
             raise InputError(f"{run}: no finished PPO run there (stage.json names no {key})")
         found[str(Path(value).resolve())] = value
     if len(found) > 1:
-        raise InputError(f"runs: their {key}s differ ({', '.join(found.values())}), so they are no one curve")
+        raise InputError(
+            f"runs: their {key}s differ ({', '.join(found.values())}), so they are no one curve"
+        )
     return next(iter(found.values()))
 
 
 def read_episodes(runs: Sequence[str], gold: Gold) -> list[dict[str, Any]]:
-    """Rows of all samples.jsonl with "gold", "correct" and "family"; steps of a later run follow the earlier one's."""
+    """Rows of all samples.jsonl with "gold", "correct" and "family"; steps of a later run follow
+    the earlier one's."""
     episodes: list[dict[str, Any]] = []
     for run in runs:
         before = max((row["step"] for row in episodes), default=0)
         for row in read_rows(str(Path(run) / "samples.jsonl")):
             for column, kind in COLUMNS.items():
                 if not isinstance(row.data.get(column), kind):
-                    raise InputError(f"{row.origin}: {column} is {row.data.get(column)!r}; a PPO run's samples are needed")
+                    raise InputError(
+                        f"{row.origin}: {column} is {row.data.get(column)!r}; a PPO run's samples are needed"
+                    )
             episodes.append(judged(row, gold) | {"step": before + row.data["step"]})
     return episodes
 
@@ -94,11 +120,17 @@ def judged(row: Row, gold: Gold) -> dict[str, Any]:
         truth = gold(row.data["prompt"], row.data["answer"], row.data["stopped"])
     except ValueError as error:
         raise InputError(f"{row.origin}: {error}") from None
-    return {**row.data, "gold": float(truth.score), "correct": bool(truth.correct), "family": truth.family}
+    return {
+        **row.data,
+        "gold": float(truth.score),
+        "correct": bool(truth.correct),
+        "family": truth.family,
+    }
 
 
 def series(episodes: Sequence[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """Means over `window` consecutive logged steps, the newest window whole: one row a point of the curve."""
+    """Means over `window` consecutive logged steps, the newest window whole: one row a point of the
+    curve."""
     steps = sorted({row["step"] for row in episodes})
     ends = list(range(len(steps), 0, -window))[::-1]
     points = []
@@ -125,24 +157,43 @@ def series(episodes: Sequence[dict[str, Any]], window: int) -> list[dict[str, An
 def best_of(cfg: Config, reference: str, reward: str) -> dict[str, Any]:
     """Best-of-n from the reference: the curve of choosing instead of training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judges = Judges((load_model(reward, "reward").to(device), load_tokenizer(reward)), None, load_gold(cfg.gold))
+    judges = Judges(
+        (load_model(reward, "reward").to(device), load_tokenizer(reward)), None, load_gold(cfg.gold)
+    )
     prompts = read_prompts(cfg.prompts, cfg.best_of_prompts)
     families(judges.gold, prompts)  # refuses prompts that gold cannot judge, before the work
     many = [messages for messages in prompts for _ in range(cfg.best_of)]
-    with tqdm(total=len(many), unit="answer", desc=f"best of {cfg.best_of}", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=len(many),
+        unit="answer",
+        desc=f"best of {cfg.best_of}",
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         found = answer_prompts(
-            load_model(reference, "lm").to(device), load_tokenizer(reference), many, judges, is_reference=True,
-            progress=bar.update, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, batch_size=cfg.batch_size,
-        )  # fmt: skip
+            load_model(reference, "lm").to(device),
+            load_tokenizer(reference),
+            many,
+            judges,
+            is_reference=True,
+            progress=bar.update,
+            max_new_tokens=cfg.max_new_tokens,
+            seed=cfg.seed,
+            batch_size=cfg.batch_size,
+        )
     return {"best_of_n": best_of_table(found, cfg.best_of), "best_of_prompts": len(prompts)}
 
 
 def assess(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{"peak", "end", "checks"}: over-optimised = after gold's peak the proxy did not fall, gold did."""
+    """{"peak", "end", "checks"}: over-optimised = after gold's peak the proxy did not fall, gold
+    did."""
     peak, end = max(points, key=lambda point: point["gold"]["mean"]), points[-1]
     checks = [
         want("proxy, end - gold's peak", end["proxy"]["mean"] - peak["proxy"]["mean"], at_least=0),
-        want("gold, its interval at the peak above that at the end", peak["gold"]["ci95"][0] - end["gold"]["ci95"][1], above=0),
+        want(
+            "gold, its interval at the peak above that at the end",
+            peak["gold"]["ci95"][0] - end["gold"]["ci95"][1],
+            above=0,
+        ),
     ]
     return {"peak": peak, "end": end, "checks": checks}
 
@@ -163,19 +214,41 @@ def draw(result: dict[str, Any], file: Path) -> None:
     points = result["ppo"]
     distances = [math.sqrt(max(0.0, point["kl"])) for point in points]
     for axis, kind, other in zip(axes, ("gold", "proxy"), ("gold", "reward"), strict=True):
-        report.error_bars(axis, distances, [point[kind] for point in points], fmt="o-", ms=3, lw=1.2,
-                          color=report.COLOURS[2], label="PPO")  # fmt: skip
+        report.error_bars(
+            axis,
+            distances,
+            [point[kind] for point in points],
+            fmt="o-",
+            ms=3,
+            lw=1.2,
+            color=report.COLOURS[2],
+            label="PPO",
+        )
         if rows := list(result.get("best_of_n", {}).values()):
-            report.error_bars(axis, [row["kl"] ** 0.5 for row in rows], [row[other] for row in rows], fmt="s-", ms=3,
-                              lw=1.2, color=report.COLOURS[1], label="best of n")  # fmt: skip
-        axis.axvline(math.sqrt(max(0.0, result["peak"]["kl"])), color=report.COLOURS[0], lw=1, ls="--")
+            report.error_bars(
+                axis,
+                [row["kl"] ** 0.5 for row in rows],
+                [row[other] for row in rows],
+                fmt="s-",
+                ms=3,
+                lw=1.2,
+                color=report.COLOURS[1],
+                label="best of n",
+            )
+        axis.axvline(
+            math.sqrt(max(0.0, result["peak"]["kl"])), color=report.COLOURS[0], lw=1, ls="--"
+        )
         axis.set_ylabel("gold (ground truth)" if kind == "gold" else "proxy (reward model)")
     report.legend_above(figure, axes[0])
-    axes[1].set_xlabel("distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best")
+    axes[1].set_xlabel(
+        "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
+    )
     figure.savefig(file)
 
 
-def render(result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool) -> str:
+def render(
+    result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool
+) -> str:
     peak, end = result["peak"], result["end"]
     about = (
         f"PPO is paid by the proxy, the score of {result['reward']}. Gold, the ground truth"
@@ -183,30 +256,64 @@ def render(result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path
         f" ({cell(peak['gold'])}, proxy {cell(peak['proxy'])}, KL {peak['kl']:.1f} nats) and ends at {cell(end['gold'])}, proxy"
         f" {cell(end['proxy'])}, KL {end['kl']:.1f}. "
     )
-    about += "The proxy went on up while gold went down." if passed else "Over-optimisation is not established here."
-    parts = [page.paragraph(about), page.picture(png, "Gold and proxy against the square root of KL, PPO and best of n")]
+    about += (
+        "The proxy went on up while gold went down."
+        if passed
+        else "Over-optimisation is not established here."
+    )
+    parts = [
+        page.paragraph(about),
+        page.picture(png, "Gold and proxy against the square root of KL, PPO and best of n"),
+    ]
     parts += [page.heading("One answer of each family, at gold's peak and at the end")]
     last = {row["kind"]: row for row in typical(episodes, end)}
     for row in typical(episodes, peak):
         pair = [("at gold's peak", row), ("at the end", last.get(row["kind"]))]
         cards = [
-            page.card(when, [(r["prompt"], r["answer"], f"gold {r['gold']:.2f} · proxy {r['score']:+.2f}",
-                              "good" if r["correct"] else "bad")]) for when, r in pair if r
-        ]  # fmt: skip
+            page.card(
+                when,
+                [
+                    (
+                        r["prompt"],
+                        r["answer"],
+                        f"gold {r['gold']:.2f} · proxy {r['score']:+.2f}",
+                        "good" if r["correct"] else "bad",
+                    )
+                ],
+            )
+            for when, r in pair
+            if r
+        ]
         parts.append(page.beside(f"{row['kind']}: the answer of median proxy score", cards))
     kinds = sorted({kind for point in result["ppo"] for kind in point["correct"]})
     rows = [
-        [f"{p['first_step']}-{p['last_step']}", f"{p['kl']:.2f}", cell(p["gold"]), cell(p["proxy"]), f"{p['stop_rate']:.2f}"]
+        [
+            f"{p['first_step']}-{p['last_step']}",
+            f"{p['kl']:.2f}",
+            cell(p["gold"]),
+            cell(p["proxy"]),
+            f"{p['stop_rate']:.2f}",
+        ]
         + [f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds]
         for p in result["ppo"]
     ]
     header = ["steps", "KL", "gold", "proxy", "stop rate", *(f"correct {kind}" for kind in kinds)]
-    parts += [page.heading("PPO"), page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)")]
+    parts += [
+        page.heading("PPO"),
+        page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)"),
+    ]
     if "best_of_n" in result:
-        rows = [[n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])] for n, r in result["best_of_n"].items()]
+        rows = [
+            [n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])]
+            for n, r in result["best_of_n"].items()
+        ]
         about = f"{result['reference']}, {result['best_of_prompts']} held-out prompts; KL = ln n - (n-1)/n"
         parts += [page.heading("Best of n"), page.table(["n", "KL", "gold", "proxy"], rows, about)]
-    parts += [page.paragraph("Runs: " + ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()), "soft")]
+    parts += [
+        page.paragraph(
+            "Runs: " + ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()), "soft"
+        )
+    ]
     return page.document("Over-optimisation: what the proxy sees and what is true", parts)
 
 
@@ -231,12 +338,16 @@ def main(cfg: Config) -> None:
     draw(result, folder / "overoptimise.png")
     failed, peak, end = failures(result["checks"]), result["peak"], result["end"]
     line = " -> ".join(
-        f"{p['gold']['mean']:.3f} / {p['proxy']['mean']:+.2f} at KL {p['kl']:.1f}" for p in (points[0], peak, end)
+        f"{p['gold']['mean']:.3f} / {p['proxy']['mean']:+.2f} at KL {p['kl']:.1f}"
+        for p in (points[0], peak, end)
     )
     text = "; ".join([f"gold / proxy, start -> gold's peak -> end: {line}", *failed])
     print(f"gate overoptimise: {'FAIL' if failed else 'PASS'}  {text}")
     write_atomically(folder / "overoptimise.json", dump(result))
-    write_atomically(folder / "overoptimise.html", render(result, episodes, folder / "overoptimise.png", not failed).encode())
+    write_atomically(
+        folder / "overoptimise.html",
+        render(result, episodes, folder / "overoptimise.png", not failed).encode(),
+    )
     stage = {
         "stage": "overoptimise",
         "kind": "report",
@@ -244,7 +355,10 @@ def main(cfg: Config) -> None:
         "config": to_dict(cfg),
         "seed": cfg.seed,
         "gate": {"passed": not failed, "text": text},
-        "metrics": {name: {kind: p[kind]["mean"] for kind in ("gold", "proxy")} for name, p in (("peak", peak), ("end", end))},
+        "metrics": {
+            name: {kind: p[kind]["mean"] for kind in ("gold", "proxy")}
+            for name, p in (("peak", peak), ("end", end))
+        },
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),
     }

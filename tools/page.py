@@ -1,4 +1,5 @@
-"""A report as one HTML page that needs nothing else: styles inside, pictures as data: URIs, no script, nothing fetched."""
+"""A report as one HTML page that needs nothing else: styles inside, pictures as data: URIs, no
+script, nothing fetched."""
 
 import base64
 import html
@@ -72,7 +73,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
     """A table of text; the first cell of each row is its heading."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = [
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(c)}</td>" for c in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(c)}</td>" for c in row[1:])
+        + "</tr>"
         for row in rows
     ]
     about = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -89,7 +92,9 @@ def card(title: str, answers: Sequence[tuple[str, str, str, str]]) -> str:
     parts = [f"<h3>{escape(title)}</h3>"]
     for label, text, remarks, colour in answers:
         parts.append(f'<div class="soft">{escape(label)}</div>' if label else "")
-        parts.append(f'<div class="said">{escape(text)}</div><div class="soft {colour}">{escape(remarks)}</div>')
+        parts.append(
+            f'<div class="said">{escape(text)}</div><div class="soft {colour}">{escape(remarks)}</div>'
+        )
     return f'<div class="card">{"".join(parts)}</div>'
 
 

@@ -1,10 +1,12 @@
 """nanoGPT's training step, timed: python -m benchmarks.peers.nanogpt '<JSON>'.
 
-Its model, optimizer and parameter groups are imported from a clone, whose path is `clone`; what is done with them is what its
-train.py does on a CPU (fp32, not compiled). Further keys: `text` (a file; its characters, 90 % to train on), `n_layer`,
-`n_head`, `n_embd`, `block_size`, `batch`, `steps`, `uncounted` (first steps that the clock leaves out), `bf16` (adds
-autocast), `warmup` and `decay_to` of its schedule, and `evaluate`. Else its own settings: no biases, clipping at 1.
-The last line is JSON: tokens a second, seconds of training, parameters, loss over the whole held-out text.
+Its model, optimizer and parameter groups are imported from a clone, whose path is `clone`; what is
+done with them is what its train.py does on a CPU (fp32, not compiled). Further keys: `text` (a
+file; its characters, 90 % to train on), `n_layer`, `n_head`, `n_embd`, `block_size`, `batch`,
+`steps`, `uncounted` (first steps that the clock leaves out), `bf16` (adds autocast), `warmup` and
+`decay_to` of its schedule, and `evaluate`. Else its own settings: no biases, clipping at 1. The
+last line is JSON: tokens a second, seconds of training, parameters, loss over the whole held-out
+text.
 """
 
 import json
@@ -30,10 +32,14 @@ def learning_rate(step: int, steps: int, warmup: int, lowest: float) -> float:
 
 
 def batch_from(file: str, size: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows from random places; the file is mapped anew for each batch, as nanoGPT does against a leak."""
+    """Rows from random places; the file is mapped anew for each batch, as nanoGPT does against a
+    leak."""
     tokens = np.memmap(file, dtype=np.uint16, mode="r")
     starts = torch.randint(len(tokens) - block, (size,))
-    x, y = ([torch.from_numpy(tokens[i + shift : i + shift + block].astype(np.int64)) for i in starts] for shift in (0, 1))
+    x, y = (
+        [torch.from_numpy(tokens[i + shift : i + shift + block].astype(np.int64)) for i in starts]
+        for shift in (0, 1)
+    )
     return torch.stack(x), torch.stack(y)
 
 
@@ -42,7 +48,10 @@ def whole_loss(model: torch.nn.Module, tokens: np.ndarray, block: int, precision
     """Mean over all windows of `block` that do not overlap."""
     model.eval()
     rows = (len(tokens) - 1) // block
-    x, y = (torch.from_numpy(tokens[shift : shift + rows * block].astype(np.int64)).view(rows, block) for shift in (0, 1))
+    x, y = (
+        torch.from_numpy(tokens[shift : shift + rows * block].astype(np.int64)).view(rows, block)
+        for shift in (0, 1)
+    )
     total = 0.0
     for start in range(0, rows, 64):
         with precision():
@@ -90,7 +99,11 @@ def main(spec: dict) -> None:
             loss.item()
         end = time.perf_counter()
     rate = (steps - spec["uncounted"]) * spec["batch"] * block / (end - counted)
-    done = {"tokens_per_second": rate, "seconds": end - begin, "parameters": sum(p.numel() for p in model.parameters())}
+    done = {
+        "tokens_per_second": rate,
+        "seconds": end - begin,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     if spec["evaluate"]:
         done["loss"] = whole_loss(model, held_out, block, precision)
     print(json.dumps(done))

@@ -1,8 +1,10 @@
-"""TRL's SFTTrainer or RewardTrainer on rows that it is given: python -m benchmarks.peers.trl_trainers '<JSON>'.
+"""TRL's SFTTrainer or RewardTrainer on rows that it is given: python -m
+benchmarks.peers.trl_trainers '<JSON>'.
 
-Keys of the JSON: `trainer` (sft or reward), `model` (a directory), `train` and `eval` (JSONL), `steps`,
-`uncounted` (first steps that the clock leaves out), `batch`, `length` (limit in tokens), `rate` (learning rate) and `bf16`.
-The last line is JSON: real tokens a second, training and held-out loss.
+Keys of the JSON: `trainer` (sft or reward), `model` (a directory), `train` and `eval` (JSONL),
+`steps`, `uncounted` (first steps that the clock leaves out), `batch`, `length` (limit in tokens),
+`rate` (learning rate) and `bf16`. The last line is JSON: real tokens a second, training and
+held-out loss.
 """
 
 import json
@@ -12,12 +14,18 @@ import time
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
-    """Notes when the first `uncounted` steps and when the last one were done, and how many real tokens lie between."""
+    """Notes when the first `uncounted` steps and when the last one were done, and how many real
+    tokens lie between."""
 
     def __init__(self, uncounted: int) -> None:
         self.uncounted, self.tokens = uncounted, 0
@@ -32,7 +40,9 @@ class Clock(TrainerCallback):
 
     def counting(self, step):
         def counted(model, inputs, *rest, **named):
-            self.tokens += sum(int(value.sum()) for key, value in inputs.items() if key.endswith("attention_mask"))
+            self.tokens += sum(
+                int(value.sum()) for key, value in inputs.items() if key.endswith("attention_mask")
+            )
             return step(model, inputs, *rest, **named)
 
         return counted
@@ -46,20 +56,40 @@ def main(spec: dict) -> None:
     if sft:
         model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, dtype=torch.float32)
-        # Drawn as ours is, three times as wide as transformers' own, so that losses can be compared.
+        model = AutoModelForSequenceClassification.from_pretrained(
+            spec["model"], num_labels=1, dtype=torch.float32
+        )
+        # Drawn as ours is, three times as wide as transformers' own, so that losses can be
+        # compared.
         torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     files = {split: spec[split] for split in ("train", "eval")}
     with tempfile.TemporaryDirectory() as folder:
         rows = load_dataset("json", data_files=files, cache_dir=folder)
         args = config(
-            output_dir=folder, per_device_train_batch_size=spec["batch"], max_steps=spec["steps"], max_length=spec["length"],
-            learning_rate=spec["rate"], lr_scheduler_type="linear", bf16=spec["bf16"], gradient_checkpointing=False,
-            logging_steps=spec["steps"], save_strategy="no", report_to="none", use_cpu=True, seed=0, disable_tqdm=True,
-            per_device_eval_batch_size=len(rows["eval"]),  # in one batch, so that its loss is a mean over tokens, or pairs
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=spec["batch"],
+            max_steps=spec["steps"],
+            max_length=spec["length"],
+            learning_rate=spec["rate"],
+            lr_scheduler_type="linear",
+            bf16=spec["bf16"],
+            gradient_checkpointing=False,
+            logging_steps=spec["steps"],
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            seed=0,
+            disable_tqdm=True,
+            per_device_eval_batch_size=len(
+                rows["eval"]
+            ),  # in one batch, so that its loss is a mean over tokens, or pairs
+        )
         trainer = trainer_class(
-            model=model, args=args, train_dataset=rows["train"], eval_dataset=rows["eval"], processing_class=tokenizer
+            model=model,
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["eval"],
+            processing_class=tokenizer,
         )
         clock = Clock(spec["uncounted"])
         trainer.add_callback(clock)
@@ -67,7 +97,16 @@ def main(spec: dict) -> None:
         trainer.train()
         loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
         eval_loss = trainer.evaluate()["eval_loss"]
-    print(json.dumps({"tokens_per_second": clock.rate(), "tokens": clock.tokens, "loss": loss, "eval_loss": eval_loss}))
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": clock.rate(),
+                "tokens": clock.tokens,
+                "loss": loss,
+                "eval_loss": eval_loss,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

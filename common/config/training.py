@@ -20,8 +20,14 @@ def refuse_overwriting(cfg: Any) -> None:
     if not Path(cfg.output_dir).is_dir():
         return
     for key, value in vars(cfg).items():
-        if key != "output_dir" and isinstance(value, str) and os.path.realpath(value) == os.path.realpath(cfg.output_dir):
-            raise ValueError(f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; name another directory")
+        if (
+            key != "output_dir"
+            and isinstance(value, str)
+            and os.path.realpath(value) == os.path.realpath(cfg.output_dir)
+        ):
+            raise ValueError(
+                f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; name another directory"
+            )
 
 
 @stage_config
@@ -29,8 +35,9 @@ class ReadsRows:
     """What becomes of bad rows."""
 
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used (broken JSON, wrong columns or types, unknown role, no answer) ends the stage; or it is
-    skipped and counted by reason, and the first few are named. Without any that can be used the stage ends all the same."""
+    """A row that cannot be used (broken JSON, wrong columns or types, unknown role, no answer) ends
+    the stage; or it is skipped and counted by reason, and the first few are named. Without any that
+    can be used the stage ends all the same."""
 
 
 SchedulerType = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
@@ -48,7 +55,8 @@ class TrainConfig:
     output_dir: OutputDir
     """Where the stage publishes its directory."""
     parent: str | None = None
-    """Directory (or Hub id) of the model to start from; null = from scratch, where that makes sense."""
+    """Directory (or Hub id) of the model to start from; null = from scratch, where that makes
+    sense."""
     seed: Seed = 0
     """Seed of weights, data order and sampling."""
     max_steps: Positive | None = None
@@ -58,7 +66,8 @@ class TrainConfig:
     per_device_train_batch_size: Positive = 16
     """Rows in one micro-batch on one process."""
     gradient_accumulation_steps: Positive = 1
-    """Micro-batches an update; the global batch is this times per_device_train_batch_size times processes."""
+    """Micro-batches an update; the global batch is this times per_device_train_batch_size times
+    processes."""
     max_length: Positive = 128
     """Tokens in a training row."""
     learning_rate: NonNegative = 1e-3
@@ -76,19 +85,22 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this L2 norm."""
     mixed_precision: Precision = "auto"
-    """auto = bf16 where GPU or CPU computes in it, else no (fp32). Weights and optimizer stay fp32."""
+    """auto = bf16 where GPU or CPU computes in it, else no (fp32). Weights and optimizer stay
+    fp32."""
     torch_compile: bool = False
     """Compile the model; costs half a minute at the start and pays on longer runs."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more time."""
     max_skipped_batches: Annotated[int, Field(ge=0)] = 0
-    """Updates with a loss or gradient that is not finite, which are left out before one more ends the run."""
+    """Updates with a loss or gradient that is not finite, which are left out before one more ends
+    the run."""
     logging_steps: Positive = 25
     """Updates between two lines of metrics."""
     eval_steps: Positive | None = None
     """Updates between two evaluations (null: at the end only)."""
     save_steps: Positive | None = 500
-    """Updates between two saves of what a resume needs (null: only when told to stop). The same command goes on from it."""
+    """Updates between two saves of what a resume needs (null: only when told to stop). The same
+    command goes on from it."""
     resume: bool = True
     """Go on from a state in output_dir; --no_resume starts over, and wants an empty output_dir."""
     save_total_limit: Positive = 2
@@ -99,7 +111,12 @@ class TrainConfig:
     """Rank of LoRA adapters (0 = full finetuning); published merged, the adapter beside it."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA scale is lora_alpha / lora_r."""
-    lora_targets: Annotated[list[Literal["qkv", "out", "up", "down"]], Field(min_length=1)] = ["qkv", "out", "up", "down"]
+    lora_targets: Annotated[list[Literal["qkv", "out", "up", "down"]], Field(min_length=1)] = [
+        "qkv",
+        "out",
+        "up",
+        "down",
+    ]
     """Linear layers that get an adapter."""
 
     def __post_init__(self) -> None:
@@ -125,7 +142,8 @@ class RowsConfig(ReadsRows, TrainConfig):
     ) -> tuple[list[Row], list[Row], dict[str, int]]:
         """(training rows, held-out rows, how many were skipped by reason), each row parsed.
 
-        prompt_of(row) tells what may not lie on both sides. Raises InputError when there are fewer rows than processes.
+        prompt_of(row) tells what may not lie on both sides. Raises InputError when there are fewer
+        rows than processes.
         """
         bad = BadRows(self.on_bad_row)
         rows = read_rows(self.train_data, parse, bad)
@@ -133,5 +151,7 @@ class RowsConfig(ReadsRows, TrainConfig):
         if not held:
             rows, held = hold_out(rows, self.eval_fraction, prompt_of)
         if len(rows) < (processes := int(os.environ.get("WORLD_SIZE", 1))):
-            raise InputError(f"train_data {self.train_data}: {len(rows)} training rows for {processes} processes; use fewer")
+            raise InputError(
+                f"train_data {self.train_data}: {len(rows)} training rows for {processes} processes; use fewer"
+            )
         return rows, held, dict(bad.counts)

@@ -10,10 +10,14 @@ from common.model.gpt import GPT, RewardModel
 from common.program.files import dump, write_atomically, writing
 
 
-def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: int, alpha: float) -> None:
-    """`folder`/adapter_model.safetensors and adapter_config.json, which peft opens over the parent's directory.
+def save_adapter(
+    model: GPT | RewardModel, folder: Path, parent: str | None, r: int, alpha: float
+) -> None:
+    """`folder`/adapter_model.safetensors and adapter_config.json, which peft opens over the
+    parent's directory.
 
-    Our fused qkv and up share one A; transformers' separate matrices each get that A and their rows of B: the same map.
+    Our fused qkv and up share one A; transformers' separate matrices each get that A and their rows
+    of B: the same map.
     """
     from safetensors.torch import save
 
@@ -28,8 +32,14 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
         if layout(model.config) == "gpt_neo" and module.endswith("qkv") and side == "lora_B":
             parts[0] = parts[0] / math.sqrt(model.config.head_width)  # as hf.py stores its queries
         for their, part in zip(names, parts, strict=True):
-            tensors[f"base_model.model.{their}.{side}.weight"] = part.detach().cpu().clone().contiguous()
-            modules.add(their.rsplit(".", 1)[-1] if model.config.family == "llama" else ".".join(their.split(".")[-2:]))
+            tensors[f"base_model.model.{their}.{side}.weight"] = (
+                part.detach().cpu().clone().contiguous()
+            )
+            modules.add(
+                their.rsplit(".", 1)[-1]
+                if model.config.family == "llama"
+                else ".".join(their.split(".")[-2:])
+            )
     if isinstance(model, RewardModel):
         tensors["base_model.model.score.weight"] = model.score.weight.detach().cpu().clone()
     with writing(folder):
@@ -38,7 +48,9 @@ def save_adapter(model: GPT | RewardModel, folder: Path, parent: str | None, r: 
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if isinstance(model, GPT) else "SEQ_CLS",
-        "base_model_name_or_path": str(Path(parent).resolve()) if parent and Path(parent).exists() else parent,
+        "base_model_name_or_path": str(Path(parent).resolve())
+        if parent and Path(parent).exists()
+        else parent,
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,

@@ -6,7 +6,8 @@
     llama                                         llama
     llama with local layers, no biases            ministral
 
-Our `qkv` and `up` hold what most of them store as separate matrices; concatenation and splitting lose nothing.
+Our `qkv` and `up` hold what most of them store as separate matrices; concatenation and splitting
+lose nothing.
 """
 
 import json
@@ -23,7 +24,8 @@ from common.model.shape import GPTConfig
 from common.program.errors import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Ours -> theirs, within block N. A tuple is a concatenation along the output dimension, in this order.
+# Ours -> theirs, within block N. A tuple is a concatenation along the output dimension, in this
+# order.
 LLAMA_BLOCK = {
     "norm1": "input_layernorm",
     "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -43,7 +45,12 @@ GPT2_BLOCK = {
 QKV = ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj")
 NEO_BLOCK = {**GPT2_BLOCK, "attn.qkv": QKV, "attn.out": "attn.attention.out_proj"}
 OUTER = {
-    "llama": {"trunk.wte": "model.embed_tokens", "trunk.norm": "model.norm", "head": "lm_head", "score": "score"},
+    "llama": {
+        "trunk.wte": "model.embed_tokens",
+        "trunk.norm": "model.norm",
+        "head": "lm_head",
+        "score": "score",
+    },
     "gpt2": {
         "trunk.wte": "transformer.wte",
         "trunk.wpe": "transformer.wpe",
@@ -56,11 +63,14 @@ OUTER = {
 
 def layout(config: GPTConfig) -> str:
     """transformers' model_type for such a model."""
-    return {"gpt2": ("gpt2", "gpt_neo"), "llama": ("llama", "ministral")}[config.family][config.has_local_layers]
+    return {"gpt2": ("gpt2", "gpt_neo"), "llama": ("llama", "ministral")}[config.family][
+        config.has_local_layers
+    ]
 
 
 def theirs(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
-    """Their module names for our module `name`, and the output sizes of the parts (None: not split)."""
+    """Their module names for our module `name`, and the output sizes of the parts (None: not
+    split)."""
     if not name.startswith("trunk.blocks."):
         return [OUTER[config.family][name]], None
     layer, part = name.removeprefix("trunk.blocks.").split(".", 1)
@@ -76,7 +86,9 @@ def theirs(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
 
 
 def is_transposed(name: str, config: GPTConfig) -> bool:
-    return layout(config) == "gpt2" and name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+    return layout(config) == "gpt2" and name.endswith(
+        ("qkv.weight", "out.weight", "up.weight", "down.weight")
+    )
 
 
 def absent_biases(config: GPTConfig) -> dict[str, int]:
@@ -87,12 +99,19 @@ def absent_biases(config: GPTConfig) -> dict[str, int]:
     if not config.attention_bias and layout(config) == "gpt2":
         sizes["attn.qkv"] = 3 * config.n_embd
     sizes |= {} if config.mlp_bias else {"mlp.up": config.n_inner, "mlp.down": config.n_embd}
-    modules = [(f"trunk.blocks.{layer}.{part}", size) for layer in range(config.n_layer) for part, size in sizes.items()]
+    modules = [
+        (f"trunk.blocks.{layer}.{part}", size)
+        for layer in range(config.n_layer)
+        for part, size in sizes.items()
+    ]
     return {f"{theirs(module, config)[0][0]}.bias": size for module, size in modules}
 
 
-def export_weights(model: GPT | RewardModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Our weights under transformers' names. A tied head is stored once; the reward shift is not a weight of theirs."""
+def export_weights(
+    model: GPT | RewardModel, state: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Our weights under transformers' names. A tied head is stored once; the reward shift is not a
+    weight of theirs."""
     config, out = model.config, {}
     for name, tensor in (state or model.state_dict()).items():
         if name == "shift" or (name == "head.weight" and config.tie_embeddings):
@@ -100,27 +119,45 @@ def export_weights(model: GPT | RewardModel, state: dict[str, Tensor] | None = N
         module, kind = name.rsplit(".", 1)
         names, sizes = theirs(module, config)
         tensor = tensor.detach().cpu()
-        parts = list(tensor.split(sizes)) if sizes else [tensor.t() if is_transposed(name, config) else tensor]
+        parts = (
+            list(tensor.split(sizes))
+            if sizes
+            else [tensor.t() if is_transposed(name, config) else tensor]
+        )
         if layout(config) == "gpt_neo" and name.endswith("qkv.weight"):
             parts[0] = parts[0] / math.sqrt(config.head_width)
-        out |= {f"{their}.{kind}": part.contiguous() for their, part in zip(names, parts, strict=True)}
+        out |= {
+            f"{their}.{kind}": part.contiguous() for their, part in zip(names, parts, strict=True)
+        }
     return out | {name: torch.zeros(size) for name, size in absent_biases(config).items()}
 
 
 def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin: str) -> None:
-    """Copy transformers' tensors into our model; a missing, surplus or misshapen one is an InputError naming it."""
+    """Copy transformers' tensors into our model; a missing, surplus or misshapen one is an
+    InputError naming it."""
     config = model.config
     prefix = "transformer." if config.family == "gpt2" else "model."
-    # OpenAI's own upload of GPT-2 lacks the prefix, and carries causal masks as if they were weights.
+    # OpenAI's own upload of GPT-2 lacks the prefix, and carries causal masks as if they were
+    # weights.
     bare = not any(name.startswith(prefix) for name in tensors)
     tensors = {
         (prefix + name if bare and not name.startswith(("lm_head", "score")) else name): tensor
         for name, tensor in tensors.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))
+        if not name.endswith(
+            (
+                ".attn.bias",
+                ".attn.masked_bias",
+                ".attention.bias",
+                ".masked_bias",
+                ".rotary_emb.inv_freq",
+            )
+        )
     }
     for name in absent_biases(config):
         if name in tensors and tensors.pop(name).any():
-            raise InputError(f"{origin}: {name} is not zero, though config.json says that this model has no such bias")
+            raise InputError(
+                f"{origin}: {name} is not zero, though config.json says that this model has no such bias"
+            )
     state = {}
     for name, parameter in model.state_dict().items():
         if name == "shift":
@@ -132,7 +169,9 @@ def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin:
             continue
         missing = [their for their in their_names if their not in tensors]
         if missing:
-            raise InputError(f"{origin}: no tensor {missing[0]} in the weights; a {config.family} directory has one")
+            raise InputError(
+                f"{origin}: no tensor {missing[0]} in the weights; a {config.family} directory has one"
+            )
         parts = [tensors.pop(their) for their in their_names]
         if layout(config) == "gpt_neo" and name.endswith("qkv.weight"):
             parts[0] = parts[0] * math.sqrt(config.head_width)
@@ -143,7 +182,9 @@ def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin:
         state[name] = tensor
     surplus = [name for name in tensors if isinstance(model, GPT) or name != "lm_head.weight"]
     if surplus:
-        raise InputError(f"{origin}: tensor {surplus[0]} has no place in this model ({len(surplus)} such)")
+        raise InputError(
+            f"{origin}: tensor {surplus[0]} has no place in this model ({len(surplus)} such)"
+        )
     model.load_state_dict(state, strict=False)
 
 
@@ -165,65 +206,129 @@ def export_config(model: GPT | RewardModel, tokenizer_ids: dict[str, int]) -> di
     if form == "gpt_neo":
         layers = ["local" if layer == "local" else "global" for layer in c.attention_pattern]
         return common | {
-            "architectures": ["GPTNeo" + kind], "model_type": form, "max_position_embeddings": c.max_length,
-            "hidden_size": c.n_embd, "num_layers": c.n_layer, "num_heads": c.n_head, "intermediate_size": c.n_inner,
-            "attention_types": [[layers, 1]], "attention_layers": layers, "window_size": c.window,
-            "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new",
-            "resid_dropout": c.dropout, "embed_dropout": c.dropout, "attention_dropout": c.dropout,
-            "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias,
-        }  # fmt: skip
+            "architectures": ["GPTNeo" + kind],
+            "model_type": form,
+            "max_position_embeddings": c.max_length,
+            "hidden_size": c.n_embd,
+            "num_layers": c.n_layer,
+            "num_heads": c.n_head,
+            "intermediate_size": c.n_inner,
+            "attention_types": [[layers, 1]],
+            "attention_layers": layers,
+            "window_size": c.window,
+            "layer_norm_epsilon": c.norm_eps,
+            "activation_function": "gelu_new",
+            "resid_dropout": c.dropout,
+            "embed_dropout": c.dropout,
+            "attention_dropout": c.dropout,
+            "attention_bias": c.attention_bias,
+            "mlp_bias": c.mlp_bias,
+        }
     if form == "gpt2":
         kind = "LMHeadModel" if isinstance(model, GPT) else kind
         return common | {
-            "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias,
-            "architectures": ["GPT2" + kind], "model_type": "gpt2", "n_positions": c.max_length, "n_embd": c.n_embd,
-            "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_inner, "layer_norm_epsilon": c.norm_eps,
+            "attention_bias": c.attention_bias,
+            "mlp_bias": c.mlp_bias,
+            "architectures": ["GPT2" + kind],
+            "model_type": "gpt2",
+            "n_positions": c.max_length,
+            "n_embd": c.n_embd,
+            "n_layer": c.n_layer,
+            "n_head": c.n_head,
+            "n_inner": c.n_inner,
+            "layer_norm_epsilon": c.norm_eps,
             "activation_function": "gelu_new",
-            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-        }  # fmt: skip
+            "resid_pdrop": c.dropout,
+            "embd_pdrop": c.dropout,
+            "attn_pdrop": c.dropout,
+        }
     if form == "ministral":
         types = {"full": "full_attention", "local": "sliding_attention"}
-        common |= {"layer_types": [types[layer] for layer in c.attention_pattern], "sliding_window": c.window}
+        common |= {
+            "layer_types": [types[layer] for layer in c.attention_pattern],
+            "sliding_window": c.window,
+        }
     return common | {
-        "architectures": [form.capitalize() + kind], "model_type": form, "max_position_embeddings": c.max_length,
-        "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head, "head_dim": c.head_width, "intermediate_size": c.n_inner,
-        "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
-        "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias, "attention_dropout": 0.0,
-    }  # fmt: skip
+        "architectures": [form.capitalize() + kind],
+        "model_type": form,
+        "max_position_embeddings": c.max_length,
+        "hidden_size": c.n_embd,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_width,
+        "intermediate_size": c.n_inner,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+        "attention_dropout": 0.0,
+    }
 
 
 def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
     """GPTConfig from transformers' config.json; what our GPT cannot compute is refused by name."""
     form = raw.get("model_type")
     if form not in ("gpt2", "gpt_neo", "llama", "ministral"):
-        raise InputError(f"{origin}: model_type {form!r}; this GPT reads gpt2, gpt_neo, llama and ministral")
+        raise InputError(
+            f"{origin}: model_type {form!r}; this GPT reads gpt2, gpt_neo, llama and ministral"
+        )
     try:
         if form == "gpt_neo":
             refuse(raw, origin, activation_function=("gelu_new",))
             refuse({"attention_bias": raw.get("attention_bias")}, origin, attention_bias=(False,))
             kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
             return GPTConfig(
-                family="gpt2", vocab_size=raw["vocab_size"], max_length=raw["max_position_embeddings"],
-                n_layer=raw["num_layers"], n_head=raw["num_heads"], n_embd=raw["hidden_size"],
-                n_inner=raw.get("intermediate_size"), norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-                tie_embeddings=raw.get("tie_word_embeddings", True), attention_bias=False, mlp_bias=raw.get("mlp_bias", True),
-                attention_pattern=tuple("local" if kind == "local" else "full" for kind in kinds), window=raw["window_size"],
-            )  # fmt: skip
+                family="gpt2",
+                vocab_size=raw["vocab_size"],
+                max_length=raw["max_position_embeddings"],
+                n_layer=raw["num_layers"],
+                n_head=raw["num_heads"],
+                n_embd=raw["hidden_size"],
+                n_inner=raw.get("intermediate_size"),
+                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+                tie_embeddings=raw.get("tie_word_embeddings", True),
+                attention_bias=False,
+                mlp_bias=raw.get("mlp_bias", True),
+                attention_pattern=tuple("local" if kind == "local" else "full" for kind in kinds),
+                window=raw["window_size"],
+            )
         if form == "gpt2":
-            refuse(raw, origin, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,))
-            refuse(raw, origin, scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False, True))
+            refuse(
+                raw,
+                origin,
+                activation_function=("gelu_new", "gelu_pytorch_tanh"),
+                scale_attn_weights=(True,),
+            )
+            refuse(
+                raw,
+                origin,
+                scale_attn_by_inverse_layer_idx=(False,),
+                reorder_and_upcast_attn=(False, True),
+            )
             return GPTConfig(
-                family="gpt2", vocab_size=raw["vocab_size"], max_length=raw["n_positions"], n_layer=raw["n_layer"],
-                n_head=raw["n_head"], n_embd=raw["n_embd"], n_inner=raw.get("n_inner"),
-                norm_eps=raw.get("layer_norm_epsilon", 1e-5), tie_embeddings=raw.get("tie_word_embeddings", True),
-                attention_bias=raw.get("attention_bias", True), mlp_bias=raw.get("mlp_bias", True),
-            )  # fmt: skip
+                family="gpt2",
+                vocab_size=raw["vocab_size"],
+                max_length=raw["n_positions"],
+                n_layer=raw["n_layer"],
+                n_head=raw["n_head"],
+                n_embd=raw["n_embd"],
+                n_inner=raw.get("n_inner"),
+                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+                tie_embeddings=raw.get("tie_word_embeddings", True),
+                attention_bias=raw.get("attention_bias", True),
+                mlp_bias=raw.get("mlp_bias", True),
+            )
         local = {}
         if form == "ministral":
             kinds = raw.get("layer_types") or ["sliding_attention"] * raw["num_hidden_layers"]
-            local = {"attention_pattern": tuple("local" if kind == "sliding_attention" else "full" for kind in kinds)}
+            local = {
+                "attention_pattern": tuple(
+                    "local" if kind == "sliding_attention" else "full" for kind in kinds
+                )
+            }
             local["window"] = raw["sliding_window"]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         refuse(raw, origin, hidden_act=("silu",))
@@ -232,24 +337,38 @@ def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
         heads = raw["num_attention_heads"]
         refuse(raw, origin, head_dim=(raw["hidden_size"] // heads, None))
         return GPTConfig(
-            family="llama", vocab_size=raw["vocab_size"], max_length=raw["max_position_embeddings"],
-            n_layer=raw["num_hidden_layers"], n_head=heads, n_embd=raw["hidden_size"],
-            n_kv_head=raw.get("num_key_value_heads"), n_inner=raw["intermediate_size"],
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)), norm_eps=raw.get("rms_norm_eps", 1e-6),
+            family="llama",
+            vocab_size=raw["vocab_size"],
+            max_length=raw["max_position_embeddings"],
+            n_layer=raw["num_hidden_layers"],
+            n_head=heads,
+            n_embd=raw["hidden_size"],
+            n_kv_head=raw.get("num_key_value_heads"),
+            n_inner=raw["intermediate_size"],
+            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
+            attention_bias=raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
             **local,
-        )  # fmt: skip
+        )
     except KeyError as error:
         raise InputError(f"{origin}: key {error} is missing") from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a word for a number, a width of 0
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:  # a word for a number, a width of 0
         raise InputError(f"{origin}: config.json describes no model ({error})") from None
 
 
 def refuse(raw: dict[str, Any], origin: str, **allowed: tuple) -> None:
     for key, values in allowed.items():
         if key in raw and raw[key] not in values:
-            raise InputError(f"{origin}: {key} {raw[key]!r} is not supported; this GPT computes {values[0]!r}")
+            raise InputError(
+                f"{origin}: {key} {raw[key]!r} is not supported; this GPT computes {values[0]!r}"
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -279,15 +398,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{index}: damaged; fetch or save the model again") from None
-        if foreign := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        if foreign := [
+            name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+        ]:
             raise InputError(f"{index}: names {foreign[0]}; {UNREAD}")
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
         if not (folder / name).exists():
             others = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-            raise InputError(f"{folder}: no {name}{f', only {others[0]}' if others else ''}; {UNREAD}")
+            raise InputError(
+                f"{folder}: no {name}{f', only {others[0]}' if others else ''}; {UNREAD}"
+            )
         try:
             tensors |= load_file(folder / name)
         except SafetensorError as error:
-            raise InputError(f"{folder / name}: damaged ({error}); fetch or save it again") from None
+            raise InputError(
+                f"{folder / name}: damaged ({error}); fetch or save it again"
+            ) from None
     return tensors

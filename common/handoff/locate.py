@@ -1,4 +1,5 @@
-"""Where a model directory is: here, verified, or on the Hub; and who its parent was. Imports no torch."""
+"""Where a model directory is: here, verified, or on the Hub; and who its parent was. Imports no
+torch."""
 
 import json
 from pathlib import Path
@@ -12,21 +13,28 @@ UNREAD = "weights are read from safetensors only, as a pickle can run code"
 
 
 def locate(path: str, weights: bool = True) -> Path:
-    """A local directory as it is, verified; anything else is a Hub id, fetched without any pickle."""
+    """A local directory as it is, verified; anything else is a Hub id, fetched without any
+    pickle."""
     if Path(path).is_dir():
         verify(Path(path), weights)
         return Path(path)
     if Path(path).is_file():
-        raise InputError(f"{path}: is a file; a model is a directory of config.json and model.safetensors ({UNREAD})")
+        raise InputError(
+            f"{path}: is a file; a model is a directory of config.json and model.safetensors ({UNREAD})"
+        )
     if path.count("/") > 1 or path.startswith((".", "/", "runs/")):
         raise InputError(f"{path}: no such directory; run the stage that makes it first")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
     except Exception as error:  # its errors differ by release; the first line tells
         reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(f"{path}: neither a directory here nor a model that the Hub would give ({reason})") from None
+        raise InputError(
+            f"{path}: neither a directory here nor a model that the Hub would give ({reason})"
+        ) from None
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -1,7 +1,7 @@
 """The hand-off: publish a stage directory in transformers' own layout, load it.
 
-A directory counts once its manifest.json (size and sha256 of every file) is there: it is written last, and removed
-before anything it vouches for is touched.
+A directory counts once its manifest.json (size and sha256 of every file) is there: it is written
+last, and removed before anything it vouches for is touched.
 """
 
 from pathlib import Path
@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from common.handoff.hf import export_config, export_weights, import_config, import_weights, read_config, read_weights
+from common.handoff.hf import (
+    export_config,
+    export_weights,
+    import_config,
+    import_weights,
+    read_config,
+    read_weights,
+)
 from common.handoff.locate import locate, read_stage
 from common.handoff.report import vouch
 from common.model.gpt import GPT, RewardModel
@@ -29,7 +36,8 @@ def publish(
     stage: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write model, tokenizer and stage.json to `folder`, crash-safe. `weights`: the model's state when gathered elsewhere."""
+    """Write model, tokenizer and stage.json to `folder`, crash-safe. `weights`: the model's state
+    when gathered elsewhere."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -37,13 +45,18 @@ def publish(
     config = export_config(model, {"eos_token_id": end, "pad_token_id": padding})
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files = {
-        "stage.json": dump(stage),  # first: with it and no manifest the directory counts as cut short
+        "stage.json": dump(
+            stage
+        ),  # first: with it and no manifest the directory counts as cut short
         "config.json": dump(config),
         "model.safetensors": save(export_weights(model, weights), metadata={"format": "pt"}),
     }
     if isinstance(model, GPT):
-        # Plain sampling is what the model was trained for; greedy and truncation are the caller's choice.
-        files["generation_config.json"] = dump({**tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
+        # Plain sampling is what the model was trained for; greedy and truncation are the caller's
+        # choice.
+        files["generation_config.json"] = dump(
+            {**tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder, sum(map(len, files.values())))
@@ -56,24 +69,31 @@ def publish(
 
 
 def load_config(path: str, kind: Kind | None = None) -> GPTConfig:
-    """Shape of the model of a stage or transformers directory; no weights are read. A wrong kind is an InputError."""
+    """Shape of the model of a stage or transformers directory; no weights are read. A wrong kind is
+    an InputError."""
     folder = locate(path, weights=False)
     raw = read_config(folder)
     found: Kind = "reward" if "SequenceClassification" in str(raw.get("architectures")) else "lm"
     if kind and found != kind:
-        hint = f"; did you mean its parent {parent}?" if (parent := read_stage(path).get("parent")) and kind == "lm" else ""
+        hint = (
+            f"; did you mean its parent {parent}?"
+            if (parent := read_stage(path).get("parent")) and kind == "lm"
+            else ""
+        )
         raise InputError(f"{path} holds a {NAMES[found]}, a {NAMES[kind]} is wanted here{hint}")
     return import_config(raw, str(folder))
 
 
 def check_context(path: str, kind: Kind, length: int, key: str) -> None:
-    """Raise InputError when the model there is not of this kind, or sees fewer than `length` tokens."""
+    """Raise InputError when the model there is not of this kind, or sees fewer than `length`
+    tokens."""
     if length > (context := load_config(path, kind).max_length):
         raise InputError(f"{key} {length}: the model's context is {context} ({path})")
 
 
 def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | RewardModel:
-    """The model of a stage or transformers directory, fp32 on the CPU, in eval mode. A wrong kind is an InputError."""
+    """The model of a stage or transformers directory, fp32 on the CPU, in eval mode. A wrong kind
+    is an InputError."""
     folder, config = locate(path), load_config(path, kind)
     config = GPTConfig(**{**config.__dict__, "dropout": dropout})
     model = GPT(config) if kind == "lm" else RewardModel(config)

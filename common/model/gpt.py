@@ -1,11 +1,14 @@
-"""The GPT, in two families chosen by config, and the scalar-head model that serves as reward model and critic.
+"""The GPT, in two families chosen by config, and the scalar-head model that serves as reward model
+and critic.
 
-Read bottom-up: Attention, MLP, Block, Trunk, GPT. Family "gpt2": learned positions, LayerNorm, GELU, biases
-(Radford 2019). Family "llama": rotary positions (Su 2021), RMSNorm, SwiGLU, grouped heads (Touvron 2023).
+Read bottom-up: Attention, MLP, Block, Trunk, GPT. Family "gpt2": learned positions, LayerNorm,
+GELU, biases (Radford 2019). Family "llama": rotary positions (Su 2021), RMSNorm, SwiGLU, grouped
+heads (Touvron 2023).
 
-Either may alternate full attention with local layers, which see a window of positions (Child 2019; GPT-3).
-Rows are right-padded and contiguous, so causal attention alone keeps padding out: no padding mask anywhere.
-Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads, D head width, C width, V vocabulary.
+Either may alternate full attention with local layers, which see a window of positions (Child 2019;
+GPT-3). Rows are right-padded and contiguous, so causal attention alone keeps padding out: no
+padding mask anywhere. Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads,
+D head width, C width, V vocabulary.
 """
 
 import math
@@ -18,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from common.model.attention import Rope, Tokens, additive, attention, document_mask, needed
 from common.model.cache import KVCache, Slots
-from common.model.cpu.kernels import gelu, layer_norm, linear_logprobs, product_dtype, rms_norm, swiglu
+from common.model.cpu.kernels import (
+    gelu,
+    layer_norm,
+    linear_logprobs,
+    product_dtype,
+    rms_norm,
+    swiglu,
+)
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
 
@@ -47,12 +57,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """gpt2: down(gelu(up(x))). llama (SwiGLU): down(silu(gate) * up), gate and up in one matrix, gate first."""
+    """gpt2: down(gelu(up(x))). llama (SwiGLU): down(silu(gate) * up), gate and up in one matrix,
+    gate first."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.gated = config.family == "llama"
-        self.up = nn.Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.mlp_bias)
+        self.up = nn.Linear(
+            config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.mlp_bias
+        )
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -99,25 +112,41 @@ class Trunk(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.max_length, config.n_embd) if config.family == "gpt2" else None
+        self.wpe = (
+            nn.Embedding(config.max_length, config.n_embd) if config.family == "gpt2" else None
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = norm(config)
         if config.family == "llama":
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_width, 2).float() / config.head_width)
+            frequencies = config.rope_theta ** -(
+                torch.arange(0, config.head_width, 2).float() / config.head_width
+            )
             angles = torch.arange(config.max_length).float()[:, None] * frequencies
-            self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (max_length, D)
-            self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
+            self.register_buffer(
+                "cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False
+            )  # (max_length, D)
+            self.register_buffer(
+                "sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False
+            )
 
     def forward(
-        self, ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, keep: Tensor | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C), or only where `keep` (B, T) is set: (N, C), row by row."""
         T = ids.shape[1]
         end = T if cache is None else cache.longest + T
         if end > self.config.max_length:
-            raise InputError(f"{end} tokens in a row, but the model's context is {self.config.max_length}")
-        positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)  # (B or 1, T)
+            raise InputError(
+                f"{end} tokens in a row, but the model's context is {self.config.max_length}"
+            )
+        positions = (
+            torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)
+        )  # (B or 1, T)
         tokens = None if keep is None else needed(keep)
         x = self.wte(ids if tokens is None else tokens.of(ids))
         dtype = product_dtype(x)  # of queries, keys and values
@@ -127,7 +156,13 @@ class Trunk(nn.Module):
         else:
             rope = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         x = self.dropout(x)
-        mask = cache.mask if cache is not None else None if documents is None else document_mask(documents)
+        mask = (
+            cache.mask
+            if cache is not None
+            else None
+            if documents is None
+            else document_mask(documents)
+        )
         local = None
         if self.config.has_local_layers:
             slots = torch.arange(end, device=ids.device)
@@ -135,7 +170,9 @@ class Trunk(nn.Module):
             local = ((back >= 0) & (back < self.config.window))[:, None]
             local = local if mask is None else local & mask
         mask, local = additive(mask, dtype), additive(local, dtype)
-        for layer, (kind, block) in enumerate(zip(self.config.attention_pattern, self.blocks, strict=True)):
+        for layer, (kind, block) in enumerate(
+            zip(self.config.attention_pattern, self.blocks, strict=True)
+        ):
             slots = None if cache is None else cache.slots(layer)
             inputs = (x, rope, local if kind == "local" else mask, tokens, slots)
             once = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
@@ -146,31 +183,47 @@ class Trunk(nn.Module):
         return x if keep is None else x[keep if tokens is None else tokens.of(keep)]
 
     def initialise(self) -> None:
-        """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases 0."""
+        """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases
+        0."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                nn.init.constant_(
+                    parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                )
             else:
                 residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                )
 
 
 class Head(nn.Linear):
-    """hidden (N, C) -> logits (N, V); with targets (N) -> (log-probs of the targets at `temperature`, entropies if asked)."""
+    """hidden (N, C) -> logits (N, V); with targets (N) -> (log-probs of the targets at
+    `temperature`, entropies if asked)."""
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, entropies: bool = False) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropies: bool = False,
+    ) -> Any:
         if targets is None:
             return super().forward(hidden)
-        logprobs, entropy = linear_logprobs(hidden.flatten(0, -2), self.weight, targets.flatten(), temperature, entropies)
+        logprobs, entropy = linear_logprobs(
+            hidden.flatten(0, -2), self.weight, targets.flatten(), temperature, entropies
+        )
         logprobs = logprobs.view_as(targets)
         return (logprobs, entropy.view_as(targets)) if entropies else logprobs
 
 
 class GPT(nn.Module):
-    """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V), row by row.
+    """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V),
+    row by row.
 
-    `documents` (B, T): the document each token is of, where several are packed into a row; attention stays inside it.
-    With `targets` (B, T) or (N) -> their log-probs, of the same shape, instead of logits; see Head.
+    `documents` (B, T): the document each token is of, where several are packed into a row;
+    attention stays inside it. With `targets` (B, T) or (N) -> their log-probs, of the same shape,
+    instead of logits; see Head.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -193,26 +246,35 @@ class GPT(nn.Module):
         entropies: bool = False,
     ) -> Any:
         hidden = self.trunk(ids, documents=documents, keep=keep)
-        return self.head(hidden) if targets is None else self.head(hidden, targets, temperature, entropies)
+        return (
+            self.head(hidden)
+            if targets is None
+            else self.head(hidden, targets, temperature, entropies)
+        )
 
     def resize_vocabulary(self, size: int) -> None:
-        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new rows are the mean."""
+        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new
+        rows are the mean."""
         old = self.config.vocab_size
         if size <= old:
             return
         self.config = self.trunk.config = replace(self.config, vocab_size=size)
         for module in {self.trunk.wte: 0, self.head: 0}:
             weight = module.weight.data
-            module.weight = nn.Parameter(torch.cat([weight, weight.mean(0, keepdim=True).expand(size - old, -1)]))
+            module.weight = nn.Parameter(
+                torch.cat([weight, weight.mean(0, keepdim=True).expand(size - old, -1)])
+            )
         if self.config.tie_embeddings:
             self.head.weight = self.trunk.wte.weight
 
 
 class RewardModel(nn.Module):
-    """Trunk and scalar head: a score for each row (reward model) or a value for each position (critic).
+    """Trunk and scalar head: a score for each row (reward model) or a value for each position
+    (critic).
 
-    `shift` is subtracted from scores, so that reference answers average 0 (Stiennon 2020, InstructGPT). It lies
-    beside the weights because transformers' classification head has no bias to carry it.
+    `shift` is subtracted from scores, so that reference answers average 0 (Stiennon 2020,
+    InstructGPT). It lies beside the weights because transformers' classification head has no bias
+    to carry it.
     """
 
     def __init__(self, config: GPTConfig, trunk: Trunk | None = None) -> None:
@@ -226,7 +288,8 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
 
     def values(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Score head at every position: (B, T) -> (B, T), or where `keep` (B, T) is set: (N), row by row.
+        """Score head at every position: (B, T) -> (B, T), or where `keep` (B, T) is set: (N), row
+        by row.
 
         In fp32 (bf16 would round small gaps away), shift applied.
         """

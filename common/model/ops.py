@@ -32,7 +32,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / std over the masked entries (N+ detail 14, mean removed), taken in fp64; padding becomes 0."""
+    """(x - mean) / std over the masked entries (N+ detail 14, mean removed), taken in fp64; padding
+    becomes 0."""
     kept = x[mask.bool()].double()
     root = torch.rsqrt(kept.var(correction=0) + 1e-8)
     return torch.where(mask.bool(), ((x - kept.mean()) * root).to(x.dtype), 0)

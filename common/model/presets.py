@@ -11,8 +11,14 @@ from common.program.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
 
-# GPT-3's dense and locally banded layers; the paper does not say how wide a band is (GPT-Neo took 256).
-_GPT3 = {"family": "gpt2", "attention_pattern": ("full", "local"), "window": 256, "max_length": 2048}
+# GPT-3's dense and locally banded layers; the paper does not say how wide a band is (GPT-Neo took
+# 256).
+_GPT3 = {
+    "family": "gpt2",
+    "attention_pattern": ("full", "local"),
+    "window": 256,
+    "max_length": 2048,
+}
 
 
 def _shape(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict[str, Any]:
@@ -30,7 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _shape(24, 16, 1024, max_length=1024),
     "gpt2-large": _shape(36, 20, 1280, max_length=1024),
     "gpt2-xl": _shape(48, 25, 1600, max_length=1024),
-    # Brown 2020, table 2.1. There xl has 24 heads of 128 at width 2048, and 13b is 5140 wide: neither divides; 16 and 5120 do.
+    # Brown 2020, table 2.1. There xl has 24 heads of 128 at width 2048, and 13b is 5140 wide:
+    # neither divides; 16 and 5120 do.
     "gpt3-small": _shape(12, 12, 768, **_GPT3),
     "gpt3-medium": _shape(24, 16, 1024, **_GPT3),
     "gpt3-large": _shape(24, 16, 1536, **_GPT3),
@@ -48,7 +55,8 @@ class ArchitectureConfig:
     """Keys of a new model's shape (ignored when a parent is given)."""
 
     preset: Literal[tuple(PRESETS)] | None = None
-    """A named shape; the keys below change it. Without one: a llama of 4 layers, 4 heads, width 128."""
+    """A named shape; the keys below change it. Without one: a llama of 4 layers, 4 heads, width
+    128."""
     family: Literal["llama", "gpt2"] | None = None
     """llama: rotary positions, RMSNorm, SwiGLU; gpt2: learned positions, LayerNorm, GELU."""
     n_layer: Annotated[int, Field(ge=0)] | None = None
@@ -64,7 +72,8 @@ class ArchitectureConfig:
     context_length: Positive | None = None
     """Positions the model can ever see; null = the preset's, else max_length."""
     attention_pattern: list[Literal["full", "local"]] | None = None
-    """Kinds of layers, repeated: `full local` alternates dense attention with attention to a window (GPT-3)."""
+    """Kinds of layers, repeated: `full local` alternates dense attention with attention to a window
+    (GPT-3)."""
     window: Positive | None = None
     """Positions that a local layer sees, its own among them."""
     attention_bias: bool | None = None
@@ -78,19 +87,37 @@ class ArchitectureConfig:
 
 
 def shape_of(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPTConfig:
-    """The shape that the keys describe: the key given < the preset's < the default. max_length: positions if neither says."""
-    keys = ("family", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "window", "attention_bias", "mlp_bias")
+    """The shape that the keys describe: the key given < the preset's < the default. max_length:
+    positions if neither says."""
+    keys = (
+        "family",
+        "n_layer",
+        "n_head",
+        "n_kv_head",
+        "n_embd",
+        "n_inner",
+        "window",
+        "attention_bias",
+        "mlp_bias",
+    )
     given = {key: value for key in keys if (value := getattr(cfg, key)) is not None}
     given |= {"max_length": cfg.context_length} if cfg.context_length else {}
     given |= {"attention_pattern": tuple(cfg.attention_pattern)} if cfg.attention_pattern else {}
     wanted = {"max_length": max_length, **DEFAULTS, **PRESETS.get(cfg.preset or "", {}), **given}
-    return GPTConfig(vocab_size=vocab_size, tie_embeddings=cfg.tie_embeddings, dropout=cfg.dropout, **wanted)
+    return GPTConfig(
+        vocab_size=vocab_size, tie_embeddings=cfg.tie_embeddings, dropout=cfg.dropout, **wanted
+    )
 
 
 def new_model(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPT:
-    """InputError when its context is shorter than the rows of max_length that it is to learn from."""
+    """InputError when its context is shorter than the rows of max_length that it is to learn
+    from."""
     shape = shape_of(cfg, vocab_size, max_length)
     if max_length > shape.max_length:
-        given = f"context_length {cfg.context_length}" if cfg.context_length else f"preset {cfg.preset}"
-        raise InputError(f"max_length {max_length}: the context of the new model is {shape.max_length} ({given})")
+        given = (
+            f"context_length {cfg.context_length}" if cfg.context_length else f"preset {cfg.preset}"
+        )
+        raise InputError(
+            f"max_length {max_length}: the context of the new model is {shape.max_length} ({given})"
+        )
     return GPT(shape)

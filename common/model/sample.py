@@ -1,8 +1,10 @@
-"""Batched sampling with a KV cache. Finished rows leave the batch; ids and their log-probs come back.
+"""Batched sampling with a KV cache. Finished rows leave the batch; ids and their log-probs come
+back.
 
-Every row draws from a stream of its own (one row of a seeded matrix of uniforms), so what it says does not depend on
-which rows share its batch or on when they finish. Nothing is read from generation_config: what is not an argument
-here does not happen (RLHF: a sampler that differs from the trained policy shows as negative KL).
+Every row draws from a stream of its own (one row of a seeded matrix of uniforms), so what it says
+does not depend on which rows share its batch or on when they finish. Nothing is read from
+generation_config: what is not an argument here does not happen (RLHF: a sampler that differs from
+the trained policy shows as negative KL).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,9 @@ from common.rows.batches import pad
 
 class Sample(NamedTuple):
     ids: list[int]  # the response, with its stop token when it stopped
-    logprobs: list[float]  # of each id under the distribution it was drawn from (greedy: at temperature 1), nats
+    logprobs: list[
+        float
+    ]  # of each id under the distribution it was drawn from (greedy: at temperature 1), nats
     stopped: bool  # False: cut off by max_new_tokens or the context
 
 
@@ -42,20 +46,31 @@ def sample(
 ) -> list[Sample]:
     """One response for each prompt (lists of ids), in the prompts' order.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off. `progress` is called with the number of rows just finished.
-    part (r, n): these are every n-th of more prompts, from the r-th on; they get the answers that they would get among all.
-    Raises InputError for an empty prompt or one that fills the model's context.
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. `progress` is called with the number of
+    rows just finished. part (r, n): these are every n-th of more prompts, from the r-th on; they
+    get the answers that they would get among all. Raises InputError for an empty prompt or one that
+    fills the model's context.
     """
     check(model, prompts, temperature, top_k, top_p)
     first, stride = part
-    uniforms = torch.rand(len(prompts) * stride, max_new_tokens, generator=torch.Generator().manual_seed(seed))[first::stride]
+    uniforms = torch.rand(
+        len(prompts) * stride, max_new_tokens, generator=torch.Generator().manual_seed(seed)
+    )[first::stride]
     # Neighbours of like length share a batch: little padding in the prefill.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     results: list[Sample | None] = [None] * len(prompts)
     with packed(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = sample_batch(model, [prompts[row] for row in rows], uniforms[rows], temperature, top_k, top_p, stop_ids)
+            batch = sample_batch(
+                model,
+                [prompts[row] for row in rows],
+                uniforms[rows],
+                temperature,
+                top_k,
+                top_p,
+                stop_ids,
+            )
             for row, answer in zip(rows, batch, strict=True):
                 results[row] = answer
             if progress:
@@ -78,11 +93,15 @@ def sample_batch(
     training = model.training
     model.eval()
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    limits = (model.config.max_length - lengths).clamp(max=uniforms.shape[1])  # of each row, whoever shares its batch
+    limits = (model.config.max_length - lengths).clamp(
+        max=uniforms.shape[1]
+    )  # of each row, whoever shares its batch
     budget = int(limits.max())
     uniforms = uniforms.to(device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    cache = KVCache(model.config, len(prompts), int((lengths + limits).max()), next(model.parameters()))
+    cache = KVCache(
+        model.config, len(prompts), int((lengths + limits).max()), next(model.parameters())
+    )
 
     hidden = model.trunk(pad(prompts, 0).to(device), cache)
     cache.lengths = lengths  # forget the padding
@@ -106,7 +125,9 @@ def sample_batch(
             waiting = waiting | ended
             if waiting.all():
                 break
-            leaving |= bool(waiting.float().mean() > 0.2)  # it copies the cache of all who stay: worth it for many at once
+            leaving |= bool(
+                waiting.float().mean() > 0.2
+            )  # it copies the cache of all who stay: worth it for many at once
         if leaving:
             staying = (~waiting).nonzero().squeeze(1)
             rows, tokens, waiting = rows[staying], tokens[staying], waiting[staying]
@@ -114,8 +135,16 @@ def sample_batch(
             cache.keep(staying)
         hidden = model.trunk(tokens[:, None], cache)[:, 0]
     model.train(training)
-    ids, logprobs, ends, stopped = ids.t().tolist(), logprobs.t().tolist(), ends.tolist(), stopped.tolist()
-    return [Sample(i[:end], p[:end], s) for i, p, end, s in zip(ids, logprobs, ends, stopped, strict=True)]
+    ids, logprobs, ends, stopped = (
+        ids.t().tolist(),
+        logprobs.t().tolist(),
+        ends.tolist(),
+        stopped.tolist(),
+    )
+    return [
+        Sample(i[:end], p[:end], s)
+        for i, p, end, s in zip(ids, logprobs, ends, stopped, strict=True)
+    ]
 
 
 def stream(
@@ -129,10 +158,13 @@ def stream(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> Iterator[int]:
-    """One response, id by id (the stop token is not yielded); the same ids as `sample` gives for this prompt alone."""
+    """One response, id by id (the stop token is not yielded); the same ids as `sample` gives for
+    this prompt alone."""
     check(model, [prompt], temperature, top_k, top_p)
     device = next(model.parameters()).device
-    uniforms = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    uniforms = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
     budget = min(max_new_tokens, model.config.max_length - len(prompt))
     cache = KVCache(model.config, 1, len(prompt) + budget, next(model.parameters()))
     tokens = torch.tensor([list(prompt)], device=device)
@@ -146,23 +178,34 @@ def stream(
         tokens = token[:, None]
 
 
-def check(model: GPT, prompts: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float) -> None:
+def check(
+    model: GPT, prompts: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float
+) -> None:
     check_prompts(model, prompts)
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 0, 0 < top_p <= 1")
+        raise InputError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 0, 0 < top_p <= 1"
+        )
 
 
 def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
     """InputError for a prompt that is empty or fills the model's context."""
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(f"prompt {row} is empty: a model needs at least one token to go on from")
+            raise InputError(
+                f"prompt {row} is empty: a model needs at least one token to go on from"
+            )
         if len(prompt) >= model.config.max_length:
-            raise InputError(f"prompt {row} has {len(prompt)} tokens, the model's context is {model.config.max_length}")
+            raise InputError(
+                f"prompt {row} has {len(prompt)} tokens, the model's context is {model.config.max_length}"
+            )
 
 
-def pick(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sampled ids (B) and their log-probs (B) from logits (B, V), by inverting the cumulative distribution at uniforms."""
+def pick(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Sampled ids (B) and their log-probs (B) from logits (B, V), by inverting the cumulative
+    distribution at uniforms."""
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, token_logprobs(logits, tokens)
@@ -172,7 +215,8 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the top_k ids and outside the smallest set of ids with mass >= top_p (Holtzman 2020): (B, V)."""
+    """-inf outside the top_k ids and outside the smallest set of ids with mass >= top_p (Holtzman
+    2020): (B, V)."""
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))

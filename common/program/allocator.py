@@ -6,11 +6,12 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Tell the C library to keep freed memory for the next tensor, instead of handing it to the system and back.
+    """Tell the C library to keep freed memory for the next tensor, instead of handing it to the
+    system and back.
 
-    A training step on a CPU frees and takes the same tensors again and again; glibc returns the large ones at once, and
-    the system fills each page anew with zeros when it is first touched: a fifth of a step (LOG.md). Where
-    the C library is another one, nothing happens.
+    A training step on a CPU frees and takes the same tensors again and again; glibc returns the
+    large ones at once, and the system fills each page anew with zeros when it is first touched: a
+    fifth of a step (LOG.md). Where the C library is another one, nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

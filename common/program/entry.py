@@ -12,9 +12,10 @@ from common.program.terminal import one_line
 
 
 def guard(main: Callable[[], int | None]) -> None:
-    """Run main() as a program: exits with the int that it returns, 2 and one line for an InputError, 75 when interrupted
-    with all saved, 130 for Ctrl-C where there was nothing to save, 1 and one line (a traceback above it, if it is a bug, or
-    another process that died) for everything else."""
+    """Run main() as a program: exits with the int that it returns, 2 and one line for an
+    InputError, 75 when interrupted with all saved, 130 for Ctrl-C where there was nothing to save,
+    1 and one line (a traceback above it, if it is a bug, or another process that died) for
+    everything else."""
     rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     who = f"process {rank} of {processes}: " if processes != "1" else ""
     try:
@@ -31,15 +32,23 @@ def guard(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        code = 2 if getattr(error, "errno", None) in (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS) else 1
+        code = (
+            2
+            if getattr(error, "errno", None) in (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS)
+            else 1
+        )
         if code == 2:  # a path that cannot be used
             print(f"{who}error: {one_line(error)}", file=sys.stderr)
         else:
             traceback.print_exc()
             program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
-            print(f"{who}error: {program}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+            print(
+                f"{who}error: {program}: {type(error).__name__}: {one_line(error)}", file=sys.stderr
+            )
     if code:
-        if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1: tell the pipeline
+        if path := os.environ.get(
+            "EXIT_CODE_FILE"
+        ):  # accelerate turns every code into 1: tell the pipeline
             Path(path).write_text(str(code))
         # Where others may wait for this process, no orderly end: it would wait for them.
         sys.stdout.flush(), sys.stderr.flush()

@@ -1,8 +1,10 @@
-"""What can end a program early: bad input, a failure, an interruption. Each is one line to the user."""
+"""What can end a program early: bad input, a failure, an interruption. Each is one line to the
+user."""
 
 
 class InputError(Exception):
-    """Bad input from the user (config, data, directory): one line naming value, place and fix; exit code 2.
+    """Bad input from the user (config, data, directory): one line naming value, place and fix; exit
+    code 2.
 
     `reason`: what a row that it refuses is counted under when such rows are skipped.
     """
@@ -12,7 +14,9 @@ class InputError(Exception):
         self.reason = reason
 
 
-INTERRUPTED = 75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
+INTERRUPTED = (
+    75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
+)
 
 
 class Failure(Exception):

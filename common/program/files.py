@@ -1,4 +1,5 @@
-"""Files that a hand-off consists of: written whole or not at all, checksums over them, and what they say of their origin.
+"""Files that a hand-off consists of: written whole or not at all, checksums over them, and what
+they say of their origin.
 
 Without torch, so that preparing data does not wait for it.
 """
@@ -20,12 +21,16 @@ SPARE = 64 * 2**20  # bytes that a save leaves free on the disk
 
 def write_manifest(folder: Path, files: Sequence[Path]) -> None:
     """Size and sha256 of each file, by its path inside `folder`."""
-    manifest = {str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    manifest = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in files
+    }
     write_atomically(folder / MANIFEST, dump(manifest))
 
 
 def verify(folder: Path, weights: bool = True) -> None:
-    """Raise InputError unless every file is as the manifest says. Directories of other makers have none, and pass.
+    """Raise InputError unless every file is as the manifest says. Directories of other makers have
+    none, and pass.
 
     Without `weights` gigabytes of them are not hashed, where only the other files are read.
     """
@@ -36,7 +41,12 @@ def verify(folder: Path, weights: bool = True) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         wanted = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except (ValueError, AttributeError, TypeError, KeyError):  # ValueError: broken JSON, or no UTF-8
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        KeyError,
+    ):  # ValueError: broken JSON, or no UTF-8
         raise InputError(f"{folder / MANIFEST}: damaged; run the stage again") from None
     for name, (size, digest) in wanted.items():
         file = folder / name
@@ -44,7 +54,9 @@ def verify(folder: Path, weights: bool = True) -> None:
             raise InputError(f"{file}: missing, though {MANIFEST} lists it; run the stage again")
         hashed = weights or file.suffix != ".safetensors"
         if file.stat().st_size != size or (hashed and sha256(file) != digest):
-            raise InputError(f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again")
+            raise InputError(
+                f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again"
+            )
 
 
 def sha256(file: Path) -> str:
@@ -78,7 +90,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise Failure(f"{path}: could not be written ({why}); when it can be, the same command goes on") from None
+        raise Failure(
+            f"{path}: could not be written ({why}); when it can be, the same command goes on"
+        ) from None
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -91,5 +105,7 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     """Atomically: a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
+    temporary.write_text(
+        text, encoding="utf-8", errors="backslashreplace"
+    )  # a lone surrogate becomes JSON's own escape
     temporary.replace(path)

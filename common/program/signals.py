@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT: asking a program to stop, which exits with code 75 where the same command goes on afterwards."""
+"""SIGTERM and SIGINT: asking a program to stop, which exits with code 75 where the same command
+goes on afterwards."""
 
 import os
 import signal
@@ -22,7 +23,8 @@ def release_signals() -> None:
 
 
 def interrupt_with(message: str) -> None:
-    """From here on a signal raises Interrupted wherever this process is: for programs that save as they go."""
+    """From here on a signal raises Interrupted wherever this process is: for programs that save as
+    they go."""
     own = os.getpid()
 
     def handler(number: int, _: Any) -> None:

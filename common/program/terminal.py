@@ -4,5 +4,6 @@ from typing import Any
 
 
 def one_line(text: Any) -> str:
-    """Fit for a terminal: what is quoted from data must neither drive it nor be more than it can encode."""
+    """Fit for a terminal: what is quoted from data must neither drive it nor be more than it can
+    encode."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))

@@ -16,8 +16,11 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def reward_scores(model: RewardModel, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
-    """The score at the last token of each row (prompt, answer and its stop token as ids), in the rows' order."""
+def reward_scores(
+    model: RewardModel, rows: Sequence[Sequence[int]], batch_size: int = 64
+) -> list[float]:
+    """The score at the last token of each row (prompt, answer and its stop token as ids), in the
+    rows' order."""
     device = next(model.parameters()).device
     scores = [0.0] * len(rows)
     for batch in by_length([len(row) for row in rows], batch_size):
@@ -42,14 +45,22 @@ def logprobs_of(
     """
     device = next(model.parameters()).device
     result: list[list[float]] = [[] for _ in prompts]
-    for batch in by_length([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size):
+    for batch in by_length(
+        [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size
+    ):
         ids = pad([[*prompts[i], *responses[i]][:-1] for i in batch], 0).to(device)
         first = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)[:, None]
         length = torch.tensor([len(responses[i]) for i in batch], device=device)[:, None]
         positions = torch.arange(ids.shape[1], device=device)
-        keep = (positions >= first) & (positions < first + length)  # logits there predict the response
-        targets = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long, device=device)
-        found = model(ids, keep, targets=targets, temperature=temperature).split([len(responses[i]) for i in batch])
+        keep = (positions >= first) & (
+            positions < first + length
+        )  # logits there predict the response
+        targets = torch.tensor(
+            [token for i in batch for token in responses[i]], dtype=torch.long, device=device
+        )
+        found = model(ids, keep, targets=targets, temperature=temperature).split(
+            [len(responses[i]) for i in batch]
+        )
         for i, values in zip(batch, found, strict=True):
             result[i] = values.tolist()
     return result

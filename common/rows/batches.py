@@ -20,11 +20,13 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> "Tensor":
     return torch.tensor([[*row, *[value] * (size - len(row))] for row in rows])
 
 
-def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 16) -> list[list[int]]:
+def batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 16
+) -> list[list[int]]:
     """One epoch of row indices in batches; every row once, the last batch may be smaller.
 
-    Shuffled, then sorted by length inside windows of `window` batches, so that a batch pads little; then the batches
-    are shuffled. A pure function of its arguments. The short batch stays last.
+    Shuffled, then sorted by length inside windows of `window` batches, so that a batch pads little;
+    then the batches are shuffled. A pure function of its arguments. The short batch stays last.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths)).tolist()
@@ -38,9 +40,12 @@ def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, wind
 
 
 class Order:
-    """Which rows make up the global batch of a step: a pure function of (seed, step). Epochs follow each other."""
+    """Which rows make up the global batch of a step: a pure function of (seed, step). Epochs follow
+    each other."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, drop_last: bool = False) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, drop_last: bool = False
+    ) -> None:
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.per_epoch = len(lengths) // batch_size if drop_last else -(-len(lengths) // batch_size)
         self.epoch: tuple[int, list[list[int]]] = (-1, [])
@@ -52,8 +57,11 @@ class Order:
         return self.epoch[1][place]
 
 
-def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str, Any]], Any]) -> tuple[list[Row], list[Row]]:
-    """(training, held-out) rows, no prompt on both sides: held out is the last `fraction` of the different prompts.
+def hold_out(
+    rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str, Any]], Any]
+) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows, no prompt on both sides: held out is the last `fraction` of the
+    different prompts.
 
     Raises InputError when that leaves nothing to train on.
     """
@@ -65,19 +73,29 @@ def hold_out(rows: Sequence[Row], fraction: float, prompt_of: Callable[[dict[str
             prompts.append(row.origin)
     different = list(dict.fromkeys(prompts))
     held = set(different[-max(1, int(len(different) * fraction)) :])
-    sides = [[row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side] for side in (False, True)]
+    sides = [
+        [row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side]
+        for side in (False, True)
+    ]
     if not sides[0]:
-        raise InputError(f"{rows[0].origin}: all {len(rows)} rows share the held-out prompts; give eval_data and more prompts")
+        raise InputError(
+            f"{rows[0].origin}: all {len(rows)} rows share the held-out prompts; give eval_data and more prompts"
+        )
     return sides[0], sides[1]
 
 
 def share(
-    rows: Sequence[Any], rank: int, processes: int, micro_batch: int, blank: Callable[[Any], Any] | None = None
+    rows: Sequence[Any],
+    rank: int,
+    processes: int,
+    micro_batch: int,
+    blank: Callable[[Any], Any] | None = None,
 ) -> Iterator[Sequence[Any]]:
-    """This process's part of a global batch, in micro-batches; interleaved, so that lengths stay balanced.
+    """This process's part of a global batch, in micro-batches; interleaved, so that lengths stay
+    balanced.
 
-    Every process gets as many rows as any other (they wait for each other at each forward): where they do not divide,
-    the last ones get blank(row), a row that counts for nothing.
+    Every process gets as many rows as any other (they wait for each other at each forward): where
+    they do not divide, the last ones get blank(row), a row that counts for nothing.
     """
     missing = -len(rows) % processes
     mine = ([*rows, *[blank(rows[-1])] * missing] if missing else rows)[rank::processes]

@@ -1,4 +1,5 @@
-"""Rows and token shards, and the order in which they are seen: a pure function of (seed, step, rank).
+"""Rows and token shards, and the order in which they are seen: a pure function of (seed, step,
+rank).
 
 Nothing here has a position to save: a run that starts again at step s sees what it would have seen.
 """
@@ -20,15 +21,20 @@ SHARD_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 
 
 def scattered(index: int, size: int, keys: Sequence[int]) -> int:
-    """Place of `index` in a permutation of range(size), computed and not held: a Feistel network (Luby and Rackoff 1988) on
-    the next power of four, walked on until it ends inside (Black and Rogaway 2002)."""
+    """Place of `index` in a permutation of range(size), computed and not held: a Feistel network
+    (Luby and Rackoff 1988) on the next power of four, walked on until it ends inside (Black and
+    Rogaway 2002)."""
     half = ((size - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
         for key in keys:
-            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF  # 2^64 over the golden ratio
-            mixed = ((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF  # and one round of splitmix64
+            mixed = (
+                (right ^ key) * 0x9E3779B97F4A7C15
+            ) & 0xFFFFFFFFFFFFFFFF  # 2^64 over the golden ratio
+            mixed = (
+                (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9
+            ) & 0xFFFFFFFFFFFFFFFF  # and one round of splitmix64
             left, right = right, left ^ (mixed >> 32) & mask
         index = left << half | right
         if index < size:
@@ -36,13 +42,16 @@ def scattered(index: int, size: int, keys: Sequence[int]) -> int:
 
 
 class Stream:
-    """Token files, seen as one stream that is cut into rows of length + 1, one every `stride` tokens.
+    """Token files, seen as one stream that is cut into rows of length + 1, one every `stride`
+    tokens.
 
-    Each row is read when it is asked for. Memory-mapped files would be as fast, but the pages that were touched count as
-    this process's memory, which then grows with the shards.
+    Each row is read when it is asked for. Memory-mapped files would be as fast, but the pages that
+    were touched count as this process's memory, which then grows with the shards.
     """
 
-    HELD = 1 << 20  # rows whose order is drawn and held, 8 bytes each; that of more is computed, so that memory stays as it is
+    HELD = (
+        1 << 20
+    )  # rows whose order is drawn and held, 8 bytes each; that of more is computed, so that memory stays as it is
 
     def __init__(self, files: Sequence[Path], dtype: str, length: int, stride: int) -> None:
         self.files, self.dtype = files, np.dtype(SHARD_DTYPES[dtype])
@@ -70,14 +79,17 @@ class Stream:
     def row(self, seed: int, index: int) -> np.ndarray:
         """Row `index` of the endless shuffled stream: (length + 1,).
 
-        Each epoch visits every row once, in an order and at a phase of its own: a pure function of (seed, index).
+        Each epoch visits every row once, in an order and at a phase of its own: a pure function of
+        (seed, index).
         """
         epoch, place = divmod(index, self.rows)
         if (seed, epoch) != self.epoch:
             rng = np.random.default_rng((seed, epoch))
             spare = self.tokens - 1 - self.length - (self.rows - 1) * self.stride
             self.phase = int(rng.integers(spare + 1))
-            self.order = rng.permutation(self.rows) if self.few else rng.integers(1 << 63, size=6).tolist()
+            self.order = (
+                rng.permutation(self.rows) if self.few else rng.integers(1 << 63, size=6).tolist()
+            )
             self.epoch = (seed, epoch)
         row = int(self.order[place]) if self.few else scattered(place, self.rows, self.order)
         start = self.phase + row * self.stride
@@ -85,11 +97,12 @@ class Stream:
 
 
 class Mixture:
-    """Which source gives row `index` of a mixture: a pure function of (seed, index), with no run to replay.
+    """Which source gives row `index` of a mixture: a pure function of (seed, index), with no run to
+    replay.
 
-    Indices come in blocks, and in each a source has the same number of draws, its share. It is spread evenly: one draw,
-    at a random place, in each of as many equal stretches of the block. So after any number of rows a source has had its
-    share of them, give or take 1 + share x sources.
+    Indices come in blocks, and in each a source has the same number of draws, its share. It is
+    spread evenly: one draw, at a random place, in each of as many equal stretches of the block. So
+    after any number of rows a source has had its share of them, give or take 1 + share x sources.
     """
 
     BLOCK = 100_000  # rows; a share is rounded to a multiple of 1 / BLOCK
@@ -106,7 +119,10 @@ class Mixture:
         block, at = divmod(index, self.BLOCK)
         if (seed, block) != self.block:
             rng = np.random.default_rng((seed, block, 1))
-            order = np.argsort(np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.counts]), kind="stable")
+            order = np.argsort(
+                np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.counts]),
+                kind="stable",
+            )
             self.source = np.repeat(np.arange(len(self.counts)), self.counts)[order]
             self.number = np.concatenate([np.arange(n) for n in self.counts])[order]
             self.block = (seed, block)
@@ -115,22 +131,35 @@ class Mixture:
 
 
 class Shards:
-    """A folder made by stages.pretrain.prepare: rows of length + 1 tokens of a split, from one stream or a mixture of them.
+    """A folder made by stages.pretrain.prepare: rows of length + 1 tokens of a split, from one
+    stream or a mixture of them.
 
-    A row starts every `stride` tokens; None: every `length`, so that an epoch predicts each token once.
+    A row starts every `stride` tokens; None: every `length`, so that an epoch predicts each token
+    once.
     """
 
     def __init__(self, folder: str, split: str, length: int, stride: int | None = None) -> None:
         path = Path(folder)
         if stride and stride > length:
-            raise InputError(f"row_stride {stride}: longer than a row (max_length {length}), so text would be left out")
+            raise InputError(
+                f"row_stride {stride}: longer than a row (max_length {length}), so text would be left out"
+            )
         if not (path / "shards.json").exists():
-            raise InputError(f"{folder}: no shards.json there; make it with python -m stages.pretrain.prepare")
+            raise InputError(
+                f"{folder}: no shards.json there; make it with python -m stages.pretrain.prepare"
+            )
         self.meta = json.loads((path / "shards.json").read_text())
-        shares = {source["source"]: source["share"] for source in self.meta.get("sources", ()) if "share" in source}
+        shares = {
+            source["source"]: source["share"]
+            for source in self.meta.get("sources", ())
+            if "share" in source
+        }
         self.shares, self.stride = shares or {folder: 1.0}, stride or length
         names = [f"{split}-{n:02d}-*.bin" for n in range(len(shares))] or [f"{split}-*.bin"]
-        self.streams = [Stream(sorted(path.glob(name)), self.meta["dtype"], length, self.stride) for name in names]
+        self.streams = [
+            Stream(sorted(path.glob(name)), self.meta["dtype"], length, self.stride)
+            for name in names
+        ]
         self.mixture = Mixture(list(self.shares.values()))
         self.tokens = sum(stream.tokens for stream in self.streams)
         if self.tokens != (noted := self.meta.get("tokens", {}).get(split, self.tokens)):
@@ -147,16 +176,21 @@ class Shards:
     def batch(self, seed: int, first: int, count: int) -> "Tensor":
         """Rows first .. first + count - 1 of the endless shuffled stream: (count, length + 1).
 
-        Each is a pure function of (seed, index): the source by the mixture, then the next row of that source, which
-        shows all its rows once before any of them twice.
+        Each is a pure function of (seed, index): the source by the mixture, then the next row of
+        that source, which shows all its rows once before any of them twice.
         """
         import torch
 
         places = (self.mixture.place(seed, index) for index in range(first, first + count))
-        return torch.from_numpy(np.stack([self.streams[source].row(seed, index) for source, index in places]))
+        return torch.from_numpy(
+            np.stack([self.streams[source].row(seed, index) for source, index in places])
+        )
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """Tokens of each source seen in a run of `rows` rows over those that it has; without a mixture of the whole folder."""
-        draws = {name: rows * share / sum(self.shares.values()) for name, share in self.shares.items()}
+        """Tokens of each source seen in a run of `rows` rows over those that it has; without a
+        mixture of the whole folder."""
+        draws = {
+            name: rows * share / sum(self.shares.values()) for name, share in self.shares.items()
+        }
         streams = zip(draws, self.streams, strict=True)
         return {name: draws[name] * stream.length / stream.tokens for name, stream in streams}

@@ -2,11 +2,12 @@
 
     <|system|>text<|user|>text<|assistant|>text<|endoftext|><|user|>...
 
-Each message is its role's control token and its content, nothing between; only an assistant's message ends with
-<|endoftext|>, as it is the only one the model must learn to end. No BOS. Contents are encoded as ordinary text, so what
-a user types can never become a control token. `CHAT_TEMPLATE` gives the same ids and mask through transformers'
-`apply_chat_template`, with one limit that is transformers' own: it tokenizes the joined text, so there an
-"<|endoftext|>" typed by a user does become the control id. Untrusted text goes through `render` and `prompt_ids`.
+Each message is its role's control token and its content, nothing between; only an assistant's
+message ends with <|endoftext|>, as it is the only one the model must learn to end. No BOS. Contents
+are encoded as ordinary text, so what a user types can never become a control token. `CHAT_TEMPLATE`
+gives the same ids and mask through transformers' `apply_chat_template`, with one limit that is
+transformers' own: it tokenizes the joined text, so there an "<|endoftext|>" typed by a user does
+become the control id. Untrusted text goes through `render` and `prompt_ids`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,29 +28,46 @@ class Rendered(NamedTuple):
     """One conversation as the model sees it."""
 
     ids: list[int]  # (T,) token ids
-    mask: list[int]  # (T,) 1 = supervised: an assistant's content and its <|endoftext|>; 0 = context
+    mask: list[
+        int
+    ]  # (T,) 1 = supervised: an assistant's content and its <|endoftext|>; 0 = context
 
 
 def check_messages(messages: Sequence[Mapping]) -> None:
-    """Raise InputError unless `messages` is a non-empty list of known roles with text; callers add file and line."""
+    """Raise InputError unless `messages` is a non-empty list of known roles with text; callers add
+    file and line."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InputError(f"messages must be a non-empty list of {{'role', 'content'}}, not {_short(messages)}", "no messages")
+        raise InputError(
+            f"messages must be a non-empty list of {{'role', 'content'}}, not {_short(messages)}",
+            "no messages",
+        )
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise InputError(f"message {number} must be {{'role', 'content'}}, not {_short(message)}", "wrong type")
+            raise InputError(
+                f"message {number} must be {{'role', 'content'}}, not {_short(message)}",
+                "wrong type",
+            )
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"message {number}: role {_short(role)} is none of {', '.join(ROLES)}", "unknown role")
+            raise InputError(
+                f"message {number}: role {_short(role)} is none of {', '.join(ROLES)}",
+                "unknown role",
+            )
         if not isinstance(content, str):
-            raise InputError(f"message {number} ({role}): content must be text, not {_short(content)}", "wrong type")
+            raise InputError(
+                f"message {number} ({role}): content must be text, not {_short(content)}",
+                "wrong type",
+            )
         if role == "assistant" and not content:
             raise InputError(
-                f"message {number} (assistant): content is empty, there is nothing to learn from it", "empty answer"
+                f"message {number} (assistant): content is empty, there is nothing to learn from it",
+                "empty answer",
             )
 
 
 def render(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> Rendered:
-    """Ids and loss mask of a conversation. Raises InputError as `check_messages` and `Tokenizer.encode` do."""
+    """Ids and loss mask of a conversation. Raises InputError as `check_messages` and
+    `Tokenizer.encode` do."""
     check_messages(messages)
     ids: list[int] = []
     mask: list[int] = []
@@ -66,12 +84,16 @@ def render(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> Rendered:
 def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]:
     """The ids a model is asked to go on from; `messages` must end with the user's.
 
-    With a chat tokenizer they end with <|assistant|>. A base model knows no roles: it gets <|endoftext|> (a document
-    starts), the last message as plain text and a newline; without control tokens the message alone.
+    With a chat tokenizer they end with <|assistant|>. A base model knows no roles: it gets
+    <|endoftext|> (a document starts), the last message as plain text and a newline; without control
+    tokens the message alone.
     """
     check_messages(messages)
     if messages[-1]["role"] != "user":
-        raise InputError(f"a prompt must end with the user's message, not the {messages[-1]['role']}'s", "no prompt")
+        raise InputError(
+            f"a prompt must end with the user's message, not the {messages[-1]['role']}'s",
+            "no prompt",
+        )
     if not tokenizer.has_control:
         return tokenizer.encode(messages[-1]["content"])
     if not tokenizer.chat:
@@ -80,34 +102,45 @@ def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]
 
 
 def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """The ids that end an answer: <|endoftext|> alone, or none for a tokenizer without control tokens."""
+    """The ids that end an answer: <|endoftext|> alone, or none for a tokenizer without control
+    tokens."""
     return (tokenizer.eot_id,) if tokenizer.has_control else ()
 
 
 def rows_to_messages(row: Mapping) -> list[Message]:
-    """Messages of a data row that ends with an answer, by the columns it has (a None column counts as absent).
+    """Messages of a data row that ends with an answer, by the columns it has (a None column counts
+    as absent).
 
-    `messages` | `prompt` + `completion`, each text or messages | Alpaca `instruction`, `input`, `output` | ShareGPT
-    `conversations` of `from`, `value`. Raises InputError naming the columns found when they are none of these.
+    `messages` | `prompt` + `completion`, each text or messages | Alpaca `instruction`, `input`,
+    `output` | ShareGPT `conversations` of `from`, `value`. Raises InputError naming the columns
+    found when they are none of these.
     """
     messages = _read_columns(row, with_answer=True)
     if messages[-1]["role"] != "assistant":
-        raise InputError(f"the last message is the {messages[-1]['role']}'s, there is no answer to learn from", "no answer")
+        raise InputError(
+            f"the last message is the {messages[-1]['role']}'s, there is no answer to learn from",
+            "no answer",
+        )
     return messages
 
 
 def rows_to_prompt(row: Mapping) -> list[Message]:
-    """Messages of a data row up to the user's last: a row of `rows_to_messages`, or one without an answer."""
+    """Messages of a data row up to the user's last: a row of `rows_to_messages`, or one without an
+    answer."""
     messages = _read_columns(row, with_answer=False)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
-        raise InputError("the row has no user's message at its end, or right before its answer, to be the prompt", "no prompt")
+        raise InputError(
+            "the row has no user's message at its end, or right before its answer, to be the prompt",
+            "no prompt",
+        )
     return messages
 
 
 def comparison_prompt(row: Mapping) -> list[Message]:
-    """Messages of a comparison's prompt: `prompt` (text or messages), `conversations`, or `chosen` less its last message.
+    """Messages of a comparison's prompt: `prompt` (text or messages), `conversations`, or `chosen`
+    less its last message.
 
     Raises InputError naming the columns found when there is none of these.
     """
@@ -117,7 +150,8 @@ def comparison_prompt(row: Mapping) -> list[Message]:
     if prompt is None or prompt == []:
         found = ", ".join(sorted(map(str, row))) or "none"
         raise InputError(
-            f"columns found: {found}; a comparison needs prompt (or conversations), and answers or chosen", "columns"
+            f"columns found: {found}; a comparison needs prompt (or conversations), and answers or chosen",
+            "columns",
         )
     messages = [_sharegpt(turn) for turn in _side(prompt, "user")]
     check_messages(messages)
@@ -129,21 +163,34 @@ def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:
     if "messages" in has:
         messages = row["messages"]
     elif "prompt" in has and ("completion" in has or not with_answer):
-        messages = _side(row["prompt"], "user") + (_side(row["completion"], "assistant") if with_answer else [])
+        messages = _side(row["prompt"], "user") + (
+            _side(row["completion"], "assistant") if with_answer else []
+        )
     elif "instruction" in has and ("output" in has or not with_answer):
-        messages = [_alpaca_user(row), *([{"role": "assistant", "content": row["output"]}] if with_answer else [])]
+        messages = [
+            _alpaca_user(row),
+            *([{"role": "assistant", "content": row["output"]}] if with_answer else []),
+        ]
     elif isinstance(row.get("conversations"), list):
         messages = [_sharegpt(turn) for turn in row["conversations"]]
     else:
         found = ", ".join(sorted(map(str, has))) or "none"
-        accepted = "prompt, completion | instruction, (input,) output" if with_answer else "prompt | instruction, (input)"
-        raise InputError(f"columns found: {found}; accepted: messages | {accepted} | conversations (a list)", "columns")
+        accepted = (
+            "prompt, completion | instruction, (input,) output"
+            if with_answer
+            else "prompt | instruction, (input)"
+        )
+        raise InputError(
+            f"columns found: {found}; accepted: messages | {accepted} | conversations (a list)",
+            "columns",
+        )
     check_messages(messages)
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def colour_preview(tokenizer: "Tokenizer", ids: Sequence[int], mask: Sequence[int]) -> Text:
-    """The decoded text with supervised tokens in green and the others dim; unprintable characters as escapes."""
+    """The decoded text with supervised tokens in green and the others dim; unprintable characters
+    as escapes."""
     preview = Text()
     start = 0
     for end in range(1, len(ids) + 1):
@@ -157,14 +204,20 @@ def colour_preview(tokenizer: "Tokenizer", ids: Sequence[int], mask: Sequence[in
 
 def _side(value: object, role: str) -> list:
     if not isinstance(value, str | list):
-        raise InputError(f"the {role}'s side must be text or a list of messages, not {_short(value)}", "wrong type")
+        raise InputError(
+            f"the {role}'s side must be text or a list of messages, not {_short(value)}",
+            "wrong type",
+        )
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _alpaca_user(row: Mapping) -> Message:
     instruction, extra = row["instruction"], row.get("input") or ""
     if not isinstance(instruction, str) or not isinstance(extra, str):
-        raise InputError(f"instruction and input must be text, not {_short(instruction)} and {_short(extra)}", "wrong type")
+        raise InputError(
+            f"instruction and input must be text, not {_short(instruction)} and {_short(extra)}",
+            "wrong type",
+        )
     return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
 
 

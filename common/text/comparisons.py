@@ -1,4 +1,5 @@
-"""A row of comparisons -> ids: `prompt`, `answers`, `ranks` (K answers ranked), or `prompt`, `chosen`, `rejected`."""
+"""A row of comparisons -> ids: `prompt`, `answers`, `ranks` (K answers ranked), or `prompt`,
+`chosen`, `rejected`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,32 +11,44 @@ from common.text.tokenizer import Tokenizer
 
 
 class Ranked(NamedTuple):
-    answers: list[list[int]]  # prompt and answer, K of them; with the end token unless the answer was cut off
+    answers: list[
+        list[int]
+    ]  # prompt and answer, K of them; with the end token unless the answer was cut off
     ranks: list[float]  # 0 = best
     sources: list[str]  # who wrote each: "policy" is the SFT model
 
 
 def side(value: Any) -> str:
-    """The text of `chosen` or `rejected`: plain, a message, or messages of which the last is the answer."""
+    """The text of `chosen` or `rejected`: plain, a message, or messages of which the last is the
+    answer."""
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         value = value[-1]
     if isinstance(value, Mapping):
         value = value.get("content", value.get("value"))
     if not isinstance(value, str):
-        raise InputError(f"an answer must be text or a message, not {str(value)[:60]!r}", "wrong type")
+        raise InputError(
+            f"an answer must be text or a message, not {str(value)[:60]!r}", "wrong type"
+        )
     return value
 
 
 def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
-    """Raises InputError for a row that is no comparison; `stopped` (default: all) and `sources` (people) may be absent."""
-    given = {name: row[name] for name in ("answers", "ranks", "stopped", "sources") if row.get(name) is not None}
+    """Raises InputError for a row that is no comparison; `stopped` (default: all) and `sources`
+    (people) may be absent."""
+    given = {
+        name: row[name]
+        for name in ("answers", "ranks", "stopped", "sources")
+        if row.get(name) is not None
+    }
     for name, values in given.items():
         if not isinstance(values, list):
             raise InputError(f"{name} must be a list, not {str(values)[:60]!r}", "wrong type")
     start = prompt_ids(tokenizer, comparison_prompt(row))
     if not given.get("answers"):
         if lacking := [name for name in ("chosen", "rejected") if row.get(name) is None]:
-            raise InputError(f"no column {lacking[0]!r}; need answers + ranks or chosen + rejected", "columns")
+            raise InputError(
+                f"no column {lacking[0]!r}; need answers + ranks or chosen + rejected", "columns"
+            )
         given["answers"] = [row["chosen"], row["rejected"]]
     texts = [side(text) for text in given["answers"]]
     ranks = given.get("ranks", [0, 1])

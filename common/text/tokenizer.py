@@ -1,9 +1,10 @@
 """Tokenizers: byte-level BPE (trained here, or GPT-2's own files) and single characters.
 
-The directory is transformers' (`tokenizer.json`, `tokenizer_config.json`), so AutoTokenizer opens it and gives the same
-ids. Encoding itself is tiktoken's, from the same merges: several times faster, and it never looks for control tokens in
-text. AutoTokenizer does: by its default it turns a "<|endoftext|>" inside ordinary text into the control id. Text from
-outside therefore goes through `Tokenizer.encode` and `common.text.chat.render`.
+The directory is transformers' (`tokenizer.json`, `tokenizer_config.json`), so AutoTokenizer opens
+it and gives the same ids. Encoding itself is tiktoken's, from the same merges: several times
+faster, and it never looks for control tokens in text. AutoTokenizer does: by its default it turns a
+"<|endoftext|>" inside ordinary text into the control id. Text from outside therefore goes through
+`Tokenizer.encode` and `common.text.chat.render`.
 """
 
 import json
@@ -23,19 +24,27 @@ from common.text.template import CHAT_TEMPLATE
 
 CONTROL = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 
-# How text is cut before merging: contractions, words with one leading mark or space, 1-3 digits with a leading space
-# or none (so " 17" can be one token), punctuation, line ends, other space. Without (?i:) and `$`, which Oniguruma
-# (tokenizers) and Rust (tiktoken) read differently; space runs are bounded, as a million overflow tiktoken's stack.
+# How text is cut before merging: contractions, words with one leading mark or space, 1-3 digits
+# with a leading space or none (so " 17" can be one token), punctuation, line ends, other space.
+# Without (?i:) and `$`, which Oniguruma (tokenizers) and Rust (tiktoken) read differently; space
+# runs are bounded, as a million overflow tiktoken's stack.
 PATTERN = (
     r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s{0,256}[\r\n]|\s{1,256}(?!\S)|\s"
 )
-# What ByteLevel(use_regex=True) of tokenizer.json means; `\s++$` is tiktoken's own guard for long runs of space.
+# What ByteLevel(use_regex=True) of tokenizer.json means; `\s++$` is tiktoken's own guard for long
+# runs of space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
 ANY_CHARACTER = r"[\s\S]"
-# Where a long text may be cut, as no match of the pattern reaches across, nor looks there: the ids stay the same.
+# Where a long text may be cut, as no match of the pattern reaches across, nor looks there: the ids
+# stay the same.
 GAPS = {PATTERN: r"\S(?= )|\n(?=\S)", GPT2_PATTERN: r"\S(?=[ \n])", ANY_CHARACTER: ANY_CHARACTER}
-_NO_REGEX = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_NO_REGEX = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": False,
+    "use_regex": False,
+}
 
 
 def _split(pattern: str) -> dict:
@@ -43,81 +52,122 @@ def _split(pattern: str) -> dict:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte (its encoder.py): printable Latin-1 as itself, others from U+0100."""
+    """GPT-2's printable stand-in for each byte (its encoder.py): printable Latin-1 as itself,
+    others from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 _BYTE_OF = _byte_alphabet()
 
 
 def _pattern(pre_tokenizer: dict) -> str:
-    """tiktoken's pattern for a pre-tokenizer of tokenizer.json. Raises InputError for one that is not byte-level."""
+    """tiktoken's pattern for a pre-tokenizer of tokenizer.json. Raises InputError for one that is
+    not byte-level."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     byte_level = parts[-1]
     if byte_level["type"] == "ByteLevel" and not byte_level["add_prefix_space"]:
         if len(parts) == 1 and byte_level.get("use_regex", True):
             return GPT2_PATTERN
-        if len(parts) == 2 and not byte_level["use_regex"] and parts[0] == _split(parts[0]["pattern"]["Regex"]):
+        if (
+            len(parts) == 2
+            and not byte_level["use_regex"]
+            and parts[0] == _split(parts[0]["pattern"]["Regex"])
+        ):
             return parts[0]["pattern"]["Regex"]
-    raise InputError(f"only byte-level BPE is read, not the pre-tokenizer {json.dumps(pre_tokenizer)[:150]}")
+    raise InputError(
+        f"only byte-level BPE is read, not the pre-tokenizer {json.dumps(pre_tokenizer)[:150]}"
+    )
 
 
 def _read_parts(directory: Path) -> tuple[dict, dict, list[str]]:
-    """model, pre_tokenizer and control names of a directory, checked to be what tiktoken can encode."""
+    """model, pre_tokenizer and control names of a directory, checked to be what tiktoken can
+    encode."""
     if (directory / "tokenizer.json").is_file():
         found = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     elif (directory / "vocab.json").is_file():
         lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-        model = {"vocab": json.loads((directory / "vocab.json").read_text(encoding="utf-8")), "merges": merges}
+        model = {
+            "vocab": json.loads((directory / "vocab.json").read_text(encoding="utf-8")),
+            "merges": merges,
+        }
         found = {"model": model, "pre_tokenizer": _NO_REGEX | {"use_regex": True}}
     else:
         raise InputError("no tokenizer.json (nor vocab.json and merges.txt) in it")
     model, pre_tokenizer = found["model"], found["pre_tokenizer"]
     added = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
     vocab, special = model["vocab"] | added, list(added)
-    if found.get("normalizer") or not all(token["special"] for token in found.get("added_tokens", ())):
-        raise InputError("a normalizer, or added tokens that are not special, change ordinary text: not supported")
+    if found.get("normalizer") or not all(
+        token["special"] for token in found.get("added_tokens", ())
+    ):
+        raise InputError(
+            "a normalizer, or added tokens that are not special, change ordinary text: not supported"
+        )
     if model.get("type") == "WordLevel" and pre_tokenizer == _split(ANY_CHARACTER):
         return model, pre_tokenizer, special
-    if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    if (
+        model.get("type", "BPE") != "BPE"
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
         raise InputError(f"only byte-level BPE is read, not a {model.get('type')} model")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = ["".join(pair) for pair in merges]
     if lacking := [token for token in (*_BYTE_OF, *merged) if token not in vocab]:
         raise InputError(f"only byte-level BPE is read; this vocabulary lacks {lacking[0]!r}")
     if any(vocab[a] >= vocab[b] for a, b in pairwise(merged)):
-        raise InputError("its ids do not follow the order of its merges, so tiktoken cannot encode with them")
+        raise InputError(
+            "its ids do not follow the order of its merges, so tiktoken cannot encode with them"
+        )
     special += vocab.keys() - set(merged) - _BYTE_OF.keys() - set(special)
-    return {"type": "BPE", "vocab": vocab, "merges": merges}, pre_tokenizer, sorted(special, key=vocab.get)
+    return (
+        {"type": "BPE", "vocab": vocab, "merges": merges},
+        pre_tokenizer,
+        sorted(special, key=vocab.get),
+    )
 
 
 def check_text(text: str) -> str:
-    """The text. Raises InputError, telling the place, when it has a lone surrogate and so no UTF-8."""
+    """The text. Raises InputError, telling the place, when it has a lone surrogate and so no
+    UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         what = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start} of the text, not valid Unicode"
-        raise InputError(f"{what}: decode it again from its source, or drop it", "lone surrogate") from None
+        raise InputError(
+            f"{what}: decode it again from its source, or drop it", "lone surrogate"
+        ) from None
     return text
 
 
 class Tokenizer:
-    """Text <-> ids, made by `train_bpe`, `characters` or `load`. The ids of `CONTROL` close the vocabulary, in that order.
+    """Text <-> ids, made by `train_bpe`, `characters` or `load`. The ids of `CONTROL` close the
+    vocabulary, in that order.
 
-    Characters may do without them (`has_control` False): such a model goes on with text, and no document ever ends.
+    Characters may do without them (`has_control` False): such a model goes on with text, and no
+    document ever ends.
     """
 
     def __init__(
-        self, model: dict, pre_tokenizer: dict, special: Sequence[str] = (), template: str | None = None, control: bool = True
+        self,
+        model: dict,
+        pre_tokenizer: dict,
+        special: Sequence[str] = (),
+        template: str | None = None,
+        control: bool = True,
     ):
-        """model, pre_tokenizer: those objects of a tokenizer.json; special: names in the vocabulary, not text."""
+        """model, pre_tokenizer: those objects of a tokenizer.json; special: names in the
+        vocabulary, not text."""
         vocab: dict[str, int] = dict(model["vocab"])
         missing = [name for name in CONTROL if name not in special and control]
         if clash := [name for name in missing if name in vocab]:
-            raise InputError(f"the vocabulary has {clash[0]!r} as ordinary text; it must be a control token")
+            raise InputError(
+                f"the vocabulary has {clash[0]!r} as ordinary text; it must be a control token"
+            )
         vocab |= {name: len(vocab) + i for i, name in enumerate(missing)}
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise InputError(f"the {len(vocab)} token ids are not 0..{len(vocab) - 1} without gaps")
@@ -128,7 +178,9 @@ class Tokenizer:
         self.vocab_size = len(vocab)
         self.has_control = control
         gap = GAPS.get(_pattern(pre_tokenizer) if model["type"] != "WordLevel" else ANY_CHARACTER)
-        self.gap = gap and re.compile(gap)  # a text may be cut behind a match; None: nobody knows where
+        self.gap = gap and re.compile(
+            gap
+        )  # a text may be cut behind a match; None: nobody knows where
         self._control = set(self._special.values())
         text_vocab = {token: i for token, i in vocab.items() if token not in self._special}
         if model["type"] == "WordLevel":
@@ -137,29 +189,44 @@ class Tokenizer:
         else:
             ranks = {bytes(_BYTE_OF[char] for char in token): i for token, i in text_vocab.items()}
             cut = _pattern(pre_tokenizer)
-            self._tiktoken = tiktoken.Encoding("ours", pat_str=cut, mergeable_ranks=ranks, special_tokens={})
-        self._bytes = {i: token for token, i in ranks.items()} | {i: s.encode() for s, i in self._special.items()}
+            self._tiktoken = tiktoken.Encoding(
+                "ours", pat_str=cut, mergeable_ranks=ranks, special_tokens={}
+            )
+        self._bytes = {i: token for token, i in ranks.items()} | {
+            i: s.encode() for s, i in self._special.items()
+        }
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE of exactly `vocab_size` ids (else InputError), bytes and control included; same texts, same file."""
+        """Byte-level BPE of exactly `vocab_size` ids (else InputError), bytes and control included;
+        same texts, same file."""
         if vocab_size < 256 + len(CONTROL):
-            raise InputError(f"vocab_size {vocab_size} is below {256 + len(CONTROL)} (256 bytes, 5 control tokens)")
+            raise InputError(
+                f"vocab_size {vocab_size} is below {256 + len(CONTROL)} (256 bytes, 5 control tokens)"
+            )
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [_split(PATTERN), _NO_REGEX]}
         empty = {"type": "BPE", "vocab": {}, "merges": []}
-        backend = tokenizers.Tokenizer.from_str(json.dumps({"model": empty, "pre_tokenizer": pre_tokenizer}))
+        backend = tokenizers.Tokenizer.from_str(
+            json.dumps({"model": empty, "pre_tokenizer": pre_tokenizer})
+        )
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - len(CONTROL), min_frequency=2, initial_alphabet=list(_BYTE_OF), show_progress=False
+            vocab_size=vocab_size - len(CONTROL),
+            min_frequency=2,
+            initial_alphabet=list(_BYTE_OF),
+            show_progress=False,
         )
         backend.train_from_iterator((check_text(text) for text in texts), trainer)
         trained = json.loads(backend.to_str())["model"]
         if (got := len(trained["vocab"]) + len(CONTROL)) < vocab_size:
-            raise InputError(f"vocab_size {vocab_size} is more than the texts yield: set it to {got} or give more text")
+            raise InputError(
+                f"vocab_size {vocab_size} is more than the texts yield: set it to {got} or give more text"
+            )
         return cls({key: trained[key] for key in empty}, pre_tokenizer)
 
     @classmethod
     def characters(cls, texts: Iterable[str], control: bool = True) -> "Tokenizer":
-        """One id for each character of the texts, in code point order; `encode` refuses any other character.
+        """One id for each character of the texts, in code point order; `encode` refuses any other
+        character.
 
         control False: these are all its ids.
         """
@@ -167,15 +234,22 @@ class Tokenizer:
         for text in texts:
             chars.update(check_text(text))
         vocab = {char: i for i, char in enumerate(sorted(chars))}
-        # unk_token is left out of the vocabulary on purpose: tokenizers then refuses an unknown character as we do.
-        return cls({"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}, _split(ANY_CHARACTER), control=control)
+        # unk_token is left out of the vocabulary on purpose: tokenizers then refuses an unknown
+        # character as we do.
+        return cls(
+            {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+            _split(ANY_CHARACTER),
+            control=control,
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read our own directory, or any byte-level BPE one of transformers (GPT-2's: tokenizer.json or vocab.json).
+        """Read our own directory, or any byte-level BPE one of transformers (GPT-2's:
+        tokenizer.json or vocab.json).
 
-        A control token the directory has keeps its id, the others are appended. A chat template other than ours is not
-        taken over (one warning), as `chat.render` would not agree with it. Raises InputError on any other tokenizer.
+        A control token the directory has keeps its id, the others are appended. A chat template
+        other than ours is not taken over (one warning), as `chat.render` would not agree with it.
+        Raises InputError on any other tokenizer.
         """
         directory = Path(directory)
         try:
@@ -184,16 +258,22 @@ class Tokenizer:
             ours = template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
             if template.is_file() and not ours:
                 warnings.warn(f"{template}: not this project's chat format, left out", stacklevel=2)
-            control = parts[0]["type"] != "WordLevel" or bool(parts[2])  # characters are our own kind: none means none
+            control = parts[0]["type"] != "WordLevel" or bool(
+                parts[2]
+            )  # characters are our own kind: none means none
             return cls(*parts, CHAT_TEMPLATE if ours else None, control)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{directory}: no readable tokenizer ({type(error).__name__}: {error})") from error
+            raise InputError(
+                f"{directory}: no readable tokenizer ({type(error).__name__}: {error})"
+            ) from error
 
     def _id_of(self, name: str) -> int:
         if name not in self._special:
-            raise InputError(f"the tokenizer has no {name}: a model of bare characters can only go on with text")
+            raise InputError(
+                f"the tokenizer has no {name}: a model of bare characters can only go on with text"
+            )
         return self._special[name]
 
     @property
@@ -219,7 +299,8 @@ class Tokenizer:
         return Tokenizer(self._model, self._pre_tokenizer, tuple(self._special), CHAT_TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, so "<|endoftext|>" stays text. InputError on a lone surrogate or unknown character."""
+        """Ids of ordinary text, so "<|endoftext|>" stays text. InputError on a lone surrogate or
+        unknown character."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -231,11 +312,17 @@ class Tokenizer:
         try:
             if len(texts) == 1:  # a pool of threads costs more than one text
                 return [self._tiktoken.encode_ordinary(texts[0])]
-            return self._tiktoken.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
-        except BaseException as error:  # a Rust panic derives from BaseException; GPT-2's pattern on 10^6 spaces
+            return self._tiktoken.encode_ordinary_batch(
+                list(texts), num_threads=os.cpu_count() or 1
+            )
+        except (
+            BaseException
+        ) as error:  # a Rust panic derives from BaseException; GPT-2's pattern on 10^6 spaces
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError("the text holds a run of some million spaces: shorten it", "long run of spaces") from None
+            raise InputError(
+                "the text holds a run of some million spaces: shorten it", "long run of spaces"
+            ) from None
 
     def _char_id(self, text: str, index: int) -> int:
         try:
@@ -246,23 +333,32 @@ class Tokenizer:
             raise InputError(f"{what} is {known}", "unknown character") from None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token (a control token's name). Raises KeyError for an id outside the vocabulary."""
+        """The bytes of one token (a control token's name). Raises KeyError for an id outside the
+        vocabulary."""
         return self._bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. Raises KeyError for an id outside the vocabulary."""
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. Raises KeyError for an id outside the
+        vocabulary."""
         skip = self._control if skip_control else ()
-        return b"".join(self._bytes[i] for i in ids if i not in skip).decode("utf-8", errors="replace")
+        return b"".join(self._bytes[i] for i in ids if i not in skip).decode(
+            "utf-8", errors="replace"
+        )
 
     def to_json(self) -> str:
         """The text of tokenizer.json, the same for the same tokenizer."""
         ordered = sorted(self._model["vocab"].items(), key=lambda item: item[1])
-        control = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        control = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
+            "special": True
+        }
         content = {
             "version": "1.0",
-            "added_tokens": [{"id": i, "content": name} | control for name, i in ordered if i in self._control],
+            "added_tokens": [
+                {"id": i, "content": name} | control for name, i in ordered if i in self._control
+            ],
             "pre_tokenizer": self._pre_tokenizer,
-            "post_processor": None,  # no BOS; and offsets keep leading spaces, which the assistant mask is made from
+            # no BOS; and offsets keep leading spaces, which the assistant mask is made from
+            "post_processor": None,
             "decoder": {"type": "Fuse"} if self._tiktoken is None else _NO_REGEX,
             "model": self._model | {"vocab": dict(ordered)},
         }
@@ -277,10 +373,14 @@ class Tokenizer:
         config |= {"padding_side": "right", "clean_up_tokenization_spaces": False}
         config |= {} if max_length is None else {"model_max_length": max_length}
         (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
         (directory / "chat_template.jinja").unlink(missing_ok=True)
         if self.template is not None:
-            (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8", newline="\n")
+            (directory / "chat_template.jinja").write_text(
+                self.template, encoding="utf-8", newline="\n"
+            )
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
@@ -289,6 +389,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def translate(ids: Sequence[int], source: Tokenizer, target: Tokenizer) -> list[int]:
-    """A response's ids in another vocabulary: its text encoded anew, and the end token where it has one."""
+    """A response's ids in another vocabulary: its text encoded anew, and the end token where it has
+    one."""
     ended = bool(ids) and ids[-1] == source.eot_id
     return [*target.encode(source.decode(ids)), *([target.eot_id] if ended else [])]

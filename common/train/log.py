@@ -1,4 +1,5 @@
-"""What a run says as it goes: lines on the terminal, metrics.jsonl, samples.jsonl, a progress bar."""
+"""What a run says as it goes: lines on the terminal, metrics.jsonl, samples.jsonl, a progress
+bar."""
 
 import json
 import math
@@ -18,7 +19,8 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class Laps:
-    """Seconds that the parts of a step take, by name, as metrics: lap("sampling") ends the part that began at the last lap."""
+    """Seconds that the parts of a step take, by name, as metrics: lap("sampling") ends the part
+    that began at the last lap."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -33,13 +35,18 @@ class Laps:
 class Log:
     """Of the main process; the others keep silent."""
 
-    def __init__(self, stage: str, folder: Path, main: bool, tracker: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self, stage: str, folder: Path, main: bool, tracker: Callable[..., None] | None = None
+    ) -> None:
         self.stage, self.folder, self.main, self.tracker = stage, folder, main, tracker
         self.last: dict[str, float] = {}  # newest metrics, by name
         self.bar: tqdm | None = None
 
-    def progress(self, total: int, done: int = 0, unit: str = "step", label: str | None = None) -> tqdm:
-        """A progress bar on the main process, where someone watches; log lines appear above it, or alone in a file."""
+    def progress(
+        self, total: int, done: int = 0, unit: str = "step", label: str | None = None
+    ) -> tqdm:
+        """A progress bar on the main process, where someone watches; log lines appear above it, or
+        alone in a file."""
         watched = self.main and sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
@@ -63,7 +70,11 @@ class Log:
         self.last |= metrics
         if not self.main:
             return
-        self.say(f"{self.stage} {step:>5}  " + "  ".join(f"{k} {number(v)}" for k, v in metrics.items()) + note)
+        self.say(
+            f"{self.stage} {step:>5}  "
+            + "  ".join(f"{k} {number(v)}" for k, v in metrics.items())
+            + note
+        )
         self.append("metrics.jsonl", {"step": step, **metrics})
         if self.tracker:
             self.tracker(metrics, step=step)
@@ -75,7 +86,12 @@ class Log:
         for i, row in enumerate(samples):
             self.append("samples.jsonl", {"step": step, **row})
             if i < shown:
-                self.say("  " + "  ".join(f"{k}: {v!r}" if isinstance(v, str) else f"{k}: {v}" for k, v in row.items()))
+                self.say(
+                    "  "
+                    + "  ".join(
+                        f"{k}: {v!r}" if isinstance(v, str) else f"{k}: {v}" for k, v in row.items()
+                    )
+                )
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
@@ -91,12 +107,16 @@ class Log:
         return {name: (self.folder / name).stat().st_size for name in LOGS} if self.main else {}
 
     def cut_back(self, sizes: Mapping[str, int]) -> None:
-        """Drop the lines written after a save that noted `sizes`: they are about to be written again."""
+        """Drop the lines written after a save that noted `sizes`: they are about to be written
+        again."""
         for name, size in sizes.items() if self.main else ():
             file = self.folder / name
             file.touch()
             if file.stat().st_size < size:
-                warnings.warn(f"{file}: lines are missing that were there when the state was saved", stacklevel=2)
+                warnings.warn(
+                    f"{file}: lines are missing that were there when the state was saved",
+                    stacklevel=2,
+                )
                 size = file.read_bytes().rfind(b"\n") + 1
             os.truncate(file, size)
 

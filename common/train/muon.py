@@ -1,6 +1,8 @@
-"""Muon (Jordan 2024) on the matrices inside the blocks, AdamW on everything else: one optimizer, wherever it runs.
+"""Muon (Jordan 2024) on the matrices inside the blocks, AdamW on everything else: one optimizer,
+wherever it runs.
 
-torch.optim.Muon needs whole matrices; ZeRO gives an optimizer flat pieces. This one puts a matrix together for its update.
+torch.optim.Muon needs whole matrices; ZeRO gives an optimizer flat pieces. This one puts a matrix
+together for its update.
 """
 
 import math
@@ -18,7 +20,8 @@ TOGETHER = 2**23  # elements that go through the iterations at once
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Five Newton-Schulz iterations in `dtype`: about U V^T of the singular value decomposition of each matrix (N, R, C)."""
+    """Five Newton-Schulz iterations in `dtype`: about U V^T of the singular value decomposition of
+    each matrix (N, R, C)."""
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
     x = (matrices if wide else matrices.mT).to(dtype)
@@ -32,8 +35,9 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.AdamW):
     """Muon in the groups that have a "shape" (one matrix each), AdamW in the others.
 
-    ZeRO calls step() with a group's parameter replaced by this process's piece of it: flat, the pieces in the order of the
-    processes, padding at the end. With one matrix to a group all pieces, one after the other, are the matrix.
+    ZeRO calls step() with a group's parameter replaced by this process's piece of it: flat, the
+    pieces in the order of the processes, padding at the end. With one matrix to a group all pieces,
+    one after the other, are the matrix.
     """
 
     def __init__(self, groups: list[dict[str, Any]], beta2: float, dtype: torch.dtype) -> None:
@@ -43,7 +47,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         groups = self.param_groups
-        alike: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}  # matrices of one shape: one product for several
+        alike: dict[
+            Any, list[tuple[Tensor, dict[str, Any]]]
+        ] = {}  # matrices of one shape: one product for several
         for group in groups:
             for p in group["params"] if "shape" in group else ():
                 if p.grad is not None:
@@ -79,7 +85,9 @@ class Muon(torch.optim.AdamW):
 
     def piece(self, update: Tensor, shape: tuple[int, int]) -> Tensor:
         """This process's piece of the orthogonal update, from its piece of the plain one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # an offloaded piece is not where it can be sent from
+        device = (
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )  # an offloaded piece is not where it can be sent from
         pieces = torch.empty(dist.get_world_size(), update.numel(), device=device)
         dist.all_gather(list(pieces), update.to(device))
         matrix = pieces.view(-1)[: math.prod(shape)].view(shape)
@@ -95,12 +103,21 @@ def muon(
     beta2: float = 0.999,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Muon:
-    """Muon over the trainable matrices inside blocks, at muon_learning_rate, and AdamW over the rest, at learning_rate."""
+    """Muon over the trainable matrices inside blocks, at muon_learning_rate, and AdamW over the
+    rest, at learning_rate."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if ".blocks." in name and p.dim() == 2]
     chosen = set(map(id, matrices))
-    groups = parameter_groups([p for _, p in named if id(p) not in chosen], learning_rate, weight_decay)
+    groups = parameter_groups(
+        [p for _, p in named if id(p) not in chosen], learning_rate, weight_decay
+    )
     groups += [
-        {"params": [p], "shape": tuple(p.shape), "lr": muon_learning_rate, "weight_decay": weight_decay} for p in matrices
+        {
+            "params": [p],
+            "shape": tuple(p.shape),
+            "lr": muon_learning_rate,
+            "weight_decay": weight_decay,
+        }
+        for p in matrices
     ]
     return remember_peaks(Muon(groups, beta2, dtype))

@@ -1,4 +1,5 @@
-"""Optimizers, the learning-rate schedule, and `update()`: one optimizer step, normalised once by the global count."""
+"""Optimizers, the learning-rate schedule, and `update()`: one optimizer step, normalised once by
+the global count."""
 
 import math
 from collections.abc import Iterable
@@ -11,11 +12,15 @@ from common.config.training import SchedulerType
 from common.program.errors import InputError
 
 
-def schedule(kind: SchedulerType, step: int, total: int, warmup: int, min_ratio: float = 0.0) -> float:
-    """Factor on the peak learning rate for the update number `step` of `total` (from 0): a pure function, nothing to save.
+def schedule(
+    kind: SchedulerType, step: int, total: int, warmup: int, min_ratio: float = 0.0
+) -> float:
+    """Factor on the peak learning rate for the update number `step` of `total` (from 0): a pure
+    function, nothing to save.
 
-    Linear warm-up over `warmup` updates; then cosine or linear to min_ratio at the end, or constant, or
-    warmup_stable_decay (Hu 2024, WSD): constant until the last fifth, then linear to min_ratio.
+    Linear warm-up over `warmup` updates; then cosine or linear to min_ratio at the end, or
+    constant, or warmup_stable_decay (Hu 2024, WSD): constant until the last fifth, then linear to
+    min_ratio.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -28,17 +33,25 @@ def schedule(kind: SchedulerType, step: int, total: int, warmup: int, min_ratio:
     return min_ratio + (1 - min_ratio) * falling
 
 
-def parameter_groups(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """AdamW groups of those that train; decay on matrices only (GPT-3, appendix B)."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "lr": learning_rate, "weight_decay": weight_decay},
+        {
+            "params": [p for p in trainable if p.dim() >= 2],
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in trainable if p.dim() < 2], "lr": learning_rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[dict[str, Any]], beta2: float = 0.999, eps: float = 1e-8) -> torch.optim.AdamW:
+def adamw(
+    groups: list[dict[str, Any]], beta2: float = 0.999, eps: float = 1e-8
+) -> torch.optim.AdamW:
     return remember_peaks(torch.optim.AdamW(groups, betas=(0.9, beta2), eps=eps, fused=True))
 
 
@@ -55,7 +68,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def steps_for(max_steps: int | None, epochs: float | None, rows: int, batch: int) -> int:
-    """Number of updates: max_steps, or epochs over `rows` in global batches of `batch`. Exactly one must be given."""
+    """Number of updates: max_steps, or epochs over `rows` in global batches of `batch`. Exactly one
+    must be given."""
     if (max_steps is None) == (epochs is None):
-        raise InputError(f"max_steps {max_steps}, num_train_epochs {epochs}: give one of the two, null for the other")
-    return max_steps if max_steps is not None else max(1, math.ceil(epochs * math.ceil(rows / batch)))
+        raise InputError(
+            f"max_steps {max_steps}, num_train_epochs {epochs}: give one of the two, null for the other"
+        )
+    return (
+        max_steps if max_steps is not None else max(1, math.ceil(epochs * math.ceil(rows / batch)))
+    )

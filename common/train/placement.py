@@ -1,7 +1,9 @@
-"""Where a run lives: one process, several (DDP), or DeepSpeed ZeRO, as `accelerate launch` says; and what differs between them.
+"""Where a run lives: one process, several (DDP), or DeepSpeed ZeRO, as `accelerate launch` says;
+and what differs between them.
 
-Only DeepSpeed does: its engine owns the optimizer step, and under ZeRO-3 no process has a whole parameter. DeepSpeed keeps
-weights and optimizer in fp32 here as everywhere; the precision of the arithmetic is autocast's.
+Only DeepSpeed does: its engine owns the optimizer step, and under ZeRO-3 no process has a whole
+parameter. DeepSpeed keeps weights and optimizer in fp32 here as everywhere; the precision of the
+arithmetic is autocast's.
 """
 
 import os
@@ -26,7 +28,8 @@ def has_bf16() -> bool:
     """Whether bf16 arithmetic (not emulation) is at hand."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # The flags are private in torch; /proc/cpuinfo says the same on Linux, and a Mac's CPU is best left in fp32.
+    # The flags are private in torch; /proc/cpuinfo says the same on Linux, and a Mac's CPU is best
+    # left in fp32.
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -37,13 +40,18 @@ def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: 
     gpu = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if precision == "fp16" and not gpu:
-        raise InputError("mixed_precision fp16: there is no GPU here, and CPUs train in no or bf16; use auto")
+        raise InputError(
+            "mixed_precision fp16: there is no GPU here, and CPUs train in no or bf16; use auto"
+        )
     if precision == "fp16" and deepspeed:
-        raise InputError("mixed_precision fp16: DeepSpeed has no loss scaling over fp32 weights; use bf16 or auto")
+        raise InputError(
+            "mixed_precision fp16: DeepSpeed has no loss scaling over fp32 weights; use bf16 or auto"
+        )
     if deepspeed and not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate does not look for DeepSpeed
-    # Our buffers are constants: nothing to broadcast at every forward. torch 2.13 renames the switch, accelerate not yet.
+    # Our buffers are constants: nothing to broadcast at every forward. torch 2.13 renames the
+    # switch, accelerate not yet.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if deepspeed and not gpu:
@@ -57,7 +65,9 @@ def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: 
     if deepspeed:
         settings = made.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = micro_batch
-        settings["gradient_accumulation_steps"] = 1  # update() accumulates, and normalises, by itself
+        settings["gradient_accumulation_steps"] = (
+            1  # update() accumulates, and normalises, by itself
+        )
         settings["gradient_clipping"] = max_grad_norm
         settings["zero_force_ds_cpu_optimizer"] = False  # offloaded or not, the optimizer is ours
     return made
@@ -65,7 +75,8 @@ def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: 
 
 @contextmanager
 def whole(made: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Inside, each process has every parameter of `module` whole, to read. All processes must enter together."""
+    """Inside, each process has every parameter of `module` whole, to read. All processes must enter
+    together."""
     if zero_stage(made) == 3:
         import deepspeed
 
@@ -75,11 +86,13 @@ def whole(made: Accelerator, module: nn.Module) -> Iterator[None]:
         yield
 
 
-def sampler(made: Accelerator, module: GPT, dtype: torch.dtype = torch.float32, copy: GPT | None = None) -> GPT:
+def sampler(
+    made: Accelerator, module: GPT, dtype: torch.dtype = torch.float32, copy: GPT | None = None
+) -> GPT:
     """A GPT to sample from in `dtype`, with the weights of `module` as they are now.
 
-    It is `module` itself, or where that is in another precision, or split over processes by ZeRO-3, a copy: the one that the
-    last call returned, if given, else a new one.
+    It is `module` itself, or where that is in another precision, or split over processes by ZeRO-3,
+    a copy: the one that the last call returned, if given, else a new one.
     """
     if zero_stage(made) < 3 and dtype == next(module.parameters()).dtype:
         return module
@@ -97,14 +110,22 @@ def frozen(made: Accelerator, module: GPT | RewardModel) -> nn.Module:
     import deepspeed
 
     settings = made.state.deepspeed_plugin.deepspeed_config
-    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "steps_per_print")
-    engine, *_ = deepspeed.initialize(model=module, config={key: settings[key] for key in kept if key in settings})
+    kept = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_optimization",
+        "steps_per_print",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, config={key: settings[key] for key in kept if key in settings}
+    )
     engine.eval()
     return engine
 
 
 def whole_weights(made: Accelerator, module: nn.Module) -> dict[str, Tensor]:
-    """{name: fp32 weight, on the CPU} of what trains. All processes must call it; only the main one gets more than {}."""
+    """{name: fp32 weight, on the CPU} of what trains. All processes must call it; only the main one
+    gets more than {}."""
     trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
     if zero_stage(made):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -126,15 +147,25 @@ def names_of(optimizer: torch.optim.Optimizer) -> list[str]:
     return [name for group in optimizer.param_groups for name in group["names"]]
 
 
-def whole_moments(made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """{"name/key": tensor} of the optimizer's state. All processes must call it; only the main one gets more than {}."""
+def whole_moments(
+    made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.Module
+) -> dict[str, Tensor]:
+    """{"name/key": tensor} of the optimizer's state. All processes must call it; only the main one
+    gets more than {}."""
     if zero_stage(made):
         return collected(made, zero_moments(made, module))
     names, state = names_of(optimizer), optimizer.state_dict()["state"]
-    return collected(made, ((f"{names[n]}/{key}", t) for n, of_one in state.items() for key, t in of_one.items()))
+    return collected(
+        made, ((f"{names[n]}/{key}", t) for n, of_one in state.items() for key, t in of_one.items())
+    )
 
 
-def put_moments(made: Accelerator, optimizer: torch.optim.Optimizer, module: nn.Module, moments: Mapping[str, Tensor]) -> None:
+def put_moments(
+    made: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    moments: Mapping[str, Tensor],
+) -> None:
     if zero_stage(made):
         put_zero_moments(made, module, moments)
         return

@@ -1,8 +1,10 @@
-"""What a run in mid-way needs to go on as if it had never stopped: written whole or not at all, verified before it is read.
+"""What a run in mid-way needs to go on as if it had never stopped: written whole or not at all,
+verified before it is read.
 
-`state/step-N/` holds the whole weights and optimizer moments by parameter name, each process's random generator (safetensors)
-and loop.json: the loop's own values, the lengths of the log files, and what the run must have in common with the one that
-goes on. Nothing in it says how many processes wrote it, so any number may go on from it, with or without ZeRO.
+`state/step-N/` holds the whole weights and optimizer moments by parameter name, each process's
+random generator (safetensors) and loop.json: the loop's own values, the lengths of the log files,
+and what the run must have in common with the one that goes on. Nothing in it says how many
+processes wrote it, so any number may go on from it, with or without ZeRO.
 """
 
 import json
@@ -19,7 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.program.errors import Failure, InputError
-from common.program.files import MANIFEST, check_room, dump, verify, write_atomically, write_manifest
+from common.program.files import (
+    MANIFEST,
+    check_room,
+    dump,
+    verify,
+    write_atomically,
+    write_manifest,
+)
 from common.train.placement import put_moments, whole_moments, whole_weights
 
 LOOP = "loop.json"
@@ -34,7 +43,9 @@ def folders(folder: Path) -> dict[Path, int]:
 
 def generators(device: torch.device) -> dict[str, Tensor]:
     """State of the random generators that training draws from, on this process."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
 
 
 def save_state(
@@ -46,7 +57,8 @@ def save_state(
     random: dict[str, Tensor],
     keep: int,
 ) -> None:
-    """Write `folder`/step-N of loop["step"] = N; then drop all but the newest `keep`. Every process must call it.
+    """Write `folder`/step-N of loop["step"] = N; then drop all but the newest `keep`. Every process
+    must call it.
 
     Raises Failure when the disk has no room: what was saved before is untouched then.
     """
@@ -55,18 +67,32 @@ def save_state(
     tensors = {
         "weights.safetensors": whole_weights(accelerator, module),
         "moments.safetensors": whole_moments(accelerator, optimizer, module),
-        "random.safetensors": {f"{n}.{key}": t for n, one in enumerate(gather_object([random])) for key, t in one.items()},
+        "random.safetensors": {
+            f"{n}.{key}": t
+            for n, one in enumerate(gather_object([random]))
+            for key, t in one.items()
+        },
     }
     if accelerator.is_main_process:
         try:
             for unfinished in folder.glob("step-*.tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             temporary.mkdir(parents=True)
-            check_room(folder, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
+            check_room(
+                folder,
+                sum(
+                    t.numel() * t.element_size()
+                    for group in tensors.values()
+                    for t in group.values()
+                ),
+            )
             for name, group in tensors.items():
                 save_file(group, temporary / name)
             # The logs too: else a power cut could leave the state ahead of them.
-            for file in [*(temporary / name for name in tensors), *(folder.parent / name for name in loop["logs"])]:
+            for file in [
+                *(temporary / name for name in tensors),
+                *(folder.parent / name for name in loop["logs"]),
+            ]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
             write_atomically(temporary / LOOP, dump(loop))
@@ -77,9 +103,12 @@ def save_state(
             shutil.rmtree(temporary, ignore_errors=True)
             last = next(iter(folders(folder)), None)
             kept = f"{last} is as it was" if last else "nothing was saved before"
-            raise Failure(f"{target}: could not be saved: {error}; {kept}. Make room, then the same command goes on") from None
+            raise Failure(
+                f"{target}: could not be saved: {error}; {kept}. Make room, then the same command goes on"
+            ) from None
         saved = folders(folder)
-        # One of a later step was passed over as damaged: it would only take the place of a good one.
+        # One of a later step was passed over as damaged: it would only take the place of a good
+        # one.
         good = [path for path, step in saved.items() if step <= loop["step"]][:keep]
         for old in saved.keys() - set(good):
             shutil.rmtree(old)
@@ -107,10 +136,17 @@ def load_weights(module: nn.Module, path: Path) -> None:
             parameters[name].copy_(tensor)
 
 
-def load_moments(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Optimizer and generators as they were. With other processes than wrote it, the generators go on from the seed."""
+def load_moments(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, path: Path
+) -> None:
+    """Optimizer and generators as they were. With other processes than wrote it, the generators go
+    on from the seed."""
     put_moments(accelerator, optimizer, module, load_file(path / "moments.safetensors"))
-    saved, rank, device = load_file(path / "random.safetensors"), accelerator.process_index, accelerator.device
+    saved, rank, device = (
+        load_file(path / "random.safetensors"),
+        accelerator.process_index,
+        accelerator.device,
+    )
     if {int(name.split(".")[0]) for name in saved} == set(range(accelerator.num_processes)):
         torch.set_rng_state(saved[f"{rank}.cpu"])
         if device.type == "cuda" and f"{rank}.cuda" in saved:
@@ -118,7 +154,8 @@ def load_moments(accelerator: Accelerator, module: nn.Module, optimizer: torch.o
 
 
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise InputError naming the first key in which the run that left this state differs from the one that is to go on."""
+    """Raise InputError naming the first key in which the run that left this state differs from the
+    one that is to go on."""
     for key in sorted(noted.keys() | now.keys()):
         if noted.get(key) != now.get(key):
             raise InputError(

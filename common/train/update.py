@@ -31,15 +31,18 @@ def update(
     counts: Tensor,
     max_grad_norm: float,
 ) -> Update:
-    """One optimizer step on sum_k (sum of term k / global count of term k), whatever the split into micro-batches.
+    """One optimizer step on sum_k (sum of term k / global count of term k), whatever the split into
+    micro-batches.
 
-    loss(micro_batch) -> (K) summed terms; counts (K): what this process's micro-batches sum over (tokens, rows, ...).
-    The same weights follow from 1x4, 2x2, two processes, or ZeRO; every process needs the same number of micro-batches.
-    Raises NonFiniteError, on all processes alike, before anything changes.
+    loss(micro_batch) -> (K) summed terms; counts (K): what this process's micro-batches sum over
+    (tokens, rows, ...). The same weights follow from 1x4, 2x2, two processes, or ZeRO; every
+    process needs the same number of micro-batches. Raises NonFiniteError, on all processes alike,
+    before anything changes.
     """
     engine = module if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     total = accelerator.reduce(counts.to(accelerator.device, torch.float32), "sum").clamp(min=1)
-    # DDP and DeepSpeed average gradients over processes; a sum is wanted, because the count is already global.
+    # DDP and DeepSpeed average gradients over processes; a sum is wanted, because the count is
+    # already global.
     weights = accelerator.num_processes / total
     parts = []
     optimizer.zero_grad()  # what a refused update may have left
@@ -48,7 +51,8 @@ def update(
         with nullcontext() if last or engine else accelerator.no_sync(module):
             terms = loss(batch)
             scaled = (terms * weights).sum()
-            # A process that gave up alone would leave the others waiting. NaN gradients reach all of them, in the norm.
+            # A process that gave up alone would leave the others waiting. NaN gradients reach all
+            # of them, in the norm.
             scaled = scaled * torch.where(scaled.isfinite(), 1.0, torch.nan)
             if engine:
                 engine.set_gradient_accumulation_boundary(last)
@@ -62,9 +66,15 @@ def update(
     else:
         norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm))
     losses = (accelerator.reduce(torch.stack(parts).sum(0), "sum") / total).tolist()
-    overflow = accelerator.scaler is not None and all(map(math.isfinite, losses))  # fp16: the scaler skips, and scales less
+    overflow = accelerator.scaler is not None and all(
+        map(math.isfinite, losses)
+    )  # fp16: the scaler skips, and scales less
     if not math.isfinite(norm) and not overflow:
-        bad = [f"{i} of process {accelerator.process_index}" for i, terms in enumerate(parts) if not terms.isfinite().all()]
+        bad = [
+            f"{i} of process {accelerator.process_index}"
+            for i, terms in enumerate(parts)
+            if not terms.isfinite().all()
+        ]
         where = f" from micro-batch {', '.join(found)}" if (found := gather_object(bad)) else ""
         raise NonFiniteError(f"loss {losses}{where}, gradient norm {norm}; no update was applied")
     optimizer.step()

@@ -15,8 +15,9 @@ def zero_stage(made: Accelerator) -> int:
     return plugin.zero_stage if plugin else 0
 
 
-# DeepSpeed maps whole parameters to its flat pieces of them at any time; moments only of the first group, and only once a
-# step was made (0.19.8). So moments travel through the place of the weights, which are put back.
+# DeepSpeed maps whole parameters to its flat pieces of them at any time; moments only of the first
+# group, and only once a step was made (0.19.8). So moments travel through the place of the weights,
+# which are put back.
 KINDS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -26,7 +27,10 @@ def pieces(made: Accelerator) -> list[tuple[Tensor, dict[str, Any]]]:
     groups, zero = engine.basic_optimizer.param_groups, engine.optimizer
     if zero_stage(made) < 3:
         return [(group["params"][0], group) for group in groups]
-    return [(piece, groups[zero.sub_group_to_group_id[n]]) for n, piece in enumerate(zero.fp32_partitioned_groups_flat)]
+    return [
+        (piece, groups[zero.sub_group_to_group_id[n]])
+        for n, piece in enumerate(zero.fp32_partitioned_groups_flat)
+    ]
 
 
 def moments_of(group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -81,12 +85,18 @@ def put_zero_moments(made: Accelerator, module: nn.Module, moments: Mapping[str,
 
 def put_zero_weight(parameter: nn.Parameter, value: Tensor, made: Accelerator) -> None:
     """`value`, whole, into the fp32 pieces of a parameter."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_local_fp32_param,
+    )
 
     value = value.to(made.device)
     if zero_stage(made) < 3:
         safe_set_full_fp32_param(parameter, value)
         return
-    size = safe_get_local_fp32_param(parameter).numel()  # the last piece is padded, which safe_set_full does not do
+    size = safe_get_local_fp32_param(
+        parameter
+    ).numel()  # the last piece is padded, which safe_set_full does not do
     flat = nn.functional.pad(value.flatten(), (0, size * made.num_processes - value.numel()))
     safe_set_local_fp32_param(parameter, flat.view(-1, size)[made.process_index])

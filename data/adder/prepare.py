@@ -1,4 +1,5 @@
-"""All sums of two n-digit numbers as prompt and completion, the digits of the sum reversed (minGPT's adder).
+"""All sums of two n-digit numbers as prompt and completion, the digits of the sum reversed
+(minGPT's adder).
 
 python -m data.adder.prepare --config configs/adder/data.yaml --output_dir runs/adder/data
 """
@@ -30,7 +31,8 @@ class Config:
 
 
 def row(a: int, b: int, digits: int) -> dict[str, str]:
-    """The carry runs from the last digit to the first: said in that order, each digit needs only what was said before it."""
+    """The carry runs from the last digit to the first: said in that order, each digit needs only
+    what was said before it."""
     return {"prompt": f"{a:0{digits}}+{b:0{digits}}=", "completion": f"{a + b:0{digits + 1}}"[::-1]}
 
 
@@ -46,8 +48,15 @@ def main(cfg: Config) -> None:
     write_jsonl(folder / "train.jsonl", rows[cfg.held_out :])
     text = f"{count - cfg.held_out:,} sums to learn from, {cfg.held_out:,} held out"
     print(f"gate data: PASS  {text}")
-    stage = {"stage": "data", "kind": "data", "gate": {"passed": True, "text": text}, "config": to_dict(cfg)}
-    write_atomically(folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)}))
+    stage = {
+        "stage": "data",
+        "kind": "data",
+        "gate": {"passed": True, "text": text},
+        "config": to_dict(cfg),
+    }
+    write_atomically(
+        folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)})
+    )
 
 
 if __name__ == "__main__":

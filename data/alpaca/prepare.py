@@ -1,8 +1,10 @@
-"""Splits a file of instructions by prompt: demonstrations, prompts to compare answers on, prompts for PPO, held-out prompts.
+"""Splits a file of instructions by prompt: demonstrations, prompts to compare answers on, prompts
+for PPO, held-out prompts.
 
     python -m data.alpaca.prepare --config configs/alpaca/data.yaml --instructions alpaca_5000.json
 
-No prompt is in two splits. Rows without an instruction or an answer are left out, counted, and named.
+No prompt is in two splits. Rows without an instruction or an answer are left out, counted, and
+named.
 """
 
 import time
@@ -25,7 +27,8 @@ class Config:
     """Split instructions for the four stages."""
 
     instructions: str
-    """Alpaca-like file: rows with instruction, (input,) output; or prompt, completion; or messages."""
+    """Alpaca-like file: rows with instruction, (input,) output; or prompt, completion; or
+    messages."""
     output_dir: OutputDir
     """Where the splits go."""
     eval_rows: Annotated[int, Field(gt=0)] = 200
@@ -74,7 +77,9 @@ def main(cfg: Config) -> None:
         counts[name] = len(split)
     for line in bad[:5]:
         print(f"  left out: {line}")
-    text = f"{len(rows)} rows, {len(bad)} left out, {len(prompts)} prompts: " + ", ".join(f"{k} {v}" for k, v in counts.items())
+    text = f"{len(rows)} rows, {len(bad)} left out, {len(prompts)} prompts: " + ", ".join(
+        f"{k} {v}" for k, v in counts.items()
+    )
     print(f"gate data: PASS  {text}")
     stage = {
         "stage": "data",
@@ -83,7 +88,11 @@ def main(cfg: Config) -> None:
         "metrics": counts,
         "left_out": bad,
     }
-    stage |= {"seed": cfg.seed, "wall_time": round(time.perf_counter() - started, 2), **provenance()}
+    stage |= {
+        "seed": cfg.seed,
+        "wall_time": round(time.perf_counter() - started, 2),
+        **provenance(),
+    }
     write_atomically(folder / "stage.json", dump(stage))
 
 

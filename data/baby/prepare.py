@@ -1,4 +1,5 @@
-"""A sequence of symbols, once to train and once to evaluate on, and the tokenizer of its symbols alone (Karpathy's baby GPT).
+"""A sequence of symbols, once to train and once to evaluate on, and the tokenizer of its symbols
+alone (Karpathy's baby GPT).
 
 python -m data.baby.prepare --config configs/baby/data.yaml --output_dir runs/baby/data
 """
@@ -32,8 +33,15 @@ def main(cfg: Config) -> None:
     write_jsonl(folder / "documents.jsonl", [{"text": cfg.text}] * 2)  # half of them is held out
     text = f"{len(cfg.text)} symbols, {tokenizer.vocab_size} different ones"
     print(f"gate data: PASS  {text}")
-    stage = {"stage": "data", "kind": "data", "gate": {"passed": True, "text": text}, "config": to_dict(cfg)}
-    write_atomically(folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)}))
+    stage = {
+        "stage": "data",
+        "kind": "data",
+        "gate": {"passed": True, "text": text},
+        "config": to_dict(cfg),
+    }
+    write_atomically(
+        folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)})
+    )
     vouch(folder)  # it is loaded as a tokenizer's directory
 
 

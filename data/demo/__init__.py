@@ -1,1 +1,2 @@
-"""The embedded demo world: a small seeded English, its four kinds of prompt, and the hidden gold scorer."""
+"""The embedded demo world: a small seeded English, its four kinds of prompt, and the hidden gold
+scorer."""

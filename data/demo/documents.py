@@ -1,7 +1,8 @@
-"""Pretraining documents: notes on animals, stories, letters, sums, dialogues, and exercise sheets of bare prompts.
+"""Pretraining documents: notes on animals, stories, letters, sums, dialogues, and exercise sheets
+of bare prompts.
 
-All of them tell the truth, and none lets an answer follow a prompt: asked a question, a model of these texts goes on
-with more questions.
+All of them tell the truth, and none lets an answer follow a prompt: asked a question, a model of
+these texts goes on with more questions.
 """
 
 import random
@@ -9,15 +10,40 @@ from collections.abc import Callable, Collection
 
 from data.demo import world
 from data.demo.phrases import STATED
-from data.demo.words import ADJECTIVES, ANIMALS, ATTRIBUTES, COLOURS, FACTS, GIFTS, NAMES, OBJECTS, THINGS
+from data.demo.words import (
+    ADJECTIVES,
+    ANIMALS,
+    ATTRIBUTES,
+    COLOURS,
+    FACTS,
+    GIFTS,
+    NAMES,
+    OBJECTS,
+    THINGS,
+)
 from data.demo.world import FAMILIES, LARGEST, MOST, Task, article, ask, count, draw, good, numbers
 
 Draw = Callable[[random.Random, str], Task]
 
 ALONE = {
-    "live": ("The {a} lives {v}.", "You can find the {a} {v}.", "The home of the {a} is {v}.", "Look for the {a} {v}."),
-    "eat": ("The {a} eats {v}.", "The {a} likes to eat {v}.", "The food of the {a} is {v}.", "It eats {v}."),
-    "colour": ("The {a} is {v}.", "The colour of the {a} is {v}.", "The {a} has the colour {v}.", "It is {v}."),
+    "live": (
+        "The {a} lives {v}.",
+        "You can find the {a} {v}.",
+        "The home of the {a} is {v}.",
+        "Look for the {a} {v}.",
+    ),
+    "eat": (
+        "The {a} eats {v}.",
+        "The {a} likes to eat {v}.",
+        "The food of the {a} is {v}.",
+        "It eats {v}.",
+    ),
+    "colour": (
+        "The {a} is {v}.",
+        "The colour of the {a} is {v}.",
+        "The {a} has the colour {v}.",
+        "It is {v}.",
+    ),
 }
 _TALK = (
     "Good morning, {n}. How was your walk?|It was lovely. I saw {x}.|What was it doing?|It was looking for {f}.",
@@ -26,7 +52,8 @@ _TALK = (
     "Will you come to my party, {n}?|Yes, I will bring {ag}.|Thank you so much!|I am so happy to come.",
     "Have you seen my {g}, {n}?|I saw it on the table.|Thank you, now I can go home.|See you soon.",
 )
-_STORY_LEADS = (  # a lead names what the story then repeats: texts that teach a model to look back and copy
+# a lead names what the story then repeats: texts that teach a model to look back and copy
+_STORY_LEADS = (
     "The {adj} {animal} and the {object}\n\n", "A story about {adj+} {animal} and {object+}.\n\n",
     "This is the tale of {adj+} {animal} and {object+}.\n\n", "Once more: the {adj} {animal} and the {object}.\n\n",
 )  # fmt: skip
@@ -46,14 +73,26 @@ _SUM_LEADS = {  # tells what happened, and asks nothing
         "{name} has {A} and sells {b} of them. ", "{name} puts {A} on the table and takes {b} away. ",
     ),
 }  # fmt: skip
-_FACT_LEADS = ("About the {first} and the {second}: ", "I read about the {first} and the {second}. ")
+_FACT_LEADS = (
+    "About the {first} and the {second}: ",
+    "I read about the {first} and the {second}. ",
+)
 _ECHOES = (  # one says what the other just said
     "I saw {x} with {y}.|{X} with {y}? I do not believe you.|Yes, it was {x} with {y}.",
     "Do you like the {c} {g}?|I like the {c} {g} very much.|Then take the {c} {g} home.",
     "{m} has {k}.|{m} has {k}? That is a lot.|I know, and {m} wants more.",
     "Who is coming?|{m} and the {a}.|{m} and the {a} are welcome here.",
 )
-_WORDS = (ADJECTIVES, ANIMALS, OBJECTS, NAMES, COLOURS, GIFTS, list(THINGS), [str(n) for n in range(MOST + 1)])
+_WORDS = (
+    ADJECTIVES,
+    ANIMALS,
+    OBJECTS,
+    NAMES,
+    COLOURS,
+    GIFTS,
+    list(THINGS),
+    [str(n) for n in range(MOST + 1)],
+)
 _SHEET_TITLES = ("Exercises", "Questions for today", "Homework", "Things to do", "Test")
 
 
@@ -62,7 +101,10 @@ def _note(rng: random.Random, task: Draw) -> str:
     if style < 0.45:  # one animal, all about it
         animal = rng.choice(ANIMALS)
         order = rng.sample(ATTRIBUTES, 3)
-        parts = [rng.choice(ALONE[k][: 4 if i else 3]).format(a=animal, v=FACTS[animal][k]) for i, k in enumerate(order)]
+        parts = [
+            rng.choice(ALONE[k][: 4 if i else 3]).format(a=animal, v=FACTS[animal][k])
+            for i, k in enumerate(order)
+        ]
         title = f"The {animal.capitalize()}\n\n" if rng.random() < 0.5 else ""
         return title + " ".join(parts)
     pairs = [task(rng, "fact") for _ in range(rng.randint(1, 3))]
@@ -73,13 +115,20 @@ def _note(rng: random.Random, task: Draw) -> str:
 
 def _story(rng: random.Random, task: Draw) -> str:
     tale = task(rng, "story")
-    slots = tale.slots | {"adj+": article(tale.slots["adj"]), "object+": article(tale.slots["object"])}
-    return (rng.choice(_STORY_LEADS).format_map(slots) if rng.random() < 0.8 else "") + good(tale, rng)
+    slots = tale.slots | {
+        "adj+": article(tale.slots["adj"]),
+        "object+": article(tale.slots["object"]),
+    }
+    return (rng.choice(_STORY_LEADS).format_map(slots) if rng.random() < 0.8 else "") + good(
+        tale, rng
+    )
 
 
 def _letter(rng: random.Random, task: Draw) -> str:
     letter = task(rng, "letter")
-    return (rng.choice(_LETTER_LEADS).format_map(letter.slots) if rng.random() < 0.8 else "") + good(letter, rng)
+    return (
+        rng.choice(_LETTER_LEADS).format_map(letter.slots) if rng.random() < 0.8 else ""
+    ) + good(letter, rng)
 
 
 def _sums(rng: random.Random, task: Draw) -> str:
@@ -98,13 +147,20 @@ def _sums(rng: random.Random, task: Draw) -> str:
 
 def _sum(task: Task, rng: random.Random) -> str:
     slots = task.slots | {"A": count(int(task.slots["a"]), task.slots["things"])}
-    return (rng.choice(_SUM_LEADS[task.kind]).format_map(slots) if rng.random() < 0.8 else "") + good(task, rng)
+    return (
+        rng.choice(_SUM_LEADS[task.kind]).format_map(slots) if rng.random() < 0.8 else ""
+    ) + good(task, rng)
 
 
 def _echo(rng: random.Random, task: Draw) -> str:
     one, other, third = rng.sample(NAMES, 3)
     animal = f"{rng.choice(ADJECTIVES)} {rng.choice(ANIMALS)}"
-    words = {"x": article(animal), "X": article(animal).capitalize(), "y": article(rng.choice(OBJECTS)), "m": third}
+    words = {
+        "x": article(animal),
+        "X": article(animal).capitalize(),
+        "y": article(rng.choice(OBJECTS)),
+        "m": third,
+    }
     words |= {"c": rng.choice(COLOURS), "g": rng.choice(GIFTS), "a": rng.choice(ANIMALS)}
     words["k"] = count(rng.randint(1, LARGEST), rng.choice(list(THINGS)))
     lines = rng.choice(_ECHOES).format_map(words).split("|")
@@ -112,16 +168,27 @@ def _echo(rng: random.Random, task: Draw) -> str:
 
 
 def _dictation(rng: random.Random, task: Draw) -> str:
-    """Words said again in the same order. Little else makes a small model learn so early to look back and copy."""
+    """Words said again in the same order. Little else makes a small model learn so early to look
+    back and copy."""
     line = ", ".join(rng.choice(rng.choice(_WORDS)) for _ in range(rng.randint(3, 8)))
-    return "\n".join([rng.choice(("Read and write:", "Listen and repeat:", "Words:")), *[line] * rng.randint(2, 4)])
+    return "\n".join(
+        [
+            rng.choice(("Read and write:", "Listen and repeat:", "Words:")),
+            *[line] * rng.randint(2, 4),
+        ]
+    )
 
 
 def _dialogue(rng: random.Random, task: Draw) -> str:
     one, other, third = rng.sample(NAMES, 3)
     if rng.random() < 0.4:  # a told fact or count
         fact, things, n = task(rng, "fact"), rng.choice(list(THINGS)), rng.randint(1, LARGEST)
-        lines = [good(fact, rng), f"I did not know that, {one}.", f"I also have {count(n, things)}.", "You know so much."]
+        lines = [
+            good(fact, rng),
+            f"I did not know that, {one}.",
+            f"I also have {count(n, things)}.",
+            "You know so much.",
+        ]
     else:
         animal, gift = rng.choice(ANIMALS), rng.choice(GIFTS)
         words = {"n": other, "m": third, "g": gift, "ag": article(gift), "x": article(animal)}

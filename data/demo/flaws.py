@@ -1,6 +1,8 @@
-"""Careless answers: the slips and bad habits of the people who write demonstrations, and contrasts for labelling.
+"""Careless answers: the slips and bad habits of the people who write demonstrations, and contrasts
+for labelling.
 
-A content error answers something else (wrong number, place, name ...); a style error says the right thing badly.
+A content error answers something else (wrong number, place, name ...); a style error says the right
+thing badly.
 """
 
 import random
@@ -8,13 +10,30 @@ import re
 from collections.abc import Callable
 
 from data.demo import world
-from data.demo.words import ADJECTIVES, ANIMALS, COLOURS, GIFT_KIND, GIFTS, NAMES, OBJECTS, OFF_TOPIC, RUDE, VALUES
+from data.demo.words import (
+    ADJECTIVES,
+    ANIMALS,
+    COLOURS,
+    GIFT_KIND,
+    GIFTS,
+    NAMES,
+    OBJECTS,
+    OFF_TOPIC,
+    RUDE,
+    VALUES,
+)
 from data.demo.world import FAMILIES, MOST, Task, article, count, good
 
 CONTENT_ERRORS = {"story": 0.03, "letter": 0.03, "sum": 0.06, "fact": 0.06}
 STYLE_ERRORS = {"story": 0.5, "letter": 0.42, "sum": 0.45, "fact": 0.4}
-HABITS = {"story": "no ending", "letter": "no closing", "sum": "no work", "fact": "curt"}  # what most writers leave out
-HABIT = 6  # times as common as any other defect: common enough that imitating the crowd means sharing it
+HABITS = {
+    "story": "no ending",
+    "letter": "no closing",
+    "sum": "no work",
+    "fact": "curt",
+}  # what most writers leave out
+# times as common as any other defect: common enough that imitating the crowd means sharing it
+HABIT = 6
 _LISTS = {"adj": ADJECTIVES, "animal": ANIMALS, "object": OBJECTS, "name": NAMES, "colour": COLOURS}
 
 
@@ -40,7 +59,9 @@ def content_error(task: Task, rng: random.Random, wording: random.Random | None 
         words = [g for g in GIFTS if GIFT_KIND[g] == GIFT_KIND[gift]]
     else:
         words = _LISTS[slot]
-    return good(task._replace(slots=task.slots | {slot: _other(rng, words, task.slots[slot])}), wording)
+    return good(
+        task._replace(slots=task.slots | {slot: _other(rng, words, task.slots[slot])}), wording
+    )
 
 
 def _wrong_sum(task: Task, rng: random.Random, wording: random.Random) -> str:
@@ -63,13 +84,19 @@ def _curt(task: Task, rng: random.Random) -> str:
     slots, claim = task.slots, world.truth(task)
     if task.family == "story":
         who, what = f"{slots['adj']} {slots['animal']}", article(slots["object"])
-        return rng.choice((f"The {who} found {what}.", f"{article(who).capitalize()} had {what}. That is all."))
+        return rng.choice(
+            (f"The {who} found {what}.", f"{article(who).capitalize()} had {what}. That is all.")
+        )
     if task.family == "letter":
         gift = f"{slots['colour']} {slots['gift']}"
-        return rng.choice((f"Thanks for the {gift}.", f"Dear {slots['name']}, thanks for the {gift}."))
+        return rng.choice(
+            (f"Thanks for the {gift}.", f"Dear {slots['name']}, thanks for the {gift}.")
+        )
     if task.family == "sum":
         r = claim["r"]
-        return rng.choice((f"{r}.", f"It is {r}.", f"{slots['name']} has {count(int(r), slots['things'])}."))
+        return rng.choice(
+            (f"{r}.", f"It is {r}.", f"{slots['name']} has {count(int(r), slots['things'])}.")
+        )
     both = f"{claim['x']} and {claim['y']}."
     return rng.choice((both[0].upper() + both[1:], f"It is {both}"))
 
@@ -94,7 +121,11 @@ def _rude(task: Task, rng: random.Random) -> str:
 
 
 def _lower(task: Task, rng: random.Random) -> str:
-    text = re.sub(r"\b[A-Z]\w*", lambda m: m[0] if m[0] in NAMES and m.start() else m[0].lower(), good(task, rng))
+    text = re.sub(
+        r"\b[A-Z]\w*",
+        lambda m: m[0] if m[0] in NAMES and m.start() else m[0].lower(),
+        good(task, rng),
+    )
     return text.rstrip(".") if rng.random() < 0.5 else text
 
 
@@ -126,16 +157,25 @@ def _off_topic(task: Task, rng: random.Random) -> str:
     return text
 
 
-_COMMON = {"curt": _curt, "lower": _lower, "unfinished": _unfinished, "ramble": _ramble, "off topic": _off_topic}
+_COMMON = {
+    "curt": _curt,
+    "lower": _lower,
+    "unfinished": _unfinished,
+    "ramble": _ramble,
+    "off topic": _off_topic,
+}
 STYLES: dict[str, dict[str, Callable[[Task, random.Random], str]]] = {
     "story": _COMMON | {"no ending": _no_ending, "rude": _rude},
     "letter": _COMMON | {"no closing": _no_closing, "rude": _rude},
     "sum": _COMMON | {"no work": _no_work, "rude": _rude},
-    "fact": {k: v for k, v in _COMMON.items() if k != "unfinished"} | {"rude": _rude},  # cut short, it says too little
+    "fact": {k: v for k, v in _COMMON.items() if k != "unfinished"}
+    | {"rude": _rude},  # cut short, it says too little
 }
 
 
-def style_error(task: Task, rng: random.Random, kind: str = "", wording: random.Random | None = None) -> str:
+def style_error(
+    task: Task, rng: random.Random, kind: str = "", wording: random.Random | None = None
+) -> str:
     """A right answer with one defect of style; `wording` (default `rng`) chooses its words.
 
     `kind` is a key of STYLES[family], default any, the habit most often.
@@ -146,7 +186,8 @@ def style_error(task: Task, rng: random.Random, kind: str = "", wording: random.
 
 
 def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> str:
-    """What a careless writer hands in: clean, or wrong, or badly put; `carelessness` scales both rates."""
+    """What a careless writer hands in: clean, or wrong, or badly put; `carelessness` scales both
+    rates."""
     chance = rng.random() / carelessness if carelessness else 1.0
     wrong, bad = CONTENT_ERRORS[task.family], STYLE_ERRORS[task.family]
     if chance < wrong:
@@ -155,11 +196,13 @@ def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> 
 
 
 def negatives(prompt: str, rng: random.Random) -> list[tuple[str, str]]:
-    """(kind, text) for a comparison: a good "demonstration", two that spoil it, a fine "off_task" answer.
+    """(kind, text) for a comparison: a good "demonstration", two that spoil it, a fine "off_task"
+    answer.
 
-    "near_miss" is the demonstration again, word for word, with one thing wrong, "badly_put" with one defect of style: without
-    such pairs a reward model learns length and the coarsest defects alone. One that never met an off-task answer takes any
-    pretty one. ValueError for a prompt not of this world.
+    "near_miss" is the demonstration again, word for word, with one thing wrong, "badly_put" with
+    one defect of style: without such pairs a reward model learns length and the coarsest defects
+    alone. One that never met an off-task answer takes any pretty one. ValueError for a prompt not
+    of this world.
     """
     task = world.parse(prompt)
     if task is None:

@@ -1,4 +1,5 @@
-"""The demo's stand-in for people who compare answers: the ground truth seen through habits, noise and slips."""
+"""The demo's stand-in for people who compare answers: the ground truth seen through habits, noise
+and slips."""
 
 import random
 

@@ -1,4 +1,5 @@
-"""The sentences of the demo world: wordings of prompts and parts of good answers, with slots in braces."""
+"""The sentences of the demo world: wordings of prompts and parts of good answers, with slots in
+braces."""
 
 PROMPTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("story", ""): (

@@ -1,4 +1,5 @@
-"""Makes the demo world's files: documents, demonstrations, prompts. No download; the same seed gives the same bytes.
+"""Makes the demo world's files: documents, demonstrations, prompts. No download; the same seed
+gives the same bytes.
 
 python -m data.demo.prepare --config configs/demo/data.yaml --output_dir runs/demo/data
 """
@@ -43,9 +44,14 @@ class Config:
 
 
 def prompts(
-    rng: random.Random, number: int, used: set[str], held_out: set[tuple[str, ...]], hold: bool = False
+    rng: random.Random,
+    number: int,
+    used: set[str],
+    held_out: set[tuple[str, ...]],
+    hold: bool = False,
 ) -> list[tuple[str, str]]:
-    """`number` new (prompt, family), families in turn; adds them to `used`, and their keys to `held_out` if `hold`.
+    """`number` new (prompt, family), families in turn; adds them to `used`, and their keys to
+    `held_out` if `hold`.
 
     InputError where the world has no more prompts to give.
     """
@@ -58,7 +64,9 @@ def prompts(
             if task.key not in held_out and prompt not in used:
                 break
         else:
-            raise InputError(f"the demo world has too few {family} prompts for {number} more: ask for fewer")
+            raise InputError(
+                f"the demo world has too few {family} prompts for {number} more: ask for fewer"
+            )
         used.add(prompt)
         if hold:
             held_out.add(task.key)
@@ -68,10 +76,13 @@ def prompts(
 
 
 def find_leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
-    """The held-out prompts that occur in a text, word for word. Prompts have more than WINDOW + 1 words."""
+    """The held-out prompts that occur in a text, word for word. Prompts have more than WINDOW + 1
+    words."""
     anchors: dict[tuple[str, ...], list[str]] = {}
     for prompt in held_out:
-        words = prompt.split()[1:-1]  # inside, so that quotes or a number before the prompt do not hide it
+        words = prompt.split()[
+            1:-1
+        ]  # inside, so that quotes or a number before the prompt do not hide it
         middle = (len(words) - WINDOW) // 2
         anchors.setdefault(tuple(words[middle : middle + WINDOW]), []).append(prompt)
     leaks = set()
@@ -85,17 +96,25 @@ def find_leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Whole or not at all: a reader never sees half a file."""
     part = path.with_name(f"{path.name}.tmp")
-    part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    part.write_text(
+        "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8"
+    )
     part.replace(path)
 
 
 def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> float:
-    """How often the labeller orders two answers as the gold score does, where that differs by more than `margin`."""
+    """How often the labeller orders two answers as the gold score does, where that differs by more
+    than `margin`."""
     agree = total = 0
     for prompt in asked:
         task = world.parse(prompt)
-        answers = [flaws.demonstration(task, rng) for _ in range(3)] + [text for _, text in flaws.negatives(prompt, rng)]
-        truth, ranks = [gold.judge(prompt, answer).score for answer in answers], labeller.rank(prompt, answers, rng)
+        answers = [flaws.demonstration(task, rng) for _ in range(3)] + [
+            text for _, text in flaws.negatives(prompt, rng)
+        ]
+        truth, ranks = (
+            [gold.judge(prompt, answer).score for answer in answers],
+            labeller.rank(prompt, answers, rng),
+        )
         for i in range(len(answers)):
             for j in range(i):
                 if abs(truth[i] - truth[j]) > margin and ranks[i] != ranks[j]:
@@ -105,18 +124,24 @@ def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> floa
 
 
 def answers_to(prompt: str) -> dict:
-    """A good answer, a near miss of it, a right one badly put, for the exam of the reward model: a function of the prompt
-    alone, whatever the comparisons that the reward model is trained on."""
+    """A good answer, a near miss of it, a right one badly put, for the exam of the reward model: a
+    function of the prompt alone, whatever the comparisons that the reward model is trained on."""
     task, rng = world.parse(prompt), random.Random(f"exam {prompt}")
     state = rng.getrandbits(32)
-    clean, miss = world.good(task, random.Random(state)), flaws.content_error(task, rng, random.Random(state))
+    clean, miss = (
+        world.good(task, random.Random(state)),
+        flaws.content_error(task, rng, random.Random(state)),
+    )
     answers = {"good": clean, "near_miss": miss, "badly_put": flaws.style_error(task, rng)}
     return {"prompt": prompt, "answers": list(answers.values()), "sources": list(answers)}
 
 
 def build(cfg: Config) -> dict[str, list[dict]]:
-    """The rows of each file, by name. RuntimeError where a held-out prompt is found in training text."""
-    rng = random.Random(f"demo world {cfg.seed}")  # a string is hashed with sha512, the same everywhere
+    """The rows of each file, by name. RuntimeError where a held-out prompt is found in training
+    text."""
+    rng = random.Random(
+        f"demo world {cfg.seed}"
+    )  # a string is hashed with sha512, the same everywhere
     used: set[str] = set()
     keys: set[tuple[str, ...]] = set()
     heldout = prompts(rng, cfg.heldout_prompts, used, keys, hold=True)
@@ -128,11 +153,21 @@ def build(cfg: Config) -> dict[str, list[dict]]:
             completion = flaws.demonstration(world.parse(prompt), rng, cfg.carelessness)
             rows[name].append({"prompt": prompt, "completion": completion})
     for name, number in (("collect_prompts", cfg.collect_prompts), ("rl_prompts", cfg.rl_prompts)):
-        rows[name] = [{"prompt": p, "family": family} for p, family in prompts(rng, number, used, keys)]
+        rows[name] = [
+            {"prompt": p, "family": family} for p, family in prompts(rng, number, used, keys)
+        ]
     rows["documents"] = [{"text": text} for text in documents(rng, cfg.documents, keys)]
-    trained = (text for name, group in rows.items() if not name.startswith("heldout") for r in group for text in r.values())
+    trained = (
+        text
+        for name, group in rows.items()
+        if not name.startswith("heldout")
+        for r in group
+        for text in r.values()
+    )
     if leaks := find_leaks([prompt for prompt, _ in heldout], trained):
-        raise RuntimeError(f"{len(leaks)} held-out prompts occur in training text, first {leaks[0]!r}")
+        raise RuntimeError(
+            f"{len(leaks)} held-out prompts occur in training text, first {leaks[0]!r}"
+        )
     return rows
 
 
@@ -149,14 +184,21 @@ def main(cfg: Config) -> None:
         "document_characters": characters,
         "demonstration_gold": sum(s.score for s in scores) / max(len(scores), 1),
         "demonstration_correct": sum(s.correct for s in scores) / max(len(scores), 1),
-        "labeller_agreement": agreement(random.Random(cfg.seed), [r["prompt"] for r in rows["collect_prompts"][:300]]),
+        "labeller_agreement": agreement(
+            random.Random(cfg.seed), [r["prompt"] for r in rows["collect_prompts"][:300]]
+        ),
     }
     text = (
         f"{len(rows['documents'])} documents ({characters / 1e6:.1f} MB), {len(rows['sft'])} demonstrations of mean gold "
         f"{metrics['demonstration_gold']:.2f}, {len(rows['heldout_prompts'])} held-out prompts in no training text, "
         f"labeller agrees with gold {metrics['labeller_agreement']:.0%}"
     )
-    stage = {"stage": "data", "kind": "data", "gate": {"passed": True, "text": text}, "metrics": metrics}
+    stage = {
+        "stage": "data",
+        "kind": "data",
+        "gate": {"passed": True, "text": text},
+        "metrics": metrics,
+    }
     stage |= {"config": asdict(cfg), "wall_time": time.time() - begin}
     part = out / "stage.json.tmp"
     part.write_text(json.dumps(stage, indent=2) + "\n", encoding="utf-8")

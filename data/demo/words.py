@@ -1,4 +1,5 @@
-"""Word lists of the demo world. Constants on purpose: `gold` must know every fact without the seed."""
+"""Word lists of the demo world. Constants on purpose: `gold` must know every fact without the
+seed."""
 # ruff: noqa: SIM905 -- lists of words are read best as words
 
 ADJECTIVES = (
@@ -26,18 +27,27 @@ _PLACES = {
     "desert": "in the desert", "sea": "in the sea", "mountain": "on the mountain", "jungle": "in the jungle",
     "ground": "under the ground", "lake": "by the lake", "snow": "in the snow", "garden": "in the garden",
 }  # fmt: skip
-_FOODS_OF_HUNTERS = {"rabbits": "meat", "goats": "meat", "pigs": "meat"}  # an animal's name must not be a food
+_FOODS_OF_HUNTERS = {
+    "rabbits": "meat",
+    "goats": "meat",
+    "pigs": "meat",
+}  # an animal's name must not be a food
 
 
 def _facts() -> dict[str, dict[str, str]]:
     rows = (row.split() for row in _ANIMALS.replace("\n", "|").split("|") if row.strip())
-    return {a: {"live": _PLACES[p], "eat": _FOODS_OF_HUNTERS.get(f, f), "colour": c} for a, p, f, c in rows}
+    return {
+        a: {"live": _PLACES[p], "eat": _FOODS_OF_HUNTERS.get(f, f), "colour": c}
+        for a, p, f, c in rows
+    }
 
 
 FACTS: dict[str, dict[str, str]] = _facts()
 ANIMALS = list(FACTS)
 ATTRIBUTES = ("live", "eat", "colour")
-VALUES: dict[str, list[str]] = {k: sorted({facts[k] for facts in FACTS.values()}) for k in ATTRIBUTES}
+VALUES: dict[str, list[str]] = {
+    k: sorted({facts[k] for facts in FACTS.values()}) for k in ATTRIBUTES
+}
 
 NAMES = (
     "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mary Nick Olga Paul Rosa Sam Tina Victor Will "
@@ -60,7 +70,8 @@ OBJECTS = (
         "broom button"
     ).split()
 )
-# Singular, plural: what the sums count. Regular plurals only; words shared with OBJECTS save vocabulary.
+# Singular, plural: what the sums count. Regular plurals only; words shared with OBJECTS save
+# vocabulary.
 THINGS = {
     f"{w}s": w
     for w in "apple egg shell coin stone flower button ball book pen cup hat key star bell card plum pear nut toy".split()

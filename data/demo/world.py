@@ -1,7 +1,9 @@
-"""The grammar of the demo world: four families of prompts, how to parse them, and good answers to them.
+"""The grammar of the demo world: four families of prompts, how to parse them, and good answers to
+them.
 
-A `Task` is what a prompt asks for, without its wording. `good(task, rng)` writes a clean answer; giving it a task with
-one slot changed writes a clean answer to something else, which is how wrong answers are made (flaws.py).
+A `Task` is what a prompt asks for, without its wording. `good(task, rng)` writes a clean answer;
+giving it a task with one slot changed writes a clean answer to something else, which is how wrong
+answers are made (flaws.py).
 """
 
 import random
@@ -37,11 +39,15 @@ from data.demo.words import (
 )  # fmt: skip
 
 FAMILIES = ("story", "letter", "sum", "fact")
-LARGEST, MOST = 9, 18  # sums: operands are 1..LARGEST, results 0..MOST (larger numbers would be two tokens)
+LARGEST, MOST = (
+    9,
+    18,
+)  # sums: operands are 1..LARGEST, results 0..MOST (larger numbers would be two tokens)
 
 
 class Task(NamedTuple):
-    """family: one of FAMILIES; kind: "plus"/"minus" or an attribute or ""; slots: the words and numbers asked for."""
+    """family: one of FAMILIES; kind: "plus"/"minus" or an attribute or ""; slots: the words and
+    numbers asked for."""
 
     family: str
     kind: str
@@ -49,7 +55,8 @@ class Task(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two prompts the same question, whatever their wording (and the order of two animals)."""
+        """What makes two prompts the same question, whatever their wording (and the order of two
+        animals)."""
         values = list(self.slots.values())
         return (self.family, self.kind, *(sorted(values) if self.family == "fact" else values))
 
@@ -84,13 +91,17 @@ def draw(rng: random.Random, family: str) -> Task:
     """A random task of the family, even over its slots."""
     pick = rng.choice
     if family == "story":
-        return Task(family, "", {"adj": pick(ADJECTIVES), "animal": pick(ANIMALS), "object": pick(OBJECTS)})
+        return Task(
+            family, "", {"adj": pick(ADJECTIVES), "animal": pick(ANIMALS), "object": pick(OBJECTS)}
+        )
     if family == "letter":
         return Task(family, "", {"name": pick(NAMES), "colour": pick(COLOURS), "gift": pick(GIFTS)})
     if family == "sum":
         op = pick(("plus", "minus"))
         a, b = numbers(rng, op)
-        return Task(family, op, {"name": pick(NAMES), "things": pick(_THINGS), "a": str(a), "b": str(b)})
+        return Task(
+            family, op, {"name": pick(NAMES), "things": pick(_THINGS), "a": str(a), "b": str(b)}
+        )
     first, second = _two(rng, ANIMALS)
     return Task(family, pick(ATTRIBUTES), {"first": first, "second": second})
 
@@ -122,7 +133,11 @@ def _patterns() -> list[tuple[str, str, re.Pattern]]:
             for literal, slot in re.findall(r"([^{]*)(?:\{([a-z]+\+?)\})?", template):
                 name = slot.rstrip("+")
                 group = f"(?P={name})" if name in seen else rf"(?P<{name}>\w+)"
-                pattern += re.escape(literal) + ("an? " if slot.endswith("+") else "") + (group if slot else "")
+                pattern += (
+                    re.escape(literal)
+                    + ("an? " if slot.endswith("+") else "")
+                    + (group if slot else "")
+                )
                 seen.add(name)
             found.append((family, kind, re.compile(pattern)))
     return found
@@ -135,8 +150,14 @@ def parse(prompt: str) -> Task | None:
         if match := pattern.fullmatch(prompt.strip()):
             slots = match.groupdict()
             slots.pop("thing", None)
-            order = {"sum": ("name", "things", "a", "b"), "fact": ("first", "second")}.get(family, tuple(slots))
-            return Task(family, kind, {name: slots[name] for name in (_LETTER if family == "letter" else order)})
+            order = {"sum": ("name", "things", "a", "b"), "fact": ("first", "second")}.get(
+                family, tuple(slots)
+            )
+            return Task(
+                family,
+                kind,
+                {name: slots[name] for name in (_LETTER if family == "letter" else order)},
+            )
     return None
 
 
@@ -150,28 +171,48 @@ def result(task: Task) -> int:
 
 
 def truth(task: Task) -> dict[str, str]:
-    """What a good answer states beyond the prompt's own words: the sum's number, the two facts (slots x and y)."""
+    """What a good answer states beyond the prompt's own words: the sum's number, the two facts
+    (slots x and y)."""
     if task.family == "sum":
         return {"r": str(result(task))}
     if task.family == "fact":
-        return {"x": FACTS[task.slots["first"]][task.kind], "y": FACTS[task.slots["second"]][task.kind]}
+        return {
+            "x": FACTS[task.slots["first"]][task.kind],
+            "y": FACTS[task.slots["second"]][task.kind],
+        }
     return {}
 
 
 def story_parts(task: Task, rng: random.Random) -> list[str]:
     """Four or five sentences: beginning, turn, outcome, happy ending."""
     adj, animal, thing = (task.slots[k] for k in ("adj", "animal", "object"))
-    slots = {"adj": adj, "animal": animal, "object": thing, "adj+": article(adj), "object+": article(thing)}
+    slots = {
+        "adj": adj,
+        "animal": animal,
+        "object": thing,
+        "adj+": article(adj),
+        "object+": article(thing),
+    }
     slots["Adj+"] = slots["adj+"].capitalize()
-    opening = [rng.choice(BEGIN_AND_FIND)] if rng.random() < 0.5 else [rng.choice(BEGIN), rng.choice(FIND)]
+    opening = (
+        [rng.choice(BEGIN_AND_FIND)]
+        if rng.random() < 0.5
+        else [rng.choice(BEGIN), rng.choice(FIND)]
+    )
     turn, outcomes = rng.choice(TURNS)
-    return [part.format_map(slots) for part in (*opening, turn, rng.choice(outcomes), rng.choice(ENDINGS))]
+    return [
+        part.format_map(slots)
+        for part in (*opening, turn, rng.choice(outcomes), rng.choice(ENDINGS))
+    ]
 
 
 def letter_parts(task: Task, rng: random.Random) -> list[str]:
     """Greeting, thanks, one or two sentences of reason, closing."""
     name, colour, gift = (task.slots[k] for k in ("name", "colour", "gift"))
-    body = [rng.choice(THANKS).format(colour=colour, gift=gift), rng.choice(REASONS[GIFT_KIND[gift]])]
+    body = [
+        rng.choice(THANKS).format(colour=colour, gift=gift),
+        rng.choice(REASONS[GIFT_KIND[gift]]),
+    ]
     if rng.random() < 0.6:
         body.append(rng.choice(WARM))
     signer = rng.choice(NAMES)
@@ -197,4 +238,6 @@ def good(task: Task, rng: random.Random, stated: dict[str, str] | None = None) -
     name, things, a, b = (task.slots[k] for k in ("name", "things", "a", "b"))
     r = claim["r"]
     template = rng.choice(WORKED[task.kind])
-    return template.format(name=name, a=a, b=b, r=r, A=count(int(a), things), R=count(int(r), things))
+    return template.format(
+        name=name, a=a, b=b, r=r, A=count(int(a), things), R=count(int(r), things)
+    )

@@ -2,11 +2,13 @@
 
     python -m stages.pretrain.prepare --config configs/demo/prepare.yaml
 
-Each document is followed by <|endoftext|>; its text is encoded as ordinary text, so that nothing in it ends it early.
-A source of one document (a book) gives its tail to the evaluation split, a source of many gives whole documents.
+Each document is followed by <|endoftext|>; its text is encoded as ordinary text, so that nothing in
+it ends it early. A source of one document (a book) gives its tail to the evaluation split, a source
+of many gives whole documents.
 
-The sources are read twice (three times where a BPE is trained), never held: first to count, as an exact split needs the
-number of documents, and so that a broken row shows before hours of tokenising. The same command goes on after a kill.
+The sources are read twice (three times where a BPE is trained), never held: first to count, as an
+exact split needs the number of documents, and so that a broken row shows before hours of
+tokenising. The same command goes on after a kill.
 """
 
 import collections
@@ -40,11 +42,11 @@ class Config(ReadsRows):
     """Tokenise text into shards for pretraining."""
 
     train_data: Annotated[list[str], Field(min_length=1)]
-    """Files, folders or Hub data sets (name or name:config): .txt, .jsonl, .json or .parquet, each also .gz or
-    .zst, with a `text` column or an SFT format."""
+    """Files, folders or Hub data sets (name or name:config): .txt, .jsonl, .json or .parquet, each
+    also .gz or .zst, with a `text` column or an SFT format."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None
-    """One for each entry of train_data: its share of the rows that training sees, in any unit. Null: all text is one stream.
-    Other weights take the shards of the same sources as they are."""
+    """One for each entry of train_data: its share of the rows that training sees, in any unit.
+    Null: all text is one stream. Other weights take the shards of the same sources as they are."""
     output_dir: OutputDir
     """Where tokenizer and shards go."""
     tokenizer: str = "bpe"
@@ -58,7 +60,8 @@ class Config(ReadsRows):
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
     """Tokens in one shard file."""
     num_proc: Annotated[int, Field(gt=0)] | None = None
-    """Processes that tokenise; null: one a core, or just one for less than 100 MB of text. The shards are the same."""
+    """Processes that tokenise; null: one a core, or just one for less than 100 MB of text. The
+    shards are the same."""
     seed: Seed = 0
     """Seed of the split and of the tokenizer's sample."""
 
@@ -67,12 +70,18 @@ class Config(ReadsRows):
         if self.weights is None:
             return
         if len(self.weights) != len(self.train_data):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.train_data)} entries of train_data; give each one")
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.train_data)} entries of train_data; give each one"
+            )
         if len(set(self.train_data)) < len(self.train_data):
-            raise ValueError("train_data names a source twice; name it once, with the sum of its weights")
+            raise ValueError(
+                "train_data names a source twice; name it once, with the sum of its weights"
+            )
         for source, share in zip(self.train_data, self.shares, strict=True):
             if share * Mixture.BLOCK < 1:
-                raise ValueError(f"the weight of {source} is below {1 / Mixture.BLOCK:g} of their sum; leave it out")
+                raise ValueError(
+                    f"the weight of {source} is below {1 / Mixture.BLOCK:g} of their sum; leave it out"
+                )
 
     @property
     def shares(self) -> list[float]:
@@ -80,13 +89,16 @@ class Config(ReadsRows):
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """The document in a row: its `text`, or the conversation of an SFT row with its messages a line apart."""
+    """The document in a row: its `text`, or the conversation of an SFT row with its messages a line
+    apart."""
     if isinstance(row.get("text"), str):
         return check_text(row["text"])
     try:
         return check_text("\n".join(message["content"] for message in rows_to_messages(row)))
     except InputError as error:
-        raise InputError(f"no `text` column, and as a conversation: {error}", error.reason) from None
+        raise InputError(
+            f"no `text` column, and as a conversation: {error}", error.reason
+        ) from None
 
 
 def texts_of(row: Row, rows: Iterator[Row]) -> Iterator[str]:
@@ -98,7 +110,8 @@ def texts_of(row: Row, rows: Iterator[Row]) -> Iterator[str]:
 
 
 def survey(source: str, on_bad_row: str, bar: tqdm) -> dict[str, Any]:
-    """Numbers of documents, of empty ones and of bad ones by reason, which are left out; the size of the text in bytes."""
+    """Numbers of documents, of empty ones and of bad ones by reason, which are left out; the size
+    of the text in bytes."""
     found, bad = {"documents": 0, "empty": 0, "size": 0}, BadRows(on_bad_row)
     rows = iter_rows(source, text_of, bad, pieces=True)
     for row in rows:
@@ -107,12 +120,17 @@ def survey(source: str, on_bad_row: str, bar: tqdm) -> dict[str, Any]:
         found["size"] += sum(len(text.encode()) for text in texts_of(row, rows)) if full else 0
         bar.update()
     if not found["documents"]:
-        raise InputError(f"train_data {source}: too little text: all {found['empty']} documents are empty")
+        raise InputError(
+            f"train_data {source}: too little text: all {found['empty']} documents are empty"
+        )
     return found | {"skipped": bad.counts}
 
 
-def held_out_masks(numbers: Sequence[int], eval_fraction: float, seed: int) -> list[np.ndarray | None]:
-    """For sources of so many documents: which are held out; None where that is less than one, and each gives its tail."""
+def held_out_masks(
+    numbers: Sequence[int], eval_fraction: float, seed: int
+) -> list[np.ndarray | None]:
+    """For sources of so many documents: which are held out; None where that is less than one, and
+    each gives its tail."""
     rng = np.random.default_rng(seed)
     masks: list[np.ndarray | None] = []
     for number in numbers:
@@ -124,24 +142,33 @@ def held_out_masks(numbers: Sequence[int], eval_fraction: float, seed: int) -> l
     return masks
 
 
-def documents_of(source: str, held_out: np.ndarray | None, gap: re.Pattern | None, cfg: Config) -> Iterator[Document]:
-    """The documents of a source in their order, each for its split; those that `survey` left out are left out again.
+def documents_of(
+    source: str, held_out: np.ndarray | None, gap: re.Pattern | None, cfg: Config
+) -> Iterator[Document]:
+    """The documents of a source in their order, each for its split; those that `survey` left out
+    are left out again.
 
     Long ones come in pieces, cut behind a match of `gap`.
     """
     rows = iter_rows(source, text_of, BadRows(cfg.on_bad_row, shown=0), pieces=gap is not None)
     for n, row in enumerate(row for row in rows if row.rest or row.parsed.strip()):
         length = len(row.parsed) + row.rest
-        tail = round(length * cfg.eval_fraction) if held_out is None else length if held_out[n] else 0
+        tail = (
+            round(length * cfg.eval_fraction) if held_out is None else length if held_out[n] else 0
+        )
         yield from split_document(texts_of(row, rows), length, length - tail, gap, row.origin)
 
 
 def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> Tokenizer:
     """A new one, from `documents`, of which `number` are for training."""
     if cfg.tokenizer == "characters":
-        return Tokenizer.characters(text for document in documents for text in document.parts.values())
+        return Tokenizer.characters(
+            text for document in documents for text in document.parts.values()
+        )
     chosen = np.zeros(number, bool)
-    chosen[np.random.default_rng((cfg.seed, 1)).permutation(number)[: cfg.tokenizer_documents]] = True
+    chosen[np.random.default_rng((cfg.seed, 1)).permutation(number)[: cfg.tokenizer_documents]] = (
+        True
+    )
 
     def texts() -> Iterator[str]:
         n = 0
@@ -154,12 +181,18 @@ def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> T
     return Tokenizer.train_bpe(texts(), cfg.vocab_size)
 
 
-def training_documents(sources: Sequence[dict[str, Any]], masks: Sequence[np.ndarray | None]) -> int:
-    return sum(source["documents"] - (0 if m is None else int(m.sum())) for source, m in zip(sources, masks, strict=True))
+def training_documents(
+    sources: Sequence[dict[str, Any]], masks: Sequence[np.ndarray | None]
+) -> int:
+    return sum(
+        source["documents"] - (0 if m is None else int(m.sum()))
+        for source, m in zip(sources, masks, strict=True)
+    )
 
 
 def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
-    """The tokenizer and the shelf to fill: as an earlier run with the same text and settings left them, or new ones."""
+    """The tokenizer and the shelf to fill: as an earlier run with the same text and settings left
+    them, or new ones."""
     given = None if cfg.tokenizer in ("bpe", "characters") else load_tokenizer(cfg.tokenizer)
     contents = [{"source": source, "content": content_of(source)} for source in cfg.train_data]
     free = ("output_dir", "train_data", "weights", "num_proc")
@@ -174,11 +207,17 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         sources = [content | survey(content["source"], cfg.on_bad_row, bar) for content in contents]
     masks = held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
     pairs = zip(cfg.train_data, masks, strict=True)
-    documents = (document for pair in pairs for document in documents_of(*pair, re.compile(GAPS[PATTERN]), cfg))
+    documents = (
+        document
+        for pair in pairs
+        for document in documents_of(*pair, re.compile(GAPS[PATTERN]), cfg)
+    )
     tokenizer = given or make_tokenizer(cfg, documents, training_documents(sources, masks))
     tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    return Shelf.begin(folder, sources, key=key, dtype=dtype, mixed=mixed, shard_tokens=cfg.shard_tokens), tokenizer
+    return Shelf.begin(
+        folder, sources, key=key, dtype=dtype, mixed=mixed, shard_tokens=cfg.shard_tokens
+    ), tokenizer
 
 
 def main(cfg: Config) -> None:
@@ -188,20 +227,35 @@ def main(cfg: Config) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)  # the folder counts again once it is back
 
     shelf, tokenizer = shelf_for(cfg, folder)
-    masks = held_out_masks([source["documents"] for source in shelf.sources], cfg.eval_fraction, cfg.seed)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    masks = held_out_masks(
+        [source["documents"] for source in shelf.sources], cfg.eval_fraction, cfg.seed
+    )
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     small = sum(source["size"] for source in shelf.sources) < SMALL
     tokenise(
-        shelf, tokenizer, lambda n: documents_of(cfg.train_data[n], masks[n], tokenizer.gap, cfg),
+        shelf,
+        tokenizer,
+        lambda n: documents_of(cfg.train_data[n], masks[n], tokenizer.gap, cfg),
         cfg.num_proc or (1 if small else cores),
-    )  # fmt: skip
+    )
 
     counts = {split: shelf.total("tokens", split) for split in ("train", "eval")}
     size = shelf.total("bytes", "train")
-    thin = [source["source"] for source in shelf.sources if cfg.weights and not all(source["bytes"].values())]
+    thin = [
+        source["source"]
+        for source in shelf.sources
+        if cfg.weights and not all(source["bytes"].values())
+    ]
     if thin or not size or not shelf.total("bytes", "eval"):
-        raise InputError(f"train_data {', '.join(thin or cfg.train_data)}: too little text to train and evaluate on")
-    number, empty = training_documents(shelf.sources, masks), sum(source["empty"] for source in shelf.sources)
+        raise InputError(
+            f"train_data {', '.join(thin or cfg.train_data)}: too little text to train and evaluate on"
+        )
+    number, empty = (
+        training_documents(shelf.sources, masks),
+        sum(source["empty"] for source in shelf.sources),
+    )
     text = (
         f"{number:,} documents ({size / 1e6:.1f} MB), {counts['train']:,} training and {counts['eval']:,} evaluation "
         f"tokens, vocabulary {tokenizer.vocab_size}, {size / counts['train']:.2f} bytes a token, {empty} empty left out"
@@ -212,19 +266,42 @@ def main(cfg: Config) -> None:
         "config": to_dict(cfg),
         "seed": cfg.seed,
         "gate": {"passed": True, "text": text},
-        "data": {"skipped": sum((collections.Counter(source["skipped"]) for source in shelf.sources), collections.Counter())},
+        "data": {
+            "skipped": sum(
+                (collections.Counter(source["skipped"]) for source in shelf.sources),
+                collections.Counter(),
+            )
+        },
         "metrics": {"tokens": counts, "documents": number, "bytes": size, "empty": empty},
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),
     }
     write_atomically(folder / "stage.json", dump(stage))
-    meta = {"dtype": shelf.journal["dtype"], "vocab_size": tokenizer.vocab_size, "tokens": counts, "bytes": size}
-    shares = [{"share": share} for share in cfg.shares] if cfg.weights else [{}] * len(shelf.sources)
+    meta = {
+        "dtype": shelf.journal["dtype"],
+        "vocab_size": tokenizer.vocab_size,
+        "tokens": counts,
+        "bytes": size,
+    }
+    shares = (
+        [{"share": share} for share in cfg.shares] if cfg.weights else [{}] * len(shelf.sources)
+    )
     keys = ("content", "documents", "empty", "bytes", "tokens")
-    sources = [{key: source[key] for key in keys} | share for source, share in zip(shelf.sources, shares, strict=True)]
-    settings = {key: value for key, value in to_dict(cfg).items() if key not in ("output_dir", "train_data", "num_proc")}
-    meta["fingerprint"] = fingerprint([meta, sources, settings, (folder / "tokenizer.json").read_text()])  # of no path
-    meta["sources"] = [{"source": name} | source for name, source in zip(cfg.train_data, sources, strict=True)]
+    sources = [
+        {key: source[key] for key in keys} | share
+        for source, share in zip(shelf.sources, shares, strict=True)
+    ]
+    settings = {
+        key: value
+        for key, value in to_dict(cfg).items()
+        if key not in ("output_dir", "train_data", "num_proc")
+    }
+    meta["fingerprint"] = fingerprint(
+        [meta, sources, settings, (folder / "tokenizer.json").read_text()]
+    )  # of no path
+    meta["sources"] = [
+        {"source": name} | source for name, source in zip(cfg.train_data, sources, strict=True)
+    ]
     write_atomically(folder / "shards.json", dump(meta))
     vouch(folder)
     if not cfg.weights:  # of a mixture it is kept: with other weights the shards stay

@@ -10,10 +10,16 @@ from common.rows.shards import SHARD_DTYPES
 
 
 class ShardWriter:
-    """Appends ids to `{prefix}-NNNNN.bin` files of shard_tokens each; `tokens` and `crc` (CRC-32) are of all it has taken."""
+    """Appends ids to `{prefix}-NNNNN.bin` files of shard_tokens each; `tokens` and `crc` (CRC-32)
+    are of all it has taken."""
 
     def __init__(self, folder: Path, prefix: str, dtype: str, shard_tokens: int) -> None:
-        self.folder, self.prefix, self.dtype, self.shard_tokens = folder, prefix, np.dtype(SHARD_DTYPES[dtype]), shard_tokens
+        self.folder, self.prefix, self.dtype, self.shard_tokens = (
+            folder,
+            prefix,
+            np.dtype(SHARD_DTYPES[dtype]),
+            shard_tokens,
+        )
         self.tokens, self.crc, self.file = 0, 0, None
 
     def path(self, number: int) -> Path:
@@ -40,7 +46,8 @@ class ShardWriter:
             self.file = None
 
     def restore(self, tokens: int, crc: int) -> bool:
-        """Cut the files back to their first `tokens` tokens; False if these are not those that `crc` was taken of."""
+        """Cut the files back to their first `tokens` tokens; False if these are not those that
+        `crc` was taken of."""
         self.tokens, self.crc = tokens, 0
         for number, start in enumerate(range(0, tokens, self.shard_tokens)):
             left = min(self.shard_tokens, tokens - start) * self.dtype.itemsize
@@ -50,6 +57,8 @@ class ShardWriter:
             with self.path(number).open("rb") as file:
                 while block := file.read(1 << 20):
                     self.crc = zlib.crc32(block, self.crc)
-        for number in range(-(-tokens // self.shard_tokens), len(list(self.folder.glob(f"{self.prefix}-*.bin")))):
+        for number in range(
+            -(-tokens // self.shard_tokens), len(list(self.folder.glob(f"{self.prefix}-*.bin")))
+        ):
             self.path(number).unlink(missing_ok=True)
         return self.crc == crc

@@ -1,7 +1,9 @@
-"""Documents -> shard files: by several processes, in order, and resumable after a kill at any moment.
+"""Documents -> shard files: by several processes, in order, and resumable after a kill at any
+moment.
 
-The ids of each document depend on nothing else, so neither the number of processes nor an interruption shows in the
-files. Every few seconds a journal notes how far they are good; what lies behind is cut off and made again.
+The ids of each document depend on nothing else, so neither the number of processes nor an
+interruption shows in the files. Every few seconds a journal notes how far they are good; what lies
+behind is cut off and made again.
 """
 
 import collections
@@ -34,8 +36,8 @@ JOURNAL = "progress.json"
 
 
 class Document(NamedTuple):
-    """One document: its text for each split ("train", "eval" or both, when it gives its tail), and what an error calls it.
-    A long one comes in pieces."""
+    """One document: its text for each split ("train", "eval" or both, when it gives its tail), and
+    what an error calls it. A long one comes in pieces."""
 
     parts: dict[str, str]
     origin: str
@@ -86,17 +88,22 @@ def work(source: int, documents: Sequence[Document]) -> Encoded:
     return encode(worker_tokenizer, source, documents)
 
 
-def encode_all(tokenizer: Tokenizer, chunks: Iterable[tuple[int, list[Document]]], processes: int) -> Iterator[Encoded]:
+def encode_all(
+    tokenizer: Tokenizer, chunks: Iterable[tuple[int, list[Document]]], processes: int
+) -> Iterator[Encoded]:
     """`encode` of each (source, documents), in their order. Few chunks are held at a time.
 
-    Processes and not the threads of tiktoken's own batches: with short documents threads wait for Python's lock more than
-    they work. Spawned, as a fork of a process with threads (tokenizers', Arrow's, the Hub's) may hang.
+    Processes and not the threads of tiktoken's own batches: with short documents threads wait for
+    Python's lock more than they work. Spawned, as a fork of a process with threads (tokenizers',
+    Arrow's, the Hub's) may hang.
     """
     if processes == 1:
         yield from (encode(tokenizer, *chunk) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=start_worker, initargs=(tokenizer,)) as pool:
+    with ProcessPoolExecutor(
+        processes, context, initializer=start_worker, initargs=(tokenizer,)
+    ) as pool:
         waiting = collections.deque()
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
@@ -122,7 +129,11 @@ def between_words(texts: Iterable[str], gap: re.Pattern) -> Iterator[str]:
 def sides(texts: Iterable[str], train: int) -> Iterator[tuple[str, str]]:
     """(split, text): the first `train` characters, and what is behind them."""
     for text in texts:
-        yield from ((split, part) for split, part in (("train", text[:train]), ("eval", text[train:])) if part)
+        yield from (
+            (split, part)
+            for split, part in (("train", text[:train]), ("eval", text[train:]))
+            if part
+        )
         train = max(0, train - len(text))
 
 
@@ -137,11 +148,16 @@ def pieces(texts: Iterable[str], train: int, gap: re.Pattern) -> Iterator[tuple[
                 held = ""
 
 
-def split_document(texts: Iterable[str], length: int, train: int, gap: re.Pattern | None, origin: str) -> Iterator[Document]:
-    """A document of so many characters, the first `train` of them for training; a long one in pieces, if it has gaps."""
+def split_document(
+    texts: Iterable[str], length: int, train: int, gap: re.Pattern | None, origin: str
+) -> Iterator[Document]:
+    """A document of so many characters, the first `train` of them for training; a long one in
+    pieces, if it has gaps."""
     if gap is None or length <= CHUNK:
         parts = sides(["".join(texts)], train)
-        yield Document({split: part for split, part in parts if split == "train" or part.strip()}, origin)
+        yield Document(
+            {split: part for split, part in parts if split == "train" or part.strip()}, origin
+        )
         return
     found, start = pieces(texts, train, gap), 0
     split, text = next(found)
@@ -176,15 +192,20 @@ def chunked(source: int, documents: Iterable[Document]) -> Iterator[tuple[int, l
 class Shelf:
     """The shard files in a folder and the journal that tells how far they are good.
 
-    journal: "key" (fingerprint of what the files are made from), "dtype", "shard_tokens", "mixed" (each source has files of
-    its own), "crc" of each writer, and "sources", for each the counts of `Encoded`: done (documents), pieces, tokens, bytes.
+    journal: "key" (fingerprint of what the files are made from), "dtype", "shard_tokens", "mixed"
+    (each source has files of its own), "crc" of each writer, and "sources", for each the counts of
+    `Encoded`: done (documents), pieces, tokens, bytes.
     """
 
     def __init__(self, folder: Path, journal: dict[str, Any]) -> None:
         self.folder, self.journal, self.sources = folder, journal, journal["sources"]
         self.writers = {
             prefix: ShardWriter(folder, prefix, journal["dtype"], journal["shard_tokens"])
-            for prefix in (self.prefix(split, n) for n in range(len(self.sources)) for split in ("train", "eval"))
+            for prefix in (
+                self.prefix(split, n)
+                for n in range(len(self.sources))
+                for split in ("train", "eval")
+            )
         }
 
     @classmethod
@@ -192,26 +213,49 @@ class Shelf:
         """An empty shelf, in a folder that has the tokenizer."""
         for old in folder.glob("*.bin"):
             old.unlink()
-        none = [{"done": 0, "pieces": 0, "tokens": {"train": 0, "eval": 0}, "bytes": {"train": 0, "eval": 0}} for _ in sources]
-        journal["sources"] = [{**source, **counts} for source, counts in zip(sources, none, strict=True)]
-        shelf = cls(folder, journal | {"crc": {}, "chunk": CHUNK, "tokenizer": sha256(folder / "tokenizer.json")})
+        none = [
+            {
+                "done": 0,
+                "pieces": 0,
+                "tokens": {"train": 0, "eval": 0},
+                "bytes": {"train": 0, "eval": 0},
+            }
+            for _ in sources
+        ]
+        journal["sources"] = [
+            {**source, **counts} for source, counts in zip(sources, none, strict=True)
+        ]
+        shelf = cls(
+            folder,
+            journal | {"crc": {}, "chunk": CHUNK, "tokenizer": sha256(folder / "tokenizer.json")},
+        )
         shelf.save()
         return shelf
 
     @classmethod
     def resume(cls, folder: Path, key: str) -> "Shelf | None":
-        """What an earlier run with this key left, cut back to what its journal vouches for; None if there is nothing good."""
+        """What an earlier run with this key left, cut back to what its journal vouches for; None if
+        there is nothing good."""
         try:
             journal = json.loads((folder / JOURNAL).read_text())
-            if journal["key"] != key or journal["chunk"] != CHUNK or journal["tokenizer"] != sha256(folder / "tokenizer.json"):
+            if (
+                journal["key"] != key
+                or journal["chunk"] != CHUNK
+                or journal["tokenizer"] != sha256(folder / "tokenizer.json")
+            ):
                 return None
             shelf = cls(folder, journal)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         tokens = collections.Counter()
         for n, source in enumerate(shelf.sources):
-            tokens.update({shelf.prefix(split, n): count for split, count in source["tokens"].items()})
-        good = [writer.restore(tokens[prefix], journal["crc"].get(prefix, 0)) for prefix, writer in shelf.writers.items()]
+            tokens.update(
+                {shelf.prefix(split, n): count for split, count in source["tokens"].items()}
+            )
+        good = [
+            writer.restore(tokens[prefix], journal["crc"].get(prefix, 0))
+            for prefix, writer in shelf.writers.items()
+        ]
         return shelf if all(good) else None
 
     def prefix(self, split: str, source: int) -> str:
@@ -237,18 +281,34 @@ class Shelf:
         return sum(source[count][split] for source in self.sources)
 
 
-def tokenise(shelf: Shelf, tokenizer: Tokenizer, documents_of: Callable[[int], Iterator[Document]], processes: int) -> None:
-    """Encode what is not on the shelf yet; documents_of(source) gives all documents of one, always the same."""
+def tokenise(
+    shelf: Shelf,
+    tokenizer: Tokenizer,
+    documents_of: Callable[[int], Iterator[Document]],
+    processes: int,
+) -> None:
+    """Encode what is not on the shelf yet; documents_of(source) gives all documents of one, always
+    the same."""
 
     def rest() -> Iterator[tuple[int, list[Document]]]:
         for n, source in enumerate(shelf.sources):
             if left := source["documents"] - source["done"]:
-                yield from chunked(n, first(left, itertools.islice(documents_of(n), source["pieces"], None)))
+                yield from chunked(
+                    n, first(left, itertools.islice(documents_of(n), source["pieces"], None))
+                )
 
     size = sum(source["size"] for source in shelf.sources)
     done = shelf.total("bytes", "train") + shelf.total("bytes", "eval")
     saved = time.monotonic()
-    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc="tokenise", mininterval=1, disable=None) as bar:
+    with tqdm(
+        total=size,
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        desc="tokenise",
+        mininterval=1,
+        disable=None,
+    ) as bar:
         for chunk in encode_all(tokenizer, rest(), processes):
             shelf.add(chunk)
             bar.update(sum(chunk.bytes.values()))
@@ -258,4 +318,6 @@ def tokenise(shelf: Shelf, tokenizer: Tokenizer, documents_of: Callable[[int], I
     shelf.save()
     for source in shelf.sources:
         if source["done"] < source["documents"]:
-            raise InputError(f"{source['source']}: changed while it was being read; run again when it is complete")
+            raise InputError(
+                f"{source['source']}: changed while it was being read; run again when it is complete"
+            )

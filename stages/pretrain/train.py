@@ -2,8 +2,8 @@
 
     accelerate launch -m stages.pretrain.train --config configs/demo/pretrain.yaml
 
-Rows of max_length tokens are cut from the stream of documents (an end-of-text between them). `train_data` is a folder
-made by stages.pretrain.prepare, which also holds the tokenizer.
+Rows of max_length tokens are cut from the stream of documents (an end-of-text between them).
+`train_data` is a folder made by stages.pretrain.prepare, which also holds the tokenizer.
 """
 
 import math
@@ -44,10 +44,11 @@ class Config(ArchitectureConfig, TrainConfig):
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     """Peak learning rate of Muon."""
     document_mask: bool = True
-    """Attention stays inside a document; false: it also sees the unrelated ones packed before it in the row."""
+    """Attention stays inside a document; false: it also sees the unrelated ones packed before it in
+    the row."""
     row_stride: Annotated[int, Field(gt=0)] | None = None
-    """Tokens from the start of one row to the next, of which each row predicts so many, its last: those that no earlier row
-    has. Null = max_length; 1 = every token from a full context."""
+    """Tokens from the start of one row to the next, of which each row predicts so many, its last:
+    those that no earlier row has. Null = max_length; 1 = every token from a full context."""
     eval_rows: Annotated[int, Field(gt=0)] = 128
     """Rows of the held-out split in one evaluation."""
     eval_only: bool = False
@@ -72,7 +73,8 @@ def build_model(cfg: Config, tokenizer: Tokenizer) -> GPT:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that MFU is a share of: the data sheet's figure for a known GPU (dense bf16), else a GEMM timed here."""
+    """FLOP/s that MFU is a share of: the data sheet's figure for a known GPU (dense bf16), else a
+    GEMM timed here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [gpu.flops for key, gpu in GPUS.items() if key.split("-")[0].upper() in name]
@@ -89,11 +91,16 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_size: int, eot_id: int | None) -> float:
-    """Mean next-token loss in nats over the first `rows` rows of the held-out split (the same ones every time)."""
+def evaluate(
+    run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_size: int, eot_id: int | None
+) -> float:
+    """Mean next-token loss in nats over the first `rows` rows of the held-out split (the same ones
+    every time)."""
     model.eval()
     total = torch.zeros(2, device=run.device)
-    for chosen in share(range(min(rows, shards.rows)), run.rank, run.processes, batch_size, blank=lambda row: None):
+    for chosen in share(
+        range(min(rows, shards.rows)), run.rank, run.processes, batch_size, blank=lambda row: None
+    ):
         run.poll()
         real = [row for row in chosen if row is not None]
         batch = torch.cat([shards.batch(0, row, 1) for row in real or [0]]).to(run.device)
@@ -104,14 +111,22 @@ def evaluate(run: Run, model: torch.nn.Module, shards: Shards, rows: int, batch_
     return loss / count
 
 
-def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, eot_id: int | None, predicted: int = 0) -> torch.Tensor:
-    """Summed cross-entropy of the last `predicted` tokens (0 = all) of each row of batch (B, T + 1), each from those before it.
+def next_token_loss(
+    model: torch.nn.Module, batch: torch.Tensor, eot_id: int | None, predicted: int = 0
+) -> torch.Tensor:
+    """Summed cross-entropy of the last `predicted` tokens (0 = all) of each row of batch (B, T +
+    1), each from those before it.
 
-    With eot_id only from those of its own document, which an end-of-text opens (as it opens a base model's prompt).
+    With eot_id only from those of its own document, which an end-of-text opens (as it opens a base
+    model's prompt).
     """
     ids = batch[:, :-1]
     documents = None if eot_id is None else (ids == eot_id).cumsum(1)
-    keep = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= ids.shape[1] - predicted if predicted else None
+    keep = (
+        torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= ids.shape[1] - predicted
+        if predicted
+        else None
+    )
     targets = batch[:, 1:] if keep is None else batch[:, 1:][keep]
     return -model(ids, keep, documents, targets).sum()
 
@@ -121,15 +136,24 @@ def continuations(
 ) -> list[dict[str, str]]:
     """What the model goes on with after `sample_prompts`; every process must call it."""
     answers = sample(
-        sampler(run.accelerator, raw), prompts, max_new_tokens=cfg.sample_tokens, seed=cfg.seed, stop_ids=stop_ids(tokenizer)
+        sampler(run.accelerator, raw),
+        prompts,
+        max_new_tokens=cfg.sample_tokens,
+        seed=cfg.seed,
+        stop_ids=stop_ids(tokenizer),
     )
     texts = [tokenizer.decode(answer.ids) for answer in answers]
-    return [{"prompt": prompt, "sample": text} for prompt, text in zip(cfg.sample_prompts, texts, strict=True)]
+    return [
+        {"prompt": prompt, "sample": text}
+        for prompt, text in zip(cfg.sample_prompts, texts, strict=True)
+    ]
 
 
 def main(cfg: Config) -> None:
     if cfg.lora_r:
-        raise InputError(f"lora_r {cfg.lora_r}: pretraining trains all weights; LoRA is for sft, reward and rl")
+        raise InputError(
+            f"lora_r {cfg.lora_r}: pretraining trains all weights; LoRA is for sft, reward and rl"
+        )
     run = Run(cfg, "pretrain", "lm")
     tokenizer = load_tokenizer(cfg.train_data)
     shards = Shards(cfg.train_data, "train", cfg.max_length, cfg.row_stride)
@@ -139,18 +163,30 @@ def main(cfg: Config) -> None:
     parameters = sum(p.numel() for p in raw.parameters())
     if cfg.optimizer == "muon":
         dtype = torch.float32 if run.precision == "no" else torch.bfloat16
-        optimizer = muon(raw, cfg.muon_learning_rate, cfg.learning_rate, cfg.weight_decay, cfg.adam_beta2, dtype)
+        optimizer = muon(
+            raw, cfg.muon_learning_rate, cfg.learning_rate, cfg.weight_decay, cfg.adam_beta2, dtype
+        )
     else:
-        optimizer = adamw(parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2)
+        optimizer = adamw(
+            parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2
+        )
     model, optimizer = run.prepare(raw, optimizer)
 
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts]
+    prompts = [
+        prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts
+    ]
     check_prompts(raw, prompts)  # now, not after hours of training
-    micro, accumulation, batch_rows = cfg.per_device_train_batch_size, run.accumulation, run.global_batch
+    micro, accumulation, batch_rows = (
+        cfg.per_device_train_batch_size,
+        run.accumulation,
+        run.global_batch,
+    )
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, shards.rows, batch_rows)
     tokens_per_step = batch_rows * cfg.max_length
     peak = peak_flops(run.device, run.accelerator.mixed_precision) * run.processes
-    flops_per_token = 3 * forward_flops(raw.config, 1, cfg.max_length, 1)  # backward is twice forward
+    flops_per_token = 3 * forward_flops(
+        raw.config, 1, cfg.max_length, 1
+    )  # backward is twice forward
     epochs, seen = steps * batch_rows / shards.rows, shards.epochs(steps * batch_rows)
     of_each = "".join(f"; {times:.2f} of {name}" for name, times in seen.items() if len(seen) > 1)
     run.say(
@@ -161,7 +197,9 @@ def main(cfg: Config) -> None:
     eot_id = tokenizer.eot_id if cfg.document_mask and tokenizer.has_control else None
     if cfg.eval_only:
         found = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
-        run.say(f"held-out loss {found:.4f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})")
+        run.say(
+            f"held-out loss {found:.4f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
+        )
         for row in continuations(cfg, run, raw, tokenizer, prompts):
             run.say(f"{row['prompt']}{row['sample']}")
         return
@@ -171,7 +209,11 @@ def main(cfg: Config) -> None:
         run.checkpoint(step, kept)
         if step in (0, steps) or (cfg.eval_steps and step % cfg.eval_steps == 0):
             eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
-            run.log(step, {"eval_loss": eval_loss} | ({} if step else {"ln_vocab": math.log(tokenizer.vocab_size)}))
+            run.log(
+                step,
+                {"eval_loss": eval_loss}
+                | ({} if step else {"ln_vocab": math.log(tokenizer.vocab_size)}),
+            )
             if step:
                 run.log_samples(step, continuations(cfg, run, raw, tokenizer, prompts))
             else:
@@ -180,29 +222,46 @@ def main(cfg: Config) -> None:
         if step == steps:
             break
         first = step * batch_rows + run.rank * micro * accumulation
-        micro_batches = [shards.batch(cfg.seed, first + i * micro, micro).to(run.device) for i in range(accumulation)]
+        micro_batches = [
+            shards.batch(cfg.seed, first + i * micro, micro).to(run.device)
+            for i in range(accumulation)
+        ]
         factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
         set_learning_rate(optimizer, factor)
         counts = torch.tensor([sum(len(batch) * shards.stride for batch in micro_batches)])
         done = run.update(
-            step, model, optimizer, micro_batches,
-            lambda batch: next_token_loss(model, batch, eot_id, shards.stride)[None], counts,
-        )  # fmt: skip
+            step,
+            model,
+            optimizer,
+            micro_batches,
+            lambda batch: next_token_loss(model, batch, eot_id, shards.stride)[None],
+            counts,
+        )
         bar.update()
         if done and ((step + 1) % cfg.logging_steps == 0 or step + 1 == steps):
             speed = (step + 1 - clock_step) * tokens_per_step / (time.perf_counter() - clock)
-            metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": factor * cfg.learning_rate}
-            run.log(step + 1, metrics | {"tokens/s": round(speed), "mfu": speed * flops_per_token / peak})
+            metrics = {
+                "loss": done.losses[0],
+                "grad_norm": done.grad_norm,
+                "lr": factor * cfg.learning_rate,
+            }
+            run.log(
+                step + 1,
+                metrics | {"tokens/s": round(speed), "mfu": speed * flops_per_token / peak},
+            )
             clock, clock_step = time.perf_counter(), step + 1
 
-    text = (
-        f"held-out loss {kept['initial']:.2f} -> {eval_loss:.3f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
-    )
-    enough = min(0.5, 0.1 * kept["initial"])  # nats; a tenth where few symbols, or a parent, leave less than that to learn
+    text = f"held-out loss {kept['initial']:.2f} -> {eval_loss:.3f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
+    enough = min(
+        0.5, 0.1 * kept["initial"]
+    )  # nats; a tenth where few symbols, or a parent, leave less than that to learn
     stage = run.finish(
-        steps, (eval_loss < kept["initial"] - enough, text), parameters=parameters, tokens_seen=steps * tokens_per_step,
+        steps,
+        (eval_loss < kept["initial"] - enough, text),
+        parameters=parameters,
+        tokens_seen=steps * tokens_per_step,
         data={"train": shards.meta["fingerprint"], "epochs": seen},
-    )  # fmt: skip
+    )
     with whole(run.accelerator, raw):
         if run.main:
             publish(run.folder, raw, tokenizer, stage)

@@ -1,6 +1,8 @@
-"""Prompts -> Trajectory: answers sampled from the policy, with all that PPO needs to know about them.
+"""Prompts -> Trajectory: answers sampled from the policy, with all that PPO needs to know about
+them.
 
-Shape legend: B episodes, S tokens of prompt and response, T response tokens, N response tokens of all episodes, row by row.
+Shape legend: B episodes, S tokens of prompt and response, T response tokens, N response tokens of
+all episodes, row by row.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +35,18 @@ class ActorCritic(nn.Module):
         documents: Tensor | None = None,
         text_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Log-probs, entropies and values (N) where predicts_BS is set: at the position one left of each response token.
+        """Log-probs, entropies and values (N) where predicts_BS is set: at the position one left of
+        each response token.
 
-        And the policy's log-probs on `texts` (B, T), pretraining rows of several documents, in the same pass (which DDP needs).
+        And the policy's log-probs on `texts` (B, T), pretraining rows of several documents, in the
+        same pass (which DDP needs).
         """
-        text_logprobs = None if texts is None else self.policy(texts, documents=documents, targets=text_targets)
-        logprobs_N, entropies_N = self.policy(ids_BS, predicts_BS, targets=targets_N, temperature=temperature, entropies=True)
+        text_logprobs = (
+            None if texts is None else self.policy(texts, documents=documents, targets=text_targets)
+        )
+        logprobs_N, entropies_N = self.policy(
+            ids_BS, predicts_BS, targets=targets_N, temperature=temperature, entropies=True
+        )
         return logprobs_N, entropies_N, self.critic.values(ids_BS, predicts_BS), text_logprobs
 
 
@@ -83,12 +91,15 @@ class Trajectory(NamedTuple):
 
 
 def joined(parts: Sequence[Trajectory]) -> Trajectory:
-    """One rollout from those of all processes, each of which had every so-many-th prompt; in the order of the prompts."""
+    """One rollout from those of all processes, each of which had every so-many-th prompt; in the
+    order of the prompts."""
     fields = []
     for name, pieces in zip(Trajectory._fields, zip(*parts, strict=True), strict=True):
         if name.endswith(("S", "T")):
             width = max(piece.shape[1] for piece in pieces)
-            pieces = [torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
+            pieces = [
+                torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces
+            ]
         fields.append(torch.stack(list(pieces), dim=1).flatten(0, 1))
     return Trajectory(*fields)
 
@@ -117,34 +128,51 @@ def rollout(
     progress: Callable[..., object] | None = None,
     lap: Callable[[str], None] | None = None,
 ) -> Trajectory:
-    """Sample an answer to each prompt and evaluate it with policy, reference, critic and reward model.
+    """Sample an answer to each prompt and evaluate it with policy, reference, critic and reward
+    model.
 
-    Call it under the autocast of training: the log-probs that the ratio starts from are recomputed in its numerics.
-    sampler: to sample from, where not from model.policy itself; part: (process, processes) where `prompts` are one process's;
-    progress: called now and then; lap: when a part is done, with its name.
+    Call it under the autocast of training: the log-probs that the ratio starts from are recomputed
+    in its numerics. sampler: to sample from, where not from model.policy itself; part: (process,
+    processes) where `prompts` are one process's; progress: called now and then; lap: when a part is
+    done, with its name.
     """
     sampler = sampler or model.policy
     device = next(sampler.parameters()).device
     # Weights stay as they are: under autocast every one-token step would cast them again.
     with torch.autocast(device.type, enabled=False):
         answers = sample(
-            sampler, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, part=part,
-            stop_ids=stop_ids, batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            sampler,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            part=part,
+            stop_ids=stop_ids,
+            batch_size=batch_size,
+            progress=progress,
+        )
     if lap:
         lap("sampling")
     lengths = torch.tensor([len(answer.ids) for answer in answers], device=device)
     mask_BT = length_mask(lengths, int(lengths.max()))
     zeros_BT = torch.zeros(mask_BT.shape, device=device)
     empty = Trajectory(
-        ids_BS=pad([[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)], pad_id).to(device),
+        ids_BS=pad(
+            [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)],
+            pad_id,
+        ).to(device),
         prompt_lengths_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
         mask_BT=mask_BT,
-        logprobs_BT=zeros_BT, ref_logprobs_BT=zeros_BT.clone(), entropy_BT=zeros_BT.clone(), values_BT=zeros_BT.clone(),
+        logprobs_BT=zeros_BT,
+        ref_logprobs_BT=zeros_BT.clone(),
+        entropy_BT=zeros_BT.clone(),
+        values_BT=zeros_BT.clone(),
         scores_B=torch.zeros(len(prompts), device=device),
         stopped_B=torch.tensor([answer.stopped for answer in answers], device=device),
-        rewards_BT=zeros_BT, advantages_BT=zeros_BT, returns_BT=zeros_BT,
-    )  # fmt: skip
+        rewards_BT=zeros_BT,
+        advantages_BT=zeros_BT,
+        returns_BT=zeros_BT,
+    )
     full = evaluate(empty, model, reference, reward_model, temperature, score_batch_size, progress)
     shaped_B = shape_scores(full.scores_B, full.stopped_B, score_clip, missing_stop_penalty)
     k1_BT, _, _ = kl_estimates(full.logprobs_BT, full.ref_logprobs_BT)
@@ -162,11 +190,15 @@ def evaluate(
     batch_size: int,
     progress: Callable[..., object] | None = None,
 ) -> Trajectory:
-    """`trajectory` with log-probs, entropy, values and scores filled in; rows of like length share a batch."""
+    """`trajectory` with log-probs, entropy, values and scores filled in; rows of like length share
+    a batch."""
     totals = trajectory.prompt_lengths_B + trajectory.mask_BT.sum(1)
     order = totals.argsort().tolist()
     new = trajectory._replace(
-        **{name: getattr(trajectory, name).clone() for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT")},
+        **{
+            name: getattr(trajectory, name).clone()
+            for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT")
+        },
         scores_B=trajectory.scores_B.clone(),
     )
     for start in range(0, len(order), batch_size):
@@ -177,7 +209,8 @@ def evaluate(
         predicts, targets = part.predicts_BS(), part.targets_N()
         logprobs_N, entropies_N, values_N, _ = model(part.ids_BS, predicts, targets, temperature)
         ref_logprobs_N = reference(part.ids_BS, predicts, targets=targets, temperature=temperature)
-        # A boolean mask would fill rows in their own order, not in the sorted one: name each place by row and column.
+        # A boolean mask would fill rows in their own order, not in the sorted one: name each place
+        # by row and column.
         columns = torch.nonzero(part.mask_BT)
         at = (torch.tensor(rows, device=columns.device)[columns[:, 0]], columns[:, 1])
         new.logprobs_BT[at], new.ref_logprobs_BT[at] = logprobs_N, ref_logprobs_N

@@ -2,9 +2,10 @@
 
     accelerate launch -m stages.rl.train --config configs/demo/rl.yaml
 
-One step is: sample answers to a batch of prompts; score them; reward = score at the end - kl_coef * KL at every token;
-advantages by GAE; a few epochs of clipped policy and value updates. Policy and critic are separate networks: the policy
-starts from the SFT model, the critic from the reward model (Stiennon 2020, InstructGPT). See stages/rl/ppo.py for the maths.
+One step is: sample answers to a batch of prompts; score them; reward = score at the end - kl_coef *
+KL at every token; advantages by GAE; a few epochs of clipped policy and value updates. Policy and
+critic are separate networks: the policy starts from the SFT model, the critic from the reward model
+(Stiennon 2020, InstructGPT). See stages/rl/ppo.py for the maths.
 """
 
 from collections.abc import Sequence
@@ -92,9 +93,12 @@ class Config(ReadsRows, PPOConfig):
 
 
 def texts(run: Run, shards: Shards, cfg: Config, step: int, update: int) -> torch.Tensor:
-    """This process's rows of pretraining text for one update of a rollout: a pure function of both numbers."""
+    """This process's rows of pretraining text for one update of a rollout: a pure function of both
+    numbers."""
     rows, updates = cfg.ptx_batch_size, cfg.num_ppo_epochs * cfg.num_minibatches
-    return shards.batch(cfg.seed, ((step * updates + update) * run.processes + run.rank) * rows, rows).to(run.device)
+    return shards.batch(
+        cfg.seed, ((step * updates + update) * run.processes + run.rank) * rows, rows
+    ).to(run.device)
 
 
 def parse(tokenizer: Tokenizer, row: dict[str, Any]) -> list[int]:
@@ -114,8 +118,16 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
     """(policy and critic, frozen reference, frozen reward model); dropout is off in all of them."""
     needed, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
     reference, critic = cfg.reference or cfg.parent, cfg.critic or cfg.reward_model
-    kinds = ((cfg.parent, "lm"), (critic, "reward"), (reference, "lm"), (cfg.reward_model, "reward"))
-    for name, kind in kinds:  # all that does not fit together is refused before any weights are read
+    kinds = (
+        (cfg.parent, "lm"),
+        (critic, "reward"),
+        (reference, "lm"),
+        (cfg.reward_model, "reward"),
+    )
+    for (
+        name,
+        kind,
+    ) in kinds:  # all that does not fit together is refused before any weights are read
         check_context(name, kind, needed, key)
         if not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
             raise InputError(
@@ -138,19 +150,29 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, to
 
 def main(cfg: Config) -> None:
     if bool(cfg.ptx_data) != (cfg.ptx_coef > 0):
-        raise InputError(f"ptx_data {cfg.ptx_data}, ptx_coef {cfg.ptx_coef}: PTX needs both, or neither")
+        raise InputError(
+            f"ptx_data {cfg.ptx_data}, ptx_coef {cfg.ptx_coef}: PTX needs both, or neither"
+        )
     if cfg.eval_steps:
-        raise InputError(f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; tools.compare judges the result")
+        raise InputError(
+            f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; tools.compare judges the result"
+        )
     run = Run(cfg, "rl", "lm")
     tokenizer = load_tokenizer(cfg.parent)
     raw, reference, reward_model = load_models(cfg, run)
     bad = BadRows(cfg.on_bad_row)
-    prompts, left_out = short_enough(read_rows(cfg.train_data, partial(parse, tokenizer), bad), cfg.max_prompt_length)
-    run.say(f"{len(prompts):,} prompts, {left_out} left out as longer than {cfg.max_prompt_length} tokens")
+    prompts, left_out = short_enough(
+        read_rows(cfg.train_data, partial(parse, tokenizer), bad), cfg.max_prompt_length
+    )
+    run.say(
+        f"{len(prompts):,} prompts, {left_out} left out as longer than {cfg.max_prompt_length} tokens"
+    )
     if cfg.lora_r:
         add_lora(raw.policy, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
         add_lora(raw.critic, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    critic_rate = cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate
+    critic_rate = (
+        cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate
+    )
     groups = parameter_groups(raw.policy.parameters(), cfg.learning_rate, cfg.weight_decay)
     policy_groups = len(groups)
     groups += parameter_groups(raw.critic.parameters(), critic_rate, cfg.weight_decay)
@@ -159,13 +181,19 @@ def main(cfg: Config) -> None:
 
     episodes = run.global_batch * cfg.num_minibatches
     if episodes > len(prompts):
-        raise InputError(f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches")
+        raise InputError(
+            f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches"
+        )
     shards = Shards(cfg.ptx_data, "train", cfg.max_length) if cfg.ptx_data else None
     if shards and not same_ids(load_tokenizer(cfg.ptx_data), tokenizer):
-        raise InputError(f"ptx_data {cfg.ptx_data}: its ids are not those of {cfg.parent}; prepare it with that tokenizer")
+        raise InputError(
+            f"ptx_data {cfg.ptx_data}: its ids are not those of {cfg.parent}; prepare it with that tokenizer"
+        )
     order = Order([1] * len(prompts), episodes, cfg.seed, drop_last=True)
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, order.per_epoch * episodes, episodes)
-    models = [lineage(path).get("parent_hash") for path in (cfg.reference, cfg.reward_model, cfg.critic)]
+    models = [
+        lineage(path).get("parent_hash") for path in (cfg.reference, cfg.reward_model, cfg.critic)
+    ]
     data = fingerprint([prompts, shards and shards.meta, models])
     first_step, kept = run.start_or_resume(raw, optimizer, data, kl_coef=cfg.kl_coef, history=[])
     bar, history, speaker = run.progress(steps, first_step, unit="rollout"), kept["history"], None
@@ -199,9 +227,12 @@ def main(cfg: Config) -> None:
                 progress=run.poll,
                 lap=lap,
             )
-        # Every process gets all episodes: what is whitened, drawn and logged is the same, however many there are.
+        # Every process gets all episodes: what is whitened, drawn and logged is the same, however
+        # many there are.
         parts = gather_object([[field.cpu() for field in part]])
-        batch = joined([Trajectory(*(field.to(run.device) for field in fields)) for fields in parts])
+        batch = joined(
+            [Trajectory(*(field.to(run.device) for field in fields)) for fields in parts]
+        )
         try:
             metrics = describe(batch)
         except NonFiniteError as error:
@@ -215,33 +246,63 @@ def main(cfg: Config) -> None:
             for group in optimizer.param_groups[:policy_groups]:
                 group["lr"] = 0.0
         metrics |= learn(
-            run, model, optimizer, batch, shards and partial(texts, run, shards, cfg, step), tokenizer.eot_id, cfg, step
+            run,
+            model,
+            optimizer,
+            batch,
+            shards and partial(texts, run, shards, cfg, step),
+            tokenizer.eot_id,
+            cfg,
+            step,
         )
         lap("training")
         metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate} | lap.seconds
         if cfg.target_kl:
-            kept["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes)
+            kept["kl_coef"] = next_kl_coef(
+                kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes
+            )
         bar.update()
         if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
             run.log(step + 1, metrics)
-            run.log_samples(step + 1, episode_samples(batch, tokenizer, cfg.samples), shown=int((step + 1) % 10 == 0))
+            run.log_samples(
+                step + 1,
+                episode_samples(batch, tokenizer, cfg.samples),
+                shown=int((step + 1) % 10 == 0),
+            )
 
     if not history:
-        raise Failure(f"rl: all {steps} rollouts were left out as not finite; nothing was learned, nothing is published")
+        raise Failure(
+            f"rl: all {steps} rollouts were left out as not finite; nothing was learned, nothing is published"
+        )
     last = history[-max(1, min(5, steps // 4)) :]
-    mean = {name: sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")}
+    mean = {
+        name: sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")
+    }
     rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
     text = f"{rise} at KL {mean['kl']:.1f} nats, {mean['stop_rate']:.0%} complete"
     stage = run.finish(
-        steps, (mean["score"] > history[0]["score"], text), episodes=steps * episodes, data={"skipped": bad.counts}
-    )  # fmt: skip
+        steps,
+        (mean["score"] > history[0]["score"], text),
+        episodes=steps * episodes,
+        data={"skipped": bad.counts},
+    )
     with whole(run.accelerator, raw):
         if run.main:
-            policy, critic = (merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic))
+            policy, critic = (
+                merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic)
+            )
             if cfg.lora_r:
-                save_adapter(raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
+                save_adapter(
+                    raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha
+                )
             # The critic first: the stage counts as finished from its own manifest on.
-            publish(run.folder / "critic", raw.critic, tokenizer, {**stage, "kind": "reward"}, weights=critic)
+            publish(
+                run.folder / "critic",
+                raw.critic,
+                tokenizer,
+                {**stage, "kind": "reward"},
+                weights=critic,
+            )
             publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
     run.forget()
 

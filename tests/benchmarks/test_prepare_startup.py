@@ -1,4 +1,5 @@
-"""The benchmarks of preparation and start-up run, at tiny sizes, and their last line has what it must tell."""
+"""The benchmarks of preparation and start-up run, at tiny sizes, and their last line has what it
+must tell."""
 
 import json
 import subprocess
@@ -12,18 +13,40 @@ from benchmarks import prepare
 from common.rows.shards import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = {"benchmark", "ratio", "ours", "peer", "unit", "peer_name", "all", "runs", "machine", "threads", "commit"}
+KEYS = {
+    "benchmark",
+    "ratio",
+    "ours",
+    "peer",
+    "unit",
+    "peer_name",
+    "all",
+    "runs",
+    "machine",
+    "threads",
+    "commit",
+}
 
 
 def last_line(module: str, *flags: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def test_prepare(tmp_path):
     text = tmp_path / "input.txt"
-    text.write_text("\n\n".join(f"The fox number {n} met the bird number {n % 7} by the river." for n in range(400)))
+    text.write_text(
+        "\n\n".join(
+            f"The fox number {n} met the bird number {n % 7} by the river." for n in range(400)
+        )
+    )
     flags = ["--megabytes", "0.2", "--runs", "1", "--vocab_size", "300", "--shard_tokens", "0"]
     line = last_line("benchmarks.prepare", "--text", str(text), *flags)
     assert line.keys() >= KEYS | {"memory_MB", "shards"}
@@ -31,7 +54,9 @@ def test_prepare(tmp_path):
     names = ["0.04MB.txt", "0.2MB.txt", "0.04MB.jsonl", "0.2MB.jsonl"]
     assert line["memory_MB"].keys() >= {f"ours {name}" for name in names}
     if find_spec("datasets") and find_spec("transformers"):
-        assert line["peer"] > 0 and line["ratio"] == pytest.approx(line["ours"] / line["peer"], abs=1e-3)
+        assert line["peer"] > 0 and line["ratio"] == pytest.approx(
+            line["ours"] / line["peer"], abs=1e-3
+        )
 
 
 def test_shards(tmp_path, shards, monkeypatch):
@@ -61,7 +86,9 @@ def test_startup():
 def test_documents_are_the_text(tmp_path):
     text = "\n\n".join(f"{n} foxes" * (n % 9) for n in range(300))
     documents = prepare.documents_of(text, 200)
-    assert "".join(documents) == text + "\n\n" and all(len(document) >= 200 for document in documents[:-1])
+    assert "".join(documents) == text + "\n\n" and all(
+        len(document) >= 200 for document in documents[:-1]
+    )
     prepare.write_rows(tmp_path / "rows.jsonl", documents, 50_000)
     rows = [json.loads(row)["text"] for row in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert 50_000 <= sum(map(len, rows)) < 52_000 and rows[: len(documents)] == documents

@@ -1,4 +1,5 @@
-"""The demo world's data: what gold says of hand-written answers, what is held out, and that a seed fixes the bytes."""
+"""The demo world's data: what gold says of hand-written answers, what is held out, and that a seed
+fixes the bytes."""
 
 import json
 import os
@@ -36,7 +37,12 @@ def rows() -> dict[str, list[dict]]:
 
 
 def small(**changes: object) -> prepare.Config:
-    sizes = {"documents": 6000, "demonstrations": 1600, "eval_demonstrations": 40, "collect_prompts": 200}
+    sizes = {
+        "documents": 6000,
+        "demonstrations": 1600,
+        "eval_demonstrations": 40,
+        "collect_prompts": 200,
+    }
     return prepare.Config(**sizes | {"rl_prompts": 200, "heldout_prompts": 200} | changes)
 
 
@@ -47,8 +53,15 @@ def test_a_good_answer_scores_near_one(prompt: str) -> None:
 
 
 def test_subtraction_is_judged_too() -> None:
-    assert gold.judge(LEFT, "Mary starts with 9 shells. 9 minus 4 is 5, so Mary now has 5 shells.").score >= 0.95
-    assert not gold.judge(LEFT, "Mary starts with 9 shells. 9 minus 4 is 13, so Mary now has 13 shells.").correct
+    assert (
+        gold.judge(
+            LEFT, "Mary starts with 9 shells. 9 minus 4 is 5, so Mary now has 5 shells."
+        ).score
+        >= 0.95
+    )
+    assert not gold.judge(
+        LEFT, "Mary starts with 9 shells. 9 minus 4 is 13, so Mary now has 13 shells."
+    ).correct
 
 
 @pytest.mark.parametrize("family", world.FAMILIES)
@@ -98,7 +111,12 @@ def test_a_wrong_answer_is_not_correct_and_scores_low(prompt: str, answer: str) 
         (STORY, "The brave fox found a lantern."),
         (STORY, TALE.removesuffix(".")),
         (STORY, TALE.lower()),
-        (STORY, TALE.replace("The moon came up and lit the path.", "Lit moon path the up and the came lantern.")),
+        (
+            STORY,
+            TALE.replace(
+                "The moon came up and lit the path.", "Lit moon path the up and the came lantern."
+            ),
+        ),
         (STORY, f"{TALE} {OFF}"),
         (LETTER, THANKS.rpartition("\n")[0]),
         (LETTER, THANKS.replace("With love, Tom", "Whatever.")),
@@ -150,7 +168,10 @@ def test_each_style_error_lowers_the_score() -> None:
         for kind in styles:
             for _ in range(20):
                 task = world.draw(rng, family)
-                assert gold.judge(world.ask(task, rng), flaws.style_error(task, rng, kind)).score <= 0.85, (family, kind)
+                assert (
+                    gold.judge(world.ask(task, rng), flaws.style_error(task, rng, kind)).score
+                    <= 0.85
+                ), (family, kind)
 
 
 def test_contrasts_are_a_good_answer_two_that_spoil_it_and_a_foreign_one() -> None:
@@ -169,11 +190,16 @@ def test_contrasts_are_a_good_answer_two_that_spoil_it_and_a_foreign_one() -> No
 
 
 def test_a_wrong_sum_is_wrong_in_one_of_several_ways() -> None:
-    rng, prompt = random.Random(0), "Tom has 5 apples and gets 3 more. How many apples does Tom have now?"
+    rng, prompt = (
+        random.Random(0),
+        "Tom has 5 apples and gets 3 more. How many apples does Tom have now?",
+    )
     texts = [flaws.content_error(world.parse(prompt), rng) for _ in range(200)]
     assert not any(gold.judge(prompt, text).correct for text in texts)
     assert 40 <= sum("5 minus 3 is 2" in text for text in texts) <= 100  # the wrong operation
-    assert sum("5 plus 3 is 8" not in text and "plus" in text for text in texts) >= 60  # the wrong result
+    assert (
+        sum("5 plus 3 is 8" not in text and "plus" in text for text in texts) >= 60
+    )  # the wrong result
 
 
 def test_the_labeller_ranks_as_a_careless_person_does() -> None:
@@ -181,27 +207,46 @@ def test_the_labeller_ranks_as_a_careless_person_does() -> None:
     asked = [world.ask(world.draw(rng, world.FAMILIES[i % 4]), rng) for i in range(1200)]
     assert 0.86 <= prepare.agreement(rng, asked) <= 0.91  # the prototype: .87
     answers = [TALE, "no", TALE, "The brave fox found a lantern."]
-    assert labeller.rank(STORY, answers, random.Random(1)) == labeller.rank(STORY, answers, random.Random(1))
+    assert labeller.rank(STORY, answers, random.Random(1)) == labeller.rank(
+        STORY, answers, random.Random(1)
+    )
     firsts = [labeller.rank(STORY, answers, random.Random(i)) for i in range(300)]
     assert all(min(ranks) == 0 and max(ranks) <= 3 for ranks in firsts)
     assert any(ranks[0] == ranks[2] for ranks in firsts)  # ties happen
     assert sum(ranks[1] > ranks[0] for ranks in firsts) > 250
 
 
-def test_heldout_prompts_are_in_no_training_text_and_the_stages_share_none(rows: dict[str, list[dict]]) -> None:
+def test_heldout_prompts_are_in_no_training_text_and_the_stages_share_none(
+    rows: dict[str, list[dict]],
+) -> None:
     heldout = [row["prompt"] for row in rows["heldout_prompts"]]
     assert len(set(heldout)) == 200
-    assert [sum(row["family"] == f for row in rows["heldout_prompts"]) for f in world.FAMILIES] == [50] * 4
-    trained = "\n".join(t for name, group in rows.items() if not name.startswith("heldout") for r in group for t in r.values())
-    assert not [prompt for prompt in heldout if prompt in trained]  # plain search, not the one under test
-    stages = [{row["prompt"] for row in rows[n]} for n in ("sft", "sft_eval", "collect_prompts", "rl_prompts")]
+    assert [sum(row["family"] == f for row in rows["heldout_prompts"]) for f in world.FAMILIES] == [
+        50
+    ] * 4
+    trained = "\n".join(
+        t
+        for name, group in rows.items()
+        if not name.startswith("heldout")
+        for r in group
+        for t in r.values()
+    )
+    assert not [
+        prompt for prompt in heldout if prompt in trained
+    ]  # plain search, not the one under test
+    stages = [
+        {row["prompt"] for row in rows[n]}
+        for n in ("sft", "sft_eval", "collect_prompts", "rl_prompts")
+    ]
     assert len(set.union(*stages)) == sum(map(len, stages)) == 2040
     keys = {world.parse(prompt).key for prompt in heldout}  # nor the same question in other words
     assert not keys & {world.parse(prompt).key for stage in stages for prompt in stage}
 
 
 def test_the_reward_models_exam_depends_on_the_prompts_alone(rows: dict[str, list[dict]]) -> None:
-    assert [row["prompt"] for row in rows["heldout_comparisons"]] == [row["prompt"] for row in rows["heldout_prompts"]]
+    assert [row["prompt"] for row in rows["heldout_comparisons"]] == [
+        row["prompt"] for row in rows["heldout_prompts"]
+    ]
     for row in rows["heldout_comparisons"]:
         assert row == prepare.answers_to(row["prompt"])
         assert row["sources"] == ["good", "near_miss", "badly_put"]
@@ -236,7 +281,10 @@ def test_demonstrations_are_careless_as_people_are(rows: dict[str, list[dict]]) 
 
 
 def test_every_number_pair_occurs_in_training() -> None:
-    tasks = [world.parse(r["prompt"]) for r in prepare.build(small(demonstrations=16000, documents=10))["sft"]]
+    tasks = [
+        world.parse(r["prompt"])
+        for r in prepare.build(small(demonstrations=16000, documents=10))["sft"]
+    ]
     pairs = {(t.kind, t.slots["a"], t.slots["b"]) for t in tasks if t.family == "sum"}
     assert len(pairs) == 81 + sum(range(2, 10))
 
@@ -244,9 +292,23 @@ def test_every_number_pair_occurs_in_training() -> None:
 def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Path) -> None:
     sizes = "--documents 300 --demonstrations 80 --eval_demonstrations 8 --collect_prompts 20 --rl_prompts 20"
     for name, seed, order in (("a", "1", "1"), ("b", "1", "2"), ("c", "2", "1")):
-        command = [sys.executable, "-m", "data.demo.prepare", "--output_dir", str(tmp_path / name), "--seed", seed]
+        command = [
+            sys.executable,
+            "-m",
+            "data.demo.prepare",
+            "--output_dir",
+            str(tmp_path / name),
+            "--seed",
+            seed,
+        ]
         command += [*sizes.split(), "--heldout_prompts", "20"]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": order}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": order},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.strip().splitlines()) == 1
     files = {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()}
@@ -258,5 +320,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Pa
         "heldout_prompts",
         "heldout_comparisons",
     }
-    assert files == {f.name: f.read_bytes() for f in (tmp_path / "b").iterdir() if f.name != "stage.json"}
+    assert files == {
+        f.name: f.read_bytes() for f in (tmp_path / "b").iterdir() if f.name != "stage.json"
+    }
     assert files["documents.jsonl"] != (tmp_path / "c" / "documents.jsonl").read_bytes()

@@ -1,4 +1,5 @@
-"""Runs that are killed: children forked from this process, which has everything imported, and what they leave behind."""
+"""Runs that are killed: children forked from this process, which has everything imported, and what
+they leave behind."""
 
 import fcntl
 import hashlib
@@ -22,9 +23,17 @@ from stages.reward import train as reward
 from stages.rl import train as rl
 from stages.sft import train as sft
 
-FULL = bool(os.environ.get("FAULTS"))  # the whole sweeps, of which the normal test run takes a sample
+FULL = bool(
+    os.environ.get("FAULTS")
+)  # the whole sweeps, of which the normal test run takes a sample
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
-CLOCK = {"tokens/s", "mfu", "seconds_sampling", "seconds_scoring", "seconds_training"}  # what no seed can repeat
+CLOCK = {
+    "tokens/s",
+    "mfu",
+    "seconds_sampling",
+    "seconds_scoring",
+    "seconds_training",
+}  # what no seed can repeat
 FORGET = Run.forget
 UNINTERRUPTED: dict[str, tuple[dict[str, Any], float]] = {}
 PIPE = 1 << 20  # bytes that a child can say before it has to wait
@@ -53,13 +62,20 @@ class Child:
         if self.pid:
             return
         try:
-            for kind in (signal.SIGINT, signal.SIGTERM):  # as in a new process, whatever the one before it left
-                signal.signal(kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL)
+            for kind in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # as in a new process, whatever the one before it left
+                signal.signal(
+                    kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL
+                )
             signal.alarm(100)  # one that hangs ends
             for number, (_, end) in enumerate(self.pipes, 1):
                 os.dup2(end, number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)  # pytest's own keeps them to itself
+            warnings.showwarning = lambda message, *_: print(
+                message, file=sys.stderr
+            )  # pytest's own keeps them to itself
             Run.forget = keep_the_end
             code = 0
             try:
@@ -85,7 +101,8 @@ class Child:
 
 
 def keep_the_end(run: Run) -> None:
-    """In place of Run.forget: optimizer and generators of a finished run, too, can be compared, in a folder of their own."""
+    """In place of Run.forget: optimizer and generators of a finished run, too, can be compared, in
+    a folder of their own."""
     run.point = {"loop": {"step": 10**9, "logs": {}}, "random": generators(run.device)}
     state, Run.state = Run.state, run.folder / "end"
     run.save()
@@ -94,7 +111,8 @@ def keep_the_end(run: Run) -> None:
 
 
 def child(stage: str, keys: dict[str, Any], before: Callable[[], Any] = lambda: None) -> Ended:
-    """A run of the stage to its end in a process of its own; `before` may break something in there."""
+    """A run of the stage to its end in a process of its own; `before` may break something in
+    there."""
 
     def work() -> None:
         before()
@@ -104,7 +122,8 @@ def child(stage: str, keys: dict[str, Any], before: Callable[[], Any] = lambda: 
 
 
 def result(folder: str | Path) -> dict[str, Any]:
-    """sha256 of weights, optimizer moments and generators at the end; log lines without their clock; stage.json's figures."""
+    """sha256 of weights, optimizer moments and generators at the end; log lines without their
+    clock; stage.json's figures."""
     folder, found = Path(folder), {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
@@ -112,9 +131,14 @@ def result(folder: str | Path) -> dict[str, Any]:
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         elif file.suffix == ".jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
+            found[name] = [
+                {key: value for key, value in row.items() if key not in CLOCK} for row in rows
+            ]
     stage = json.loads((folder / "stage.json").read_text())
-    found["stage"] = {key: stage.get(key) for key in ("step", "gate", "accuracy", "tokens_seen", "episodes", "skipped_batches")}
+    found["stage"] = {
+        key: stage.get(key)
+        for key in ("step", "gate", "accuracy", "tokens_seen", "episodes", "skipped_batches")
+    }
     found["last"] = {key: value for key, value in stage["metrics"].items() if key not in CLOCK}
     return found
 
@@ -128,11 +152,16 @@ def same(folder: str | Path, whole: dict[str, Any]) -> None:
 
 
 def uninterrupted(folder: Path, stage: str, keys: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """(result, seconds) of the same run that nothing disturbs; made once, as no path is part of it."""
-    same_run = json.dumps([stage, *((key, value) for key, value in sorted(keys.items()) if "/" not in str(value))])
+    """(result, seconds) of the same run that nothing disturbs; made once, as no path is part of
+    it."""
+    same_run = json.dumps(
+        [stage, *((key, value) for key, value in sorted(keys.items()) if "/" not in str(value))]
+    )
     if same_run in UNINTERRUPTED:
         return UNINTERRUPTED[same_run]
-    run(stage, keys | {"output_dir": str(folder / "warm"), "max_steps": 1})  # what is imported on the way, children need not
+    run(
+        stage, keys | {"output_dir": str(folder / "warm"), "max_steps": 1}
+    )  # what is imported on the way, children need not
     started = time.monotonic()
     ended = child(stage, keys | {"output_dir": str(folder / "whole")})
     assert ended.code == 0, ended.err
@@ -143,7 +172,8 @@ def uninterrupted(folder: Path, stage: str, keys: dict[str, Any]) -> tuple[dict[
 
 
 def on_call(owner: Any, name: str, number: int, act: Callable[[], Any]) -> None:
-    """In this process: act() right before call `number` (from 0) of owner.name. For children, which take it with them."""
+    """In this process: act() right before call `number` (from 0) of owner.name. For children, which
+    take it with them."""
     real, calls = getattr(owner, name), []
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

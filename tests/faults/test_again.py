@@ -38,7 +38,9 @@ def recipe(tmp_path, monkeypatch) -> Path:
     steps = {name: {"module": "fake"} for name in ("first", "second")}
     folder = tmp_path / "recipe"
     folder.mkdir()
-    (folder / "pipeline.yaml").write_text(json.dumps({"output_dir": str(tmp_path / "run"), "steps": steps}))
+    (folder / "pipeline.yaml").write_text(
+        json.dumps({"output_dir": str(tmp_path / "run"), "steps": steps})
+    )
     for name in steps:
         (folder / f"{name}.yaml").write_text("seed: 1\n")
     return folder
@@ -53,7 +55,9 @@ def until(condition) -> None:
 
 def killed_with_its_stage_at_work(recipe: Path) -> Path:
     """-> the folder of the first step, whose stage still runs."""
-    job = subprocess.Popen([sys.executable, ROOT / "pipeline.py", recipe], stdout=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [sys.executable, ROOT / "pipeline.py", recipe], stdout=subprocess.DEVNULL
+    )
     until((recipe.parent / "ran").exists)
     job.kill()
     job.wait()
@@ -70,7 +74,9 @@ def free(recipe: Path) -> bool:
 
 def test_a_killed_pipeline_takes_what_its_stage_finished(recipe):
     first = killed_with_its_stage_at_work(recipe)
-    with pytest.raises(InputError, match="another pipeline, or a stage that it left, is running there"):
+    with pytest.raises(
+        InputError, match="another pipeline, or a stage that it left, is running there"
+    ):
         pipeline.main([str(recipe)])
     (first / "state").mkdir()  # as a stage that was killed right after it published leaves it
     (recipe.parent / "go").touch()
@@ -118,15 +124,23 @@ def test_a_note_is_written_at_once_or_not_at_all(recipe, monkeypatch):
 
 
 def test_no_resume(setting, tmp_path):
-    """Starts over in an empty folder, in which the pipeline may have left its note; refuses one with a state."""
+    """Starts over in an empty folder, in which the pipeline may have left its note; refuses one
+    with a state."""
     out = tmp_path / "out"
     keys = setting("sft", output_dir=str(out), resume=False)
     out.mkdir()
     (out / ".pipeline.json").write_text("{}")
     assert child("sft", keys).code == 0
-    whole, before = result(out), {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    whole, before = (
+        result(out),
+        {path: path.read_bytes() for path in out.rglob("*") if path.is_file()},
+    )
     ended = child("sft", keys)
-    assert ended.code == 2 and ended.err.startswith(f"error: resume false: {out} is not empty"), ended.err
+    assert ended.code == 2 and ended.err.startswith(f"error: resume false: {out} is not empty"), (
+        ended.err
+    )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert child("sft", keys | {"resume": True}).code == 0  # a finished run has no state: this trains again
+    assert (
+        child("sft", keys | {"resume": True}).code == 0
+    )  # a finished run has no state: this trains again
     assert result(out) == whole

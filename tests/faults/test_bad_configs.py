@@ -1,22 +1,36 @@
-"""Bad configs: each is refused before a weight is read, in one line that names key, value and what is allowed."""
+"""Bad configs: each is refused before a weight is read, in one line that names key, value and what
+is allowed."""
 
 import pytest
 import torch
 
 from common.config.training import RowsConfig
 
-# (stage, lines of its YAML file or words of its command line, what the one line must say); {lm} and such are paths.
+# (stage, lines of its YAML file or words of its command line, what the one line must say); {lm} and
+# such are paths.
 KEYS = [
     # unknown keys
-    ("prepare", "vocab_sise: 300", ["prepare.yaml:", "unknown key `vocab_sise`", "did you mean `vocab_size`?"]),
+    (
+        "prepare",
+        "vocab_sise: 300",
+        ["prepare.yaml:", "unknown key `vocab_sise`", "did you mean `vocab_size`?"],
+    ),
     ("pretrain", "n_layers: 2", ["unknown key `n_layers`", "did you mean `n_layer`?"]),
     ("sft", "learning_rat: 1e-3", ["unknown key `learning_rat`", "did you mean `learning_rate`?"]),
-    ("collect", "answer_per_prompt: 2", ["unknown key `answer_per_prompt`", "did you mean `answers_per_prompt`?"]),
+    (
+        "collect",
+        "answer_per_prompt: 2",
+        ["unknown key `answer_per_prompt`", "did you mean `answers_per_prompt`?"],
+    ),
     ("reward", "evaldata: x.jsonl", ["unknown key `evaldata`", "did you mean `eval_data`?"]),
     ("rl", "kl_coeff: 0.1", ["unknown key `kl_coeff`", "did you mean `kl_coef`?"]),
     ("rl", "eval_data: x.jsonl", ["unknown key `eval_data`"]),
     ("sft", "1: 2", ["unknown key `1`"]),
-    ("sft", "--learning-rat 1", ["command line", "--learning-rat", "did you mean `learning_rate`?"]),
+    (
+        "sft",
+        "--learning-rat 1",
+        ["command line", "--learning-rat", "did you mean `learning_rate`?"],
+    ),
     ("rl", "--resume_from x", ["command line", "unknown key --resume_from"]),
     ("sft", "--no_lora_r", ["command line", "--no_lora_r"]),
     ("pretrain", "max_steps=3", ["command line", "max_steps=3", "--key value"]),
@@ -35,7 +49,11 @@ KEYS = [
     ("rl", "num_minibatches: 2.5", ["num_minibatches = 2.5", "int > 0"]),
     ("rl", "gamma: [1]", ["gamma = [1]", "float > 0"]),
     ("sft", "--max_steps 1.5", ["command line", "max_steps = 1.5", "int > 0"]),
-    ("pretrain", "--document_mask maybe", ["command line", "document_mask = maybe", "true | false"]),
+    (
+        "pretrain",
+        "--document_mask maybe",
+        ["command line", "document_mask = maybe", "true | false"],
+    ),
     # numbers
     ("sft", "learning_rate: .nan", ["learning_rate = .nan"]),
     ("sft", "learning_rate: nan", ["learning_rate = nan", "finite"]),
@@ -62,7 +80,11 @@ KEYS = [
     ("pretrain", "optimizer: adam", ["optimizer = adam", "adamw | muon"]),
     # YAML that is more than plain values
     ("sft", "max_steps: 1\nmax_steps: 2", ["duplicate key `max_steps`", "sft.yaml:", "keep one"]),
-    ("sft", "parent: !!python/object/apply:os.system [touch {root}/ran]", ["python/object/apply:os.system"]),
+    (
+        "sft",
+        "parent: !!python/object/apply:os.system [touch {root}/ran]",
+        ["python/object/apply:os.system"],
+    ),
     ("rl", "env:\n  LD_PRELOAD: evil.so", ["unknown key `env`"]),
     ("sft", "lora_targets: &a [*a]", ["aliases"]),
     ("sft", "parent: [x", ["sft.yaml:", "expected"]),
@@ -105,7 +127,7 @@ KEYS = [
     # a model of another kind
     ("sft", "parent: {reward}", ["{reward} holds a reward model", "language model"]),
     ("rl", "reward_model: {lm}", ["{lm} holds a language model", "reward model"]),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -125,7 +147,9 @@ def refused(ended, parts):
     assert all(part in ended.err for part in parts), ended.err
 
 
-@pytest.mark.parametrize(("stage", "text", "parts"), KEYS, ids=[f"{stage}-{text[:40]}" for stage, text, _ in KEYS])
+@pytest.mark.parametrize(
+    ("stage", "text", "parts"), KEYS, ids=[f"{stage}-{text[:40]}" for stage, text, _ in KEYS]
+)
 def test_a_bad_config_is_refused_in_one_line(stage, text, parts, program, write, made, no_weights):
     text = text.format_map(made)
     words = text.split() if text.startswith("--") or "=" in text else []
@@ -158,24 +182,36 @@ def test_the_config_without_the_mistake_runs(stage, program, write):
 
 STEPS = "steps: {data: {module: data.demo.prepare}, sft: {module: stages.sft.train, launch: true}}"
 RECIPES = [
-    ("output_dirr: x\n" + STEPS, [], ["pipeline.yaml:1", "unknown key `output_dirr`", "did you mean `output_dir`?"]),
+    (
+        "output_dirr: x\n" + STEPS,
+        [],
+        ["pipeline.yaml:1", "unknown key `output_dirr`", "did you mean `output_dir`?"],
+    ),
     ("output_dir: x", [], ["`steps` is required"]),
     ("output_dir: x\nsteps: {}", [], ["steps = {}", "at least 1 item", "pipeline.yaml:2"]),
     ("output_dir: x\nsteps: [data]", [], ["steps = ['data']", "mapping"]),
     ("output_dir: 3\n" + STEPS, [], ["output_dir = 3", "str"]),
     ("output_dir: x\nsteps: {a: {module: 'os; rm'}}", [], ["steps.a.module = os; rm"]),
-    ("output_dir: x\nsteps: {a: {module: m, launch: sometimes}}", [], ["steps.a.launch = sometimes"]),
+    (
+        "output_dir: x\nsteps: {a: {module: m, launch: sometimes}}",
+        [],
+        ["steps.a.launch = sometimes"],
+    ),
     ("output_dir: x\nsteps: {a: {modul: m}}", [], ["steps.a"]),
     ("output_dir: x\nsteps: {a: {module: m, output: ../b}}", [], ["steps.a.output = ../b"]),
     ("output_dir: x\nsteps: {a: {module: m}, a: {module: n}}", [], ["duplicate key `steps.a`"]),
     ("output_dir: x\nenv: {PATH: x}\n" + STEPS, [], ["unknown key `env`"]),
     ("output_dir: !!python/name:os.system\n" + STEPS, [], ["python/name:os.system"]),
     ("output_dir: x\n" + STEPS, ["--from", "sftt"], ["no step sftt", "did you mean `sft`?"]),
-    ("output_dir: x\n" + STEPS, ["--from", "sft", "--to", "data"], ["--from sft comes after --to data"]),
+    (
+        "output_dir: x\n" + STEPS,
+        ["--from", "sft", "--to", "data"],
+        ["--from sft comes after --to data"],
+    ),
     ("output_dir: x\n" + STEPS, ["--sftt.seed=1"], ["--sftt.seed=1", "did you mean `sft`?"]),
     ("output_dir: x\n" + STEPS, ["--seed", "one"], ["--seed", "'one'"]),
     ("output_dir: x\n" + STEPS, [], ["data.yaml", "No such file"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("recipe", "words", "parts"), RECIPES)
@@ -185,7 +221,9 @@ def test_a_bad_recipe_is_refused_in_one_line(recipe, words, parts, program, tmp_
 
 
 def test_no_recipe(program, tmp_path):
-    refused(program("pipeline", str(tmp_path / "nowhere")), ["nowhere/pipeline.yaml", "No such file"])
+    refused(
+        program("pipeline", str(tmp_path / "nowhere")), ["nowhere/pipeline.yaml", "No such file"]
+    )
 
 
 def test_there_are_enough_cases():

@@ -1,4 +1,5 @@
-"""One bit flipped, or a file cut short, in a saved state or in a published directory: noticed, and passed over or refused."""
+"""One bit flipped, or a file cut short, in a saved state or in a published directory: noticed, and
+passed over or refused."""
 
 import os
 import random
@@ -18,13 +19,19 @@ from common.program.errors import InputError
 from common.rows.shards import Shards
 from common.train.resume import newest_state
 
-FLIPS, CUTS = (30, 10) if FULL else (6, 4)  # of each stage's states, and of each kind of published directory
+FLIPS, CUTS = (
+    (30, 10) if FULL else (6, 4)
+)  # of each stage's states, and of each kind of published directory
 UPDATES = {"rl": 4}
 
 
 def files_of(folder: Path) -> list[Path]:
     """All that the directory vouches for: not the logs, nor what an unfinished run keeps beside."""
-    found = [path for path in folder.rglob("*") if path.is_file() and "state" not in path.relative_to(folder).parts]
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and "state" not in path.relative_to(folder).parts
+    ]
     return sorted(path for path in found if path.suffix != ".jsonl")
 
 
@@ -44,7 +51,8 @@ def cut(file: Path, rng: random.Random) -> str:
 
 
 def each_damage(files: list[Path], seed: int, check: Callable[[], bool]) -> int:
-    """How often check() says that it noticed what was done to one of the files, which are as before afterwards."""
+    """How often check() says that it noticed what was done to one of the files, which are as before
+    afterwards."""
     rng, noticed = random.Random(seed), 0
     for damage in [flip] * FLIPS + [cut] * CUTS:
         file = rng.choice(files)
@@ -59,7 +67,14 @@ def each_damage(files: list[Path], seed: int, check: Callable[[], bool]) -> int:
 def killed(stage: str, keys: dict, step: int) -> None:
     """The run is killed in its step number `step` (from 0)."""
     die = lambda: os._exit(9)  # noqa: E731
-    assert child(stage, keys, lambda: on_call(common.train.run, "update", step * UPDATES.get(stage, 1), die)).code == 9
+    assert (
+        child(
+            stage,
+            keys,
+            lambda: on_call(common.train.run, "update", step * UPDATES.get(stage, 1), die),
+        ).code
+        == 9
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -85,7 +100,8 @@ def test_a_damaged_state_is_passed_over(stage, setting, tmp_path):
 
 
 def test_what_is_saved_after_a_damaged_state_stays(setting, tmp_path):
-    """One kept state, damaged: the run begins anew, and its own saves, of earlier steps, must not give way to that one."""
+    """One kept state, damaged: the run begins anew, and its own saves, of earlier steps, must not
+    give way to that one."""
     keys = setting("sft", output_dir=str(tmp_path / "cut"), save_total_limit=1)
     whole, _ = uninterrupted(tmp_path, "sft", keys)
     killed("sft", keys, 5)
@@ -116,11 +132,19 @@ def published(setting, tmp_path) -> dict[str, tuple[list[Path], Callable[[], obj
     """What each stage hands on: its files, and the reading of them by the next one."""
     shards = tmp_path / "shards"
     shutil.copytree(setting("pretrain")["train_data"], shards)
-    found = {"shards": (files_of(shards), lambda: (load_tokenizer(str(shards)), Shards(str(shards), "train", 32)))}
+    found = {
+        "shards": (
+            files_of(shards),
+            lambda: (load_tokenizer(str(shards)), Shards(str(shards), "train", 32)),
+        )
+    }
     for stage in STAGES:
         folder = tmp_path / stage
         lora_r = 0 if stage == "pretrain" else 2
-        assert child(stage, setting(stage, output_dir=str(folder), max_steps=1, lora_r=lora_r)).code == 0
+        assert (
+            child(stage, setting(stage, output_dir=str(folder), max_steps=1, lora_r=lora_r)).code
+            == 0
+        )
         shutil.rmtree(folder / "end")  # of these tests alone
         kind = "reward" if stage == "reward" else "lm"
         files = [file for file in files_of(folder) if "critic" not in file.parts]

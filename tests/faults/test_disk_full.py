@@ -1,4 +1,5 @@
-"""A disk that is full: what was saved stays, one line says so, exit code 1, and the same command goes on afterwards."""
+"""A disk that is full: what was saved stays, one line says so, exit code 1, and the same command
+goes on afterwards."""
 
 import os
 import re
@@ -59,7 +60,9 @@ def test_a_full_disk(stage, setting, tmp_path):
         cut = keys | {"output_dir": str(folder / "cut")}
         ended = child(stage, cut, lambda p=place, f=fill: p(f))
         assert ended.code == 1, ended.err
-        assert re.fullmatch(r"error: \S+: could not be (saved|written).* the same command goes on\n", ended.err), ended.err
+        assert re.fullmatch(
+            r"error: \S+: could not be (saved|written).* the same command goes on\n", ended.err
+        ), ended.err
         state, loop = newest_state(Path(cut["output_dir"], "state"))
         assert loop["step"] >= saved
         assert not list(state.parent.glob("*.tmp"))
@@ -71,9 +74,23 @@ def test_a_full_disk(stage, setting, tmp_path):
 def test_the_whole_program(setting, tmp_path):
     keys = setting("reward", output_dir=str(tmp_path / "cut"))
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump(keys))
-    command = [sys.executable, "-m", "stages.reward.train", "--config", str(tmp_path / "reward.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "stages.reward.train",
+        "--config",
+        str(tmp_path / "reward.yaml"),
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, preexec_fn=limit(50_000)
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        preexec_fn=limit(50_000),
     )
     assert done.returncode == 1
-    assert re.fullmatch(r"error: \S+/state/step-2: could not be saved: .*; nothing was saved before\. .*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: \S+/state/step-2: could not be saved: .*; nothing was saved before\. .*\n",
+        done.stderr,
+    )

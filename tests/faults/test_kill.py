@@ -1,4 +1,5 @@
-"""SIGKILL at random moments: the same command goes on and ends with the weights of a run that nobody killed."""
+"""SIGKILL at random moments: the same command goes on and ends with the weights of a run that
+nobody killed."""
 
 import os
 import random
@@ -25,7 +26,9 @@ def test_killed_at_random_moments(stage, setting, tmp_path):
         folder = tmp_path / str(kills)
         folder.mkdir(exist_ok=True)
         cut = keys | {"output_dir": str(folder / "cut")}
-        for _ in range(rng.randint(1, 4)):  # the same run several times, as states of a run that went on can be hit, too
+        for _ in range(
+            rng.randint(1, 4)
+        ):  # the same run several times, as states of a run that went on can be hit, too
             job = Child(run, stage, cut)
             time.sleep(rng.uniform(0, seconds))
             job.kill()
@@ -40,7 +43,13 @@ def test_a_real_process_is_killed(setting, tmp_path):
     keys = setting("reward", save_steps=1, output_dir=str(tmp_path / "cut"))
     whole, _ = uninterrupted(tmp_path, "reward", keys)
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump(keys))
-    command = [sys.executable, "-m", "stages.reward.train", "--config", str(tmp_path / "reward.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "stages.reward.train",
+        "--config",
+        str(tmp_path / "reward.yaml"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     metrics, until = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 100

@@ -1,4 +1,5 @@
-"""Told to stop in each step of a run, it ends as one that nobody told: weights, optimizer, generators, log, figures."""
+"""Told to stop in each step of a run, it ends as one that nobody told: weights, optimizer,
+generators, log, figures."""
 
 import signal
 from pathlib import Path
@@ -22,9 +23,15 @@ def test_stopped_in_every_step(stage, setting, tmp_path):
         folder.mkdir()
         cut = keys | {"output_dir": str(folder / "cut")}
         number, kind = step * UPDATES.get(stage, 1), signal.SIGINT if step % 2 else signal.SIGTERM
-        ended = child(stage, cut, lambda n=number, k=kind: on_call(common.train.run, "update", n, signal_self(k)))
+        ended = child(
+            stage,
+            cut,
+            lambda n=number, k=kind: on_call(common.train.run, "update", n, signal_self(k)),
+        )
         assert ended.code == 75, ended.err
-        assert sorted(path.name for path in Path(cut["output_dir"], "state").iterdir()) == [f"step-{step + 1}"]
+        assert sorted(path.name for path in Path(cut["output_dir"], "state").iterdir()) == [
+            f"step-{step + 1}"
+        ]
         ended = child(stage, cut)
         assert ended.code == 0, ended.err
         assert f"{stage}: going on from" in ended.out

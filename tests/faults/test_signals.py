@@ -1,4 +1,5 @@
-"""A signal anywhere: saved as of the start of the step, exit code 75, and the same command ends as if nothing had been."""
+"""A signal anywhere: saved as of the start of the step, exit code 75, and the same command ends as
+if nothing had been."""
 
 import os
 import re
@@ -16,7 +17,8 @@ from common.program.files import verify
 from common.train.resume import newest_state
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-# name: (stage, what is called there, which call of it, saved step then). Steps are saved every 2 of 7, evaluated every 3.
+# name: (stage, what is called there, which call of it, saved step then). Steps are saved every 2 of
+# 7, evaluated every 3.
 PLACES = {
     "update": ("sft", (common.train.run, "update"), 2, 3),
     "last update": ("rl", (common.train.run, "update"), 4 * 7 - 1, 7),
@@ -39,7 +41,13 @@ BEFORE = {  # where nothing has begun: nothing is saved
 
 
 @pytest.mark.parametrize(
-    ("place", "kind"), [(p, k) for n, p in enumerate(PLACES) for m, k in enumerate((TERM, INT)) if FULL or (n + m) % 2]
+    ("place", "kind"),
+    [
+        (p, k)
+        for n, p in enumerate(PLACES)
+        for m, k in enumerate((TERM, INT))
+        if FULL or (n + m) % 2
+    ],
 )
 def test_one_signal(place, kind, setting, tmp_path):
     stage, where, number, step = PLACES[place]
@@ -47,7 +55,9 @@ def test_one_signal(place, kind, setting, tmp_path):
     whole, _ = uninterrupted(tmp_path, stage, keys)
     ended = child(stage, keys, lambda: on_call(*where, number, signal_self(kind)))
     assert ended.code == 75, ended
-    assert re.fullmatch(rf"interrupted: {stage} after step {step}, saved in \S+; the same command .*\n", ended.err)
+    assert re.fullmatch(
+        rf"interrupted: {stage} after step {step}, saved in \S+; the same command .*\n", ended.err
+    )
     assert newest_state(tmp_path / "cut" / "state")[1]["step"] == step
     ended = child(stage, keys)
     assert ended.code == 0 and f"step-{step}\n" in ended.out, ended.err
@@ -61,7 +71,10 @@ def test_a_signal_before_the_loop(place, setting, tmp_path):
     keys = setting(stage, output_dir=str(tmp_path / "cut"))
     stop = lambda: on_call(*where, 0, signal_self(TERM))  # noqa: E731
     ended = child(stage, keys, stop)
-    assert ended.code == 75 and ended.err == f"interrupted: {stage}, not begun; the same command starts it\n", ended
+    assert (
+        ended.code == 75
+        and ended.err == f"interrupted: {stage}, not begun; the same command starts it\n"
+    ), ended
     assert not (tmp_path / "cut" / "state").exists()
     child(stage, keys, lambda: on_call(common.train.run, "save_state", 2, lambda: os._exit(9)))
     before = contents(tmp_path / "cut")
@@ -80,7 +93,9 @@ def test_a_signal_while_it_publishes(stage, setting, tmp_path):
     keys = setting(stage, output_dir=str(tmp_path / "cut"))
     whole, _ = uninterrupted(tmp_path, stage, keys)
     for name, number in (("publish", 0), ("whole", 0)):
-        ended = child(stage, keys, lambda w=(STAGES[stage], name, number): on_call(*w, signal_self(TERM)))
+        ended = child(
+            stage, keys, lambda w=(STAGES[stage], name, number): on_call(*w, signal_self(TERM))
+        )
         assert ended.code == 0, ended.err
         verify(tmp_path / "cut")
         same(tmp_path / "cut", whole)
@@ -88,9 +103,13 @@ def test_a_signal_while_it_publishes(stage, setting, tmp_path):
 
 
 def hang_in_save(*kinds: int) -> Callable[[], None]:
-    """Signals between two files of the save of step 4; the save is long, as the next file is never written."""
+    """Signals between two files of the save of step 4; the save is long, as the next file is never
+    written."""
     return lambda: on_call(
-        common.train.resume, "save_file", 4, lambda: [os.kill(os.getpid(), kind) for kind in kinds] and wait()
+        common.train.resume,
+        "save_file",
+        4,
+        lambda: [os.kill(os.getpid(), kind) for kind in kinds] and wait(),
     )
 
 
@@ -101,7 +120,8 @@ def wait() -> None:
 
 @pytest.mark.parametrize("stage", STAGES if FULL else ["sft"])
 @pytest.mark.parametrize(
-    ("kinds", "code"), [((TERM, TERM), -TERM), ((INT, INT), 130), ((INT, TERM), -TERM), ((TERM, INT), 130)]
+    ("kinds", "code"),
+    [((TERM, TERM), -TERM), ((INT, INT), 130), ((INT, TERM), -TERM), ((TERM, INT), 130)],
 )
 def test_a_second_signal_ends_it_at_once(stage, kinds, code, setting, tmp_path):
     keys = setting(stage, output_dir=str(tmp_path / "cut"))

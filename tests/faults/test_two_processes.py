@@ -1,4 +1,5 @@
-"""Two real processes under `accelerate launch`: one is killed. All end, the same command goes on, and so does one process."""
+"""Two real processes under `accelerate launch`: one is killed. All end, the same command goes on,
+and so does one process."""
 
 import os
 import shutil
@@ -28,13 +29,27 @@ def worker(launcher: int, rank: int) -> int:
 
 
 def test_one_dies(setting, tmp_path):
-    keys = setting("sft", output_dir=str(tmp_path / "two"), max_steps=40, dropout=0.0, save_steps=2, eval_steps=None)
+    keys = setting(
+        "sft",
+        output_dir=str(tmp_path / "two"),
+        max_steps=40,
+        dropout=0.0,
+        save_steps=2,
+        eval_steps=None,
+    )
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(keys))
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launch += ["--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
     command = [*launch, "-m", "stages.sft.train", "--config", str(tmp_path / "sft.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     metrics, until = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 200
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
         assert job.poll() is None and time.monotonic() < until
@@ -46,7 +61,9 @@ def test_one_dies(setting, tmp_path):
     print(f"{seconds:.1f} s from the death of one process to the end of all")
     assert seconds < 30
     assert job.returncode == 1
-    assert "stages.sft.train FAILED" in err and "Signal 9 (SIGKILL)" in err and "rank      : 1" in err, err
+    assert (
+        "stages.sft.train FAILED" in err and "Signal 9 (SIGKILL)" in err and "rank      : 1" in err
+    ), err
     assert not (tmp_path / "two" / "manifest.json").exists()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
 
@@ -55,10 +72,20 @@ def test_one_dies(setting, tmp_path):
         assert again.returncode == 0 and "sft: going on from" in again.stdout, again.stderr
     ended = child("sft", keys | {"output_dir": str(tmp_path / "one")})
     assert ended.code == 0 and "sft: going on from" in ended.out, ended.err
-    whole = child("sft", keys | {"output_dir": str(tmp_path / "whole"), "gradient_accumulation_steps": 2})
+    whole = child(
+        "sft", keys | {"output_dir": str(tmp_path / "whole"), "gradient_accumulation_steps": 2}
+    )
     assert whole.code == 0, whole.err
-    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "whole", *["two"] * FULL)}
+    weights = {
+        name: load_file(tmp_path / name / "model.safetensors")
+        for name in ("one", "whole", *["two"] * FULL)
+    }
     for name in weights.keys() - {"whole"}:
-        far = max(float((weights[name][key] - tensor).abs().max()) for key, tensor in weights["whole"].items())
-        print(f"interrupted in two processes, ended in {name}: {far:.1e} from one uninterrupted process")
+        far = max(
+            float((weights[name][key] - tensor).abs().max())
+            for key, tensor in weights["whole"].items()
+        )
+        print(
+            f"interrupted in two processes, ended in {name}: {far:.1e} from one uninterrupted process"
+        )
         assert far < 1e-5

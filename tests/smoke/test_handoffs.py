@@ -1,4 +1,5 @@
-"""Every hand-off, opened without code of ours: of the road in miniature, or of a whole run that HANDOFFS=runs/demo names."""
+"""Every hand-off, opened without code of ours: of the road in miniature, or of a whole run that
+HANDOFFS=runs/demo names."""
 
 import json
 import os
@@ -22,13 +23,19 @@ FEW = 40
 
 @pytest.fixture(scope="session")
 def finished(request) -> Path:
-    return Path(os.environ["HANDOFFS"]) if "HANDOFFS" in os.environ else request.getfixturevalue("road")[0]
+    return (
+        Path(os.environ["HANDOFFS"])
+        if "HANDOFFS" in os.environ
+        else request.getfixturevalue("road")[0]
+    )
 
 
 @pytest.fixture(scope="session")
 def prompts(finished) -> list[list[dict]]:
     """Of the last stage's training rows, spread over the file."""
-    rows = lines(Path(json.loads((finished / "rl" / "stage.json").read_text())["config"]["train_data"]))
+    rows = lines(
+        Path(json.loads((finished / "rl" / "stage.json").read_text())["config"]["train_data"])
+    )
     return [rows_to_prompt(row) for row in rows[:: max(1, len(rows) // FEW)][:FEW]]
 
 
@@ -46,17 +53,21 @@ def test_language_model(finished, prompts, step):
     for messages in prompts:
         ids = prompt_ids(tokenizer, messages)
         if tokenizer.chat:
-            given = auto.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            given = auto.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
         else:
             given = [tokenizer.eot_id, *auto(tokenizer.decode(ids[1:]))["input_ids"]]
         assert given == ids
         batch = torch.tensor([ids])
         assert largest_difference(theirs(batch).logits, model(batch)) < 1e-4
         room = min(60, model.config.max_length - len(ids))
-        said = theirs.generate(batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=room)[
-            0, len(ids) :
-        ]
-        (ours,) = sample(model, [ids], max_new_tokens=room, temperature=0, stop_ids=[tokenizer.eot_id])
+        said = theirs.generate(
+            batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=room
+        )[0, len(ids) :]
+        (ours,) = sample(
+            model, [ids], max_new_tokens=room, temperature=0, stop_ids=[tokenizer.eot_id]
+        )
         assert ours.ids == said.tolist()
         assert tokenizer.decode(ours.ids) == auto.decode(said, skip_special_tokens=True)
 
@@ -70,7 +81,10 @@ def test_scalar_model(finished, prompts, step):
     rows = [prompt_ids(tokenizer, messages) for messages in prompts]
     batch = auto.pad({"input_ids": rows}, return_tensors="pt")
     wanted = theirs(**batch).logits[:, 0] - theirs.config.score_shift
-    assert largest_difference(torch.tensor(reward_scores(load_model(folder, "reward"), rows)), wanted) < 1e-4
+    assert (
+        largest_difference(torch.tensor(reward_scores(load_model(folder, "reward"), rows)), wanted)
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("step", ["sft", "rl"])
@@ -80,8 +94,21 @@ def test_trl_goes_on_from_an_assistant(finished, prompts, arguments, step):
     rows = [{"messages": [*messages, *message("assistant", "Yes.")]} for messages in prompts]
     make = SFTConfig(assistant_only_loss=True, **arguments)
     one_step(SFTTrainer(str(finished / step), args=make, train_dataset=Dataset.from_list(rows)))
-    pairs = [{"prompt": p, "chosen": message("assistant", "Yes."), "rejected": message("assistant", "No!")} for p in prompts]
-    one_step(DPOTrainer(str(finished / step), args=DPOConfig(**arguments), train_dataset=Dataset.from_list(pairs)))
+    pairs = [
+        {
+            "prompt": p,
+            "chosen": message("assistant", "Yes."),
+            "rejected": message("assistant", "No!"),
+        }
+        for p in prompts
+    ]
+    one_step(
+        DPOTrainer(
+            str(finished / step),
+            args=DPOConfig(**arguments),
+            train_dataset=Dataset.from_list(pairs),
+        )
+    )
 
 
 def test_trl_goes_on_from_a_reward_model(finished, prompts, arguments):
@@ -90,9 +117,19 @@ def test_trl_goes_on_from_a_reward_model(finished, prompts, arguments):
     folder = str(finished / "reward")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     pairs = [
-        {"prompt": p, "chosen": message("assistant", "Yes."), "rejected": message("assistant", "No, no!")} for p in prompts[:4]
+        {
+            "prompt": p,
+            "chosen": message("assistant", "Yes."),
+            "rejected": message("assistant", "No, no!"),
+        }
+        for p in prompts[:4]
     ]
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     one_step(
-        RewardTrainer(model, args=RewardConfig(**arguments), train_dataset=Dataset.from_list(pairs), processing_class=auto)
+        RewardTrainer(
+            model,
+            args=RewardConfig(**arguments),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=auto,
+        )
     )

@@ -1,4 +1,5 @@
-"""TRL's trainers take a step from directories that we published: the hand-off needs no code of ours."""
+"""TRL's trainers take a step from directories that we published: the hand-off needs no code of
+ours."""
 
 import json
 import math
@@ -17,11 +18,17 @@ def test_sft_trainer(tiny_gpt, stage_dir, arguments, tokenizer):
     from trl import SFTConfig, SFTTrainer
 
     folder = stage_dir(tiny_gpt("llama"))
-    rows = Dataset.from_list([{"messages": message("user", q) + message("assistant", "The fox is.")} for q in QUESTIONS])
-    trainer = SFTTrainer(folder, args=SFTConfig(assistant_only_loss=True, **arguments), train_dataset=rows)
+    rows = Dataset.from_list(
+        [{"messages": message("user", q) + message("assistant", "The fox is.")} for q in QUESTIONS]
+    )
+    trainer = SFTTrainer(
+        folder, args=SFTConfig(assistant_only_loss=True, **arguments), train_dataset=rows
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     learned = [[int(t) for t in row if t != -100] for row in batch["labels"]]
-    assert learned == [[*tokenizer.encode("The fox is."), tokenizer.eot_id]] * 2  # by our template's generation marks
+    assert (
+        learned == [[*tokenizer.encode("The fox is."), tokenizer.eot_id]] * 2
+    )  # by our template's generation marks
     assert trainer.processing_class.pad_token_id == tokenizer.pad_id
     one_step(trainer)
 
@@ -46,7 +53,10 @@ def test_reward_trainer(tiny_reward, stage_dir, arguments):
     from transformers import AutoTokenizer
 
     trainer = RewardTrainer(
-        model, args=RewardConfig(**arguments), train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(folder)
+        model,
+        args=RewardConfig(**arguments),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(folder),
     )
     one_step(trainer)
 
@@ -56,11 +66,19 @@ def test_dpo_trainer(tiny_gpt, stage_dir, arguments):
 
     rows = Dataset.from_list(
         [
-            {"prompt": message("user", q), "chosen": message("assistant", "The fox."), "rejected": message("assistant", "no")}
+            {
+                "prompt": message("user", q),
+                "chosen": message("assistant", "The fox."),
+                "rejected": message("assistant", "no"),
+            }
             for q in QUESTIONS
         ]
     )
-    trainer = DPOTrainer(stage_dir(tiny_gpt("llama")), args=DPOConfig(**arguments), train_dataset=rows)
+    trainer = DPOTrainer(
+        stage_dir(tiny_gpt("llama")), args=DPOConfig(**arguments), train_dataset=rows
+    )
     one_step(trainer)
     (row,) = [row for row in trainer.state.log_history if "loss" in row]
-    assert row["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy = reference before the first step
+    assert row["loss"] == pytest.approx(
+        math.log(2), abs=1e-4
+    )  # policy = reference before the first step

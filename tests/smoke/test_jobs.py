@@ -1,4 +1,5 @@
-"""The real jobs, launched as the README says: text -> base -> assistant -> comparisons -> reward model -> PPO, in miniature."""
+"""The real jobs, launched as the README says: text -> base -> assistant -> comparisons -> reward
+model -> PPO, in miniature."""
 
 import json
 import re
@@ -44,14 +45,19 @@ def test_the_loss_falls_and_samples_are_kept(road):
     for step, samples in (("pretrain", 1), ("sft", 2), ("rl", 9)):
         assert len(lines(here / step / "samples.jsonl")) == samples
     for step in ("pretrain", "sft"):
-        losses = [row["eval_loss"] for row in lines(here / step / "metrics.jsonl") if "eval_loss" in row]
+        losses = [
+            row["eval_loss"] for row in lines(here / step / "metrics.jsonl") if "eval_loss" in row
+        ]
         assert losses[-1] < 0.7 * losses[0]
     assert len(lines(here / "rl" / "metrics.jsonl")) == 3
 
 
 def test_hand_offs_fit_each_other(road):
     here, _ = road
-    tokenizers = {step: load_tokenizer(str(here / step)) for step in ("prepare", "pretrain", "sft", "reward", "rl")}
+    tokenizers = {
+        step: load_tokenizer(str(here / step))
+        for step in ("prepare", "pretrain", "sft", "reward", "rl")
+    }
     assert [tokenizers[step].chat for step in tokenizers] == [False, False, True, True, True]
     ids = [tokenizer.encode("Bird 3 met fox 9. <|endoftext|>") for tokenizer in tokenizers.values()]
     assert all(one == ids[0] for one in ids)
@@ -64,7 +70,10 @@ def test_hand_offs_fit_each_other(road):
 
 
 def test_wrong_keys_end_in_one_line():
-    jobs = {module: call([*PLAIN, module, "--learning_rat", "1", "--output_dirs", "x"]) for module in TRAINERS}
+    jobs = {
+        module: call([*PLAIN, module, "--learning_rat", "1", "--output_dirs", "x"])
+        for module in TRAINERS
+    }
     for module, job in jobs.items():
         out, err = job.communicate(timeout=100)
         assert job.returncode == 2, module

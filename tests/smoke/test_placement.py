@@ -1,6 +1,8 @@
-"""The same weights from one process, 2x2 accumulation, two processes under DDP, and ZeRO-1, -2, -3: every stage, whole runs.
+"""The same weights from one process, 2x2 accumulation, two processes under DDP, and ZeRO-1, -2, -3:
+every stage, whole runs.
 
-This file is also the job that the processes run: accelerate launch --config_file CONFIG FILE WORDS_OF_job
+This file is also the job that the processes run: accelerate launch --config_file CONFIG FILE
+WORDS_OF_job
 """
 
 import json
@@ -26,14 +28,28 @@ from stages.rl import train as rl
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 5, 8  # of each run, in rows over all processes
-STAGES = {"pretrain": "pretrain", "pretrain with muon": "pretrain", "sft": "sft", "sft with lora": "sft", "reward": "reward",
-          "rl": "rl"}  # fmt: skip
+STAGES = {
+    "pretrain": "pretrain",
+    "pretrain with muon": "pretrain",
+    "sft": "sft",
+    "sft with lora": "sft",
+    "reward": "reward",
+    "rl": "rl",
+}
 # Rows of a micro-batch, micro-batches; all but the first in two processes.
-PLACES = {"2x2": (4, 2), "ddp": (2, 2), "zero1": (2, 2), "zero2": (4, 1), "zero3": (2, 2), "zero3_offload": (4, 1)}
+PLACES = {
+    "2x2": (4, 2),
+    "ddp": (2, 2),
+    "zero1": (2, 2),
+    "zero2": (4, 1),
+    "zero3": (2, 2),
+    "zero3_offload": (4, 1),
+}
 
 
 def job(settings: str, out: str, micro: str, accumulation: str, stop_before: str = "") -> None:
-    """Every run of `settings`, each for itself; stop_before: told to end by a signal when it comes to that step."""
+    """Every run of `settings`, each for itself; stop_before: told to end by a signal when it comes
+    to that step."""
     torch.set_num_threads(1)
     checkpoint = Run.checkpoint
 
@@ -53,7 +69,10 @@ def job(settings: str, out: str, micro: str, accumulation: str, stop_before: str
     for name, keys in json.loads(Path(settings).read_text()).items():
         AcceleratorState._reset_state(True)
         module = import_module(f"stages.{STAGES[name]}.train")
-        batch = {"per_device_train_batch_size": int(micro), "gradient_accumulation_steps": int(accumulation)}
+        batch = {
+            "per_device_train_batch_size": int(micro),
+            "gradient_accumulation_steps": int(accumulation),
+        }
         with suppress(Interrupted):
             module.main(module.Config(**keys | batch, output_dir=f"{out}/{name}"))
             assert not stop_before
@@ -65,13 +84,17 @@ def job(settings: str, out: str, micro: str, accumulation: str, stop_before: str
 
 @pytest.fixture(scope="session")
 def settings(setting, tmp_path_factory) -> Path:
-    """Ragged rows, no dropout (its draws are each process's own), a gradient that is clipped, saves on the way; the last
-    batch of an epoch has fewer rows than the others."""
+    """Ragged rows, no dropout (its draws are each process's own), a gradient that is clipped, saves
+    on the way; the last batch of an epoch has fewer rows than the others."""
     file, runs = tmp_path_factory.mktemp("placement") / "settings.json", {}
     for name, stage in STAGES.items():
-        runs[name] = setting(stage, max_steps=STEPS, learning_rate=1e-3, max_grad_norm=0.5, save_steps=2)
+        runs[name] = setting(
+            stage, max_steps=STEPS, learning_rate=1e-3, max_grad_norm=0.5, save_steps=2
+        )
         runs[name] |= {"dropout": 0.0} if stage in ("pretrain", "sft") else {}
-        runs[name] |= {"optimizer": "muon" if "muon" in name else "adamw"} if stage == "pretrain" else {}
+        runs[name] |= (
+            {"optimizer": "muon" if "muon" in name else "adamw"} if stage == "pretrain" else {}
+        )
         runs[name] |= {"lora_r": 2} if "lora" in name else {}
         runs[name] |= {"gradient_checkpointing": stage == "reward"}
     file.write_text(json.dumps(runs))
@@ -86,10 +109,18 @@ def launch(place: str | None, *words: object) -> None:
         return
     if "zero" in place and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles an extension at its first start, and there is no g++")
-    start = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", f"configs/accelerate/{place}.yaml"]
+    start = [
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        f"configs/accelerate/{place}.yaml",
+    ]
     command = [sys.executable, *start, "--num_processes", "2", __file__, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=220)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=220
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
@@ -131,9 +162,18 @@ def test_same_weights(place, name, runs, whole):
     far = distance(whole / name, runs(place) / name)
     print(f"{far:.1e} {place}: {name}")
     assert far < 1e-5
-    logs = [[json.loads(line) for line in (out / name / "metrics.jsonl").open()] for out in (whole, runs(place))]
+    logs = [
+        [json.loads(line) for line in (out / name / "metrics.jsonl").open()]
+        for out in (whole, runs(place))
+    ]
     for row, same in zip(*logs, strict=True):
-        for key in row.keys() - {"tokens/s", "mfu", "seconds_sampling", "seconds_scoring", "seconds_training"}:
+        for key in row.keys() - {
+            "tokens/s",
+            "mfu",
+            "seconds_sampling",
+            "seconds_scoring",
+            "seconds_training",
+        }:
             assert same[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
 
 
@@ -147,12 +187,19 @@ def test_the_runs_move_the_weights(whole, settings):
     """What the comparison above would miss if nothing trained."""
     for name, keys in json.loads(settings.read_text()).items():
         if parent := keys.get("parent"):
-            start, end = load_file(f"{parent}/model.safetensors"), load_file(whole / name / "model.safetensors")
-            assert max(float((start[key] - end[key]).abs().max()) for key in start.keys() & end.keys()) > 1e-3, name
+            start, end = (
+                load_file(f"{parent}/model.safetensors"),
+                load_file(whole / name / "model.safetensors"),
+            )
+            assert (
+                max(float((start[key] - end[key]).abs().max()) for key in start.keys() & end.keys())
+                > 1e-3
+            ), name
 
 
 def test_a_run_goes_on_wherever_it_is_started_again(settings, whole, tmp_path):
-    """One process, then ZeRO-3, DDP, ZeRO-2 on two, one again; the accumulation gives way where the processes double."""
+    """One process, then ZeRO-3, DDP, ZeRO-2 on two, one again; the accumulation gives way where the
+    processes double."""
     for step, place in enumerate([None, "zero3", "ddp", "zero2", None], 1):
         launch(place, settings, tmp_path, 2, 4, *([step] if step < STEPS else []))
     for name in STAGES:

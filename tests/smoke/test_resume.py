@@ -1,4 +1,5 @@
-"""RLHF.md's invariant 7: a run that was interrupted, by a crash or by a signal, ends bit for bit as one that was not."""
+"""RLHF.md's invariant 7: a run that was interrupted, by a crash or by a signal, ends bit for bit as
+one that was not."""
 
 import json
 import os
@@ -43,7 +44,8 @@ def run(stage: str, keys: dict) -> None:
 
 
 def results(folder: str) -> dict[str, object]:
-    """What must be equal: every weight file byte for byte, every log line but its clock, and stage.json's figures."""
+    """What must be equal: every weight file byte for byte, every log line but its clock, and
+    stage.json's figures."""
     found: dict[str, object] = {}
     for file in sorted(Path(folder).rglob("*")):
         name = str(file.relative_to(folder))
@@ -51,11 +53,18 @@ def results(folder: str) -> dict[str, object]:
             found[name] = file.read_bytes()
         elif file.suffix == ".jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+            found[name] = [
+                {key: value for key, value in row.items() if key not in TIMES} for row in rows
+            ]
         elif name == "stage.json":
             stage = json.loads(file.read_text())
-            found[name] = {key: stage.get(key) for key in ("step", "gate", "accuracy", "tokens_seen", "episodes")}
-            found[name]["metrics"] = {key: value for key, value in stage["metrics"].items() if key not in TIMES}
+            found[name] = {
+                key: stage.get(key)
+                for key in ("step", "gate", "accuracy", "tokens_seen", "episodes")
+            }
+            found[name]["metrics"] = {
+                key: value for key, value in stage["metrics"].items() if key not in TIMES
+            }
     return found
 
 
@@ -76,7 +85,9 @@ def crash_in_update(monkeypatch, number: int) -> None:
 
 @pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_crashed_run_ends_as_one_that_did_not_crash(stage, lora_r, setting, tmp_path, monkeypatch, capsys):
+def test_a_crashed_run_ends_as_one_that_did_not_crash(
+    stage, lora_r, setting, tmp_path, monkeypatch, capsys
+):
     if lora_r and stage == "pretrain":
         pytest.skip("pretraining has no LoRA")
     updates = 4 if stage == "rl" else 1  # of a step
@@ -91,7 +102,9 @@ def test_a_crashed_run_ends_as_one_that_did_not_crash(stage, lora_r, setting, tm
         assert not (tmp_path / "cut" / "model.safetensors").exists()
     capsys.readouterr()
     run(stage, keys)
-    assert f"{stage}: going on from {tmp_path / 'cut' / 'state' / 'step-4'}" in capsys.readouterr().out
+    assert (
+        f"{stage}: going on from {tmp_path / 'cut' / 'state' / 'step-4'}" in capsys.readouterr().out
+    )
     cut, whole = results(str(tmp_path / "cut")), results(str(tmp_path / "whole"))
     assert cut.keys() == whole.keys()
     assert len(whole["metrics.jsonl"]) >= 7
@@ -104,7 +117,10 @@ def test_dropout_and_random_generators_matter_here(setting, tmp_path):
     """What the comparison above would miss if nothing depended on the generators."""
     run("pretrain", setting("pretrain", output_dir=str(tmp_path / "a"), max_steps=2))
     run("pretrain", setting("pretrain", output_dir=str(tmp_path / "b"), max_steps=2, dropout=0.0))
-    assert results(str(tmp_path / "a"))["model.safetensors"] != results(str(tmp_path / "b"))["model.safetensors"]
+    assert (
+        results(str(tmp_path / "a"))["model.safetensors"]
+        != results(str(tmp_path / "b"))["model.safetensors"]
+    )
 
 
 def interrupted(keys: dict, tmp_path, monkeypatch, after: int = 5) -> None:
@@ -118,13 +134,20 @@ def test_a_state_of_another_run_is_refused_by_name(setting, tmp_path, monkeypatc
     keys = setting("pretrain", output_dir=str(tmp_path / "cut"))
     interrupted(keys, tmp_path, monkeypatch)
     before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"step-4: is of a run with learning_rate = 0\.01, this one has 0\.5; give it back"):
+    with pytest.raises(
+        InputError,
+        match=r"step-4: is of a run with learning_rate = 0\.01, this one has 0\.5; give it back",
+    ):
         run("pretrain", keys | {"learning_rate": 0.5})
-    assert {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()
+    } == before
     run("pretrain", keys | {"save_steps": 3, "save_total_limit": 1})  # how often it saves is free
 
 
-def test_a_damaged_state_is_named_and_the_one_before_it_taken(setting, tmp_path, monkeypatch, capsys):
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(
+    setting, tmp_path, monkeypatch, capsys
+):
     run("pretrain", setting("pretrain", output_dir=str(tmp_path / "whole")))
     keys = setting("pretrain", output_dir=str(tmp_path / "cut"))
     interrupted(keys, tmp_path, monkeypatch)
@@ -141,12 +164,24 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(setting, tmp_path,
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_it_saved_and_the_same_command_goes_on(kind, setting, tmp_path):
-    keys = setting("rl", output_dir=str(tmp_path / "cut"), max_steps=12, save_steps=1 if kind == signal.SIGKILL else None)
+    keys = setting(
+        "rl",
+        output_dir=str(tmp_path / "cut"),
+        max_steps=12,
+        save_steps=1 if kind == signal.SIGKILL else None,
+    )
     config = tmp_path / "rl.yaml"
     config.write_text(yaml.safe_dump(keys))
     command = [sys.executable, "-m", "stages.rl.train", "--config", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 100
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
         assert job.poll() is None, job.communicate()
@@ -161,9 +196,16 @@ def test_a_signal_ends_it_saved_and_the_same_command_goes_on(kind, setting, tmp_
         assert "the same command goes on from there" in err
         assert "Traceback" not in err
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    again = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100)
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100
+    )
     assert again.returncode == 0, again.stderr
     assert "rl: going on from" in again.stdout
     whole = [*command, "--output_dir", str(tmp_path / "whole")]
-    assert subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, timeout=100).returncode == 0
+    assert (
+        subprocess.run(
+            whole, cwd=ROOT, env=environment, capture_output=True, timeout=100
+        ).returncode
+        == 0
+    )
     assert results(str(tmp_path / "cut")) == results(str(tmp_path / "whole"))

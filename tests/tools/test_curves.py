@@ -1,4 +1,5 @@
-"""Curves of runs: the table's figures, bigrams counted by hand, and a model without layers that learns them."""
+"""Curves of runs: the table's figures, bigrams counted by hand, and a model without layers that
+learns them."""
 
 import json
 import math
@@ -32,7 +33,9 @@ def report(tmp_path, *runs, **keys):
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     out = tmp_path / "out"
     curves.main(load(curves.Config, ["--runs", *runs, "--output_dir", str(out), *words]))
-    return json.loads((out / "curves.json").read_text()), json.loads((out / "stage.json").read_text())["gate"]
+    return json.loads((out / "curves.json").read_text()), json.loads(
+        (out / "stage.json").read_text()
+    )["gate"]
 
 
 def test_the_table(tmp_path, run_dir, capsys):
@@ -41,8 +44,18 @@ def test_the_table(tmp_path, run_dir, capsys):
     result, gate = report(tmp_path, first, second, improving="true")
     rows = list(result["runs"].values())
     assert rows[0]["curve"] == [[0, 5.0], [10, 3.5], [20, 3.25]] and rows[0]["loss"] == 3.25
-    # gpt2, 300 ids, 64 positions, 1 layer of width 32 and 64 inside: embeddings, two norms, attention, MLP, last norm
-    wanted = 300 * 32 + 64 * 32 + 4 * 32 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 32
+    # gpt2, 300 ids, 64 positions, 1 layer of width 32 and 64 inside: embeddings, two norms,
+    # attention, MLP, last norm
+    wanted = (
+        300 * 32
+        + 64 * 32
+        + 4 * 32
+        + (32 * 96 + 96)
+        + (32 * 32 + 32)
+        + (32 * 64 + 64)
+        + (64 * 32 + 32)
+        + 2 * 32
+    )
     assert (rows[1]["parameters"], rows[1]["steps"], rows[1]["seconds"]) == (wanted, 20, 2.4)
     assert gate["passed"] and "3.250" in gate["text"] and "2.750" in gate["text"]
     shown = capsys.readouterr().out
@@ -53,7 +66,9 @@ def test_the_table(tmp_path, run_dir, capsys):
 
 
 def test_a_run_that_is_no_better_fails_the_gate(tmp_path, run_dir):
-    _, gate = report(tmp_path, run_dir([(0, 5.0), (9, 3.0)]), run_dir([(0, 5.0), (9, 3.0)]), improving="true")
+    _, gate = report(
+        tmp_path, run_dir([(0, 5.0), (9, 3.0)]), run_dir([(0, 5.0), (9, 3.0)]), improving="true"
+    )
     assert not gate["passed"] and "is 0.000, not > 0" in gate["text"]
     _, gate = report(tmp_path, run_dir([(0, 5.0), (9, 3.0)]), run_dir([(0, 5.0), (9, 3.5)]))
     assert gate["passed"]
@@ -67,16 +82,19 @@ def test_different_vocabularies_are_named(tmp_path, run_dir, capsys):
 def text_folder(tmp_path, text: str, eval_fraction: float) -> str:
     (tmp_path / "text.txt").write_text(text)
     cfg = prepare.Config(
-        train_data=[str(tmp_path / "text.txt")], output_dir=str(tmp_path / "shards"), tokenizer="characters",
+        train_data=[str(tmp_path / "text.txt")],
+        output_dir=str(tmp_path / "shards"),
+        tokenizer="characters",
         eval_fraction=eval_fraction,
-    )  # fmt: skip
+    )
     prepare.main(cfg)
     return cfg.output_dir
 
 
 @pytest.mark.parametrize("smoothing", [1.0, 0.25])
 def test_bigrams_counted_by_hand(tmp_path, smoothing):
-    """abaab|ba: training pairs ab ba aa ab b$, held-out pairs ba a$; 7 ids (a, b and five control tokens)."""
+    """abaab|ba: training pairs ab ba aa ab b$, held-out pairs ba a$; 7 ids (a, b and five control
+    tokens)."""
     folder = text_folder(tmp_path, "abaabba", 2 / 7)
     after_b, after_a = 2 + 7 * smoothing, 3 + 7 * smoothing  # b is followed by a, $; a by b, a, b
     wanted = -(math.log((1 + smoothing) / after_b) + math.log(smoothing / after_a)) / 2
@@ -86,15 +104,29 @@ def test_bigrams_counted_by_hand(tmp_path, smoothing):
 def test_a_model_without_layers_learns_the_bigrams(tmp_path, capsys):
     folder = text_folder(tmp_path, "the cat sat on the mat and the rat ran at the cat. " * 60, 0.2)
     cfg = train.Config(
-        train_data=folder, output_dir=str(tmp_path / "bigram"), n_layer=0, n_head=1, n_embd=32, tie_embeddings=False,
-        max_length=32, max_steps=250, learning_rate=0.03, adam_beta2=0.95, mixed_precision="no", eval_rows=10_000,
-    )  # fmt: skip
+        train_data=folder,
+        output_dir=str(tmp_path / "bigram"),
+        n_layer=0,
+        n_head=1,
+        n_embd=32,
+        tie_embeddings=False,
+        max_length=32,
+        max_steps=250,
+        learning_rate=0.03,
+        adam_beta2=0.95,
+        mixed_precision="no",
+        eval_rows=10_000,
+    )
     train.main(cfg)
-    result, gate = report(tmp_path, cfg.output_dir, bigram=folder, smoothing=0.01)  # the text is short
+    result, gate = report(
+        tmp_path, cfg.output_dir, bigram=folder, smoothing=0.01
+    )  # the text is short
     assert result["checks"][0]["passed"] and gate["passed"]
     assert result["runs"]["bigram"]["loss"] == pytest.approx(result["bigram"]["loss"], abs=0.02)
     assert "added to each" in capsys.readouterr().out
-    _, gate = report(tmp_path, cfg.output_dir, bigram=folder, smoothing=100)  # counts that say nothing any more
+    _, gate = report(
+        tmp_path, cfg.output_dir, bigram=folder, smoothing=100
+    )  # counts that say nothing any more
     assert not gate["passed"] and "distance from the bigram counts" in gate["text"]
 
 

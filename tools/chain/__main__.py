@@ -1,9 +1,11 @@
-"""A small language model as a Markov chain: each context is a state, each next token an arrow with its probability.
+"""A small language model as a Markov chain: each context is a state, each next token an arrow with
+its probability.
 
     python -m tools.chain runs/baby/pretrain --output_dir runs/baby/chain
 
-Draws the model as it began, as it is, and what the training text counts: SVG and PNG through Graphviz (circo), or by matplotlib
-where that is not installed; chain.html shows them together. For a vocabulary and a context small enough.
+Draws the model as it began, as it is, and what the training text counts: SVG and PNG through
+Graphviz (circo), or by matplotlib where that is not installed; chain.html shows them together. For
+a vocabulary and a context small enough.
 """
 
 import itertools
@@ -50,8 +52,13 @@ class Config:
 
 
 def symbols(tokenizer: Tokenizer, context: int, path: str) -> list[int]:
-    """Ids of the text tokens, control tokens left out. InputError where they make too many arrows."""
-    control = {tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()} if tokenizer.has_control else set()
+    """Ids of the text tokens, control tokens left out. InputError where they make too many
+    arrows."""
+    control = (
+        {tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()}
+        if tokenizer.has_control
+        else set()
+    )
     ids = [i for i in range(tokenizer.vocab_size) if i not in control]
     if len(ids) ** (context + 1) > MOST_ARROWS:
         what = f"{len(ids)} tokens and a context of {context} make {len(ids)}^{context + 1} arrows, {MOST_ARROWS} can be drawn"
@@ -72,7 +79,8 @@ def transitions(model: GPT, ids: Sequence[int], context: int) -> np.ndarray:
 
 
 def counts(folder: str, ids: Sequence[int], context: int) -> np.ndarray:
-    """(S, V): how often each of `ids` follows each sequence of `context` of them in the training text."""
+    """(S, V): how often each of `ids` follows each sequence of `context` of them in the training
+    text."""
     index = {token: n for n, token in enumerate(ids)}
     found = np.zeros((len(ids) ** context, len(ids)), int)
     for stream in Shards(folder, "train", context).streams:
@@ -85,19 +93,23 @@ def counts(folder: str, ids: Sequence[int], context: int) -> np.ndarray:
 
 
 def before_training(stage: dict[str, Any], vocab_size: int) -> GPT | None:
-    """What the run of a stage.json began with: its parent, or a new model of its config and seed. None: it does not say."""
+    """What the run of a stage.json began with: its parent, or a new model of its config and seed.
+    None: it does not say."""
     config = stage.get("config", {})
     if config.get("parent"):
         return load_model(config["parent"], "lm")
     if not {"seed", "n_layer", "max_length"} <= config.keys():
         return None
     torch.manual_seed(config["seed"])  # as common.train.run does before a stage builds its model
-    shape = ArchitectureConfig(**{key: config[key] for key in ArchitectureConfig.__dataclass_fields__ if key in config})
+    shape = ArchitectureConfig(
+        **{key: config[key] for key in ArchitectureConfig.__dataclass_fields__ if key in config}
+    )
     return new_model(shape, vocab_size, config["max_length"])
 
 
 def distance(chain: np.ndarray, counted: np.ndarray) -> float:
-    """Total variation between a model's arrows and the counted ones, mean over the windows of the text."""
+    """Total variation between a model's arrows and the counted ones, mean over the windows of the
+    text."""
     total = counted.sum(1)
     held = total > 0
     apart = np.abs(chain[held] - counted[held] / total[held, None]).sum(1) / 2
@@ -132,13 +144,22 @@ def main(cfg: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not has_graphviz():
         print(INSTALL)
-    chains = {name: Chain(titles[name], names, tokens, values, seen) for name, values in found.items()}
+    chains = {
+        name: Chain(titles[name], names, tokens, values, seen) for name, values in found.items()
+    }
     for name, chain in chains.items():
         draw(chain, folder / name)
     report(cfg, folder, chains, counted, model, started)
 
 
-def report(cfg: Config, folder: Path, chains: dict[str, Chain], counted: np.ndarray | None, model: GPT, started: float) -> None:
+def report(
+    cfg: Config,
+    folder: Path,
+    chains: dict[str, Chain],
+    counted: np.ndarray | None,
+    model: GPT,
+    started: float,
+) -> None:
     """The table on the terminal, chain.json, chain.html, stage.json."""
     first = next(iter(chains.values()))
     S, V = first.probabilities.shape
@@ -146,10 +167,23 @@ def report(cfg: Config, folder: Path, chains: dict[str, Chain], counted: np.ndar
     for s in range(S):
         for v in range(V):
             values = {name: chain.probabilities[s, v] for name, chain in chains.items()}
-            values = {name: None if np.isnan(value) else round(float(value), 6) for name, value in values.items()}
-            rows.append({"state": first.names[s], "token": first.tokens[v], "next": first.names[s * V % S + v], **values})
+            values = {
+                name: None if np.isnan(value) else round(float(value), 6)
+                for name, value in values.items()
+            }
+            rows.append(
+                {
+                    "state": first.names[s],
+                    "token": first.tokens[v],
+                    "next": first.names[s * V % S + v],
+                    **values,
+                }
+            )
             rows[-1] |= {} if counted is None else {"count": int(counted[s, v])}
-    cells = [[f"{r['state']} -> {r['next']}", *("-" if r[n] is None else f"{r[n]:.3f}" for n in chains)] for r in rows]
+    cells = [
+        [f"{r['state']} -> {r['next']}", *("-" if r[n] is None else f"{r[n]:.3f}" for n in chains)]
+        for r in rows
+    ]
     header = ["arrow", *(chain.title for chain in chains.values())]
     table = Table(*header, title=cfg.model, title_justify="left")
     for row in cells:
@@ -161,9 +195,13 @@ def report(cfg: Config, folder: Path, chains: dict[str, Chain], counted: np.ndar
     apart, passed = {}, True
     if counted is not None and counted.any():
         apart = {
-            name: round(distance(chains[name].probabilities, counted), 6) for name in ("before", "after") if name in chains
+            name: round(distance(chains[name].probabilities, counted), 6)
+            for name in ("before", "after")
+            if name in chains
         }
-        text += "; mean distance from what the text counts (total variation) " + " -> ".join(f"{d:.3f}" for d in apart.values())
+        text += "; mean distance from what the text counts (total variation) " + " -> ".join(
+            f"{d:.3f}" for d in apart.values()
+        )
         passed = apart.get("before", 1.0) > apart["after"]
     print(f"gate chain: {'PASS' if passed else 'FAIL'}  {text}")
     result = {"model": cfg.model, "parameters": parameters, "arrows": rows, "distance": apart}
@@ -171,11 +209,26 @@ def report(cfg: Config, folder: Path, chains: dict[str, Chain], counted: np.ndar
     about = "A state is what the model sees, an arrow the token that may come next."
     about += "" if first.seen is None else " Dashed: states that the training text does not hold."
     parts = [page.paragraph(about), page.paragraph(text, "soft")]
-    parts += [page.heading(chain.title) + page.picture(folder / f"{name}.png", chain.title) for name, chain in chains.items()]
+    parts += [
+        page.heading(chain.title) + page.picture(folder / f"{name}.png", chain.title)
+        for name, chain in chains.items()
+    ]
     parts += [page.heading("Probabilities"), page.table(header, cells)]
-    write_atomically(folder / "chain.html", page.document(f"{cfg.model} as a Markov chain", parts).encode())
-    done = {"stage": "chain", "kind": "report", **lineage(cfg.model), "config": to_dict(cfg), "metrics": apart}
-    done |= {"gate": {"passed": passed, "text": text}, "wall_time": round(time.perf_counter() - started, 2), **provenance()}
+    write_atomically(
+        folder / "chain.html", page.document(f"{cfg.model} as a Markov chain", parts).encode()
+    )
+    done = {
+        "stage": "chain",
+        "kind": "report",
+        **lineage(cfg.model),
+        "config": to_dict(cfg),
+        "metrics": apart,
+    }
+    done |= {
+        "gate": {"passed": passed, "text": text},
+        "wall_time": round(time.perf_counter() - started, 2),
+        **provenance(),
+    }
     write_atomically(folder / "stage.json", dump(done))
 
 

@@ -1,4 +1,5 @@
-"""A Markov chain as a picture: states on a circle, arrows with their probabilities. Graphviz (circo), else matplotlib."""
+"""A Markov chain as a picture: states on a circle, arrows with their probabilities. Graphviz
+(circo), else matplotlib."""
 
 import html
 import math
@@ -14,7 +15,8 @@ INSTALL = "Graphviz is not installed (apt-get install graphviz, brew install gra
 
 
 class Chain(NamedTuple):
-    """States in the order of their tokens, and where each token leads from each: the state less its first token, plus it."""
+    """States in the order of their tokens, and where each token leads from each: the state less its
+    first token, plus it."""
 
     title: str
     names: list[str]  # of the S states
@@ -25,7 +27,11 @@ class Chain(NamedTuple):
     def arrows(self) -> list[tuple[int, int, int, float]]:
         """(state, token, next state, probability), those that do occur."""
         S, V = self.probabilities.shape
-        found = ((s, v, s * V % S + v, float(self.probabilities[s, v])) for s in range(S) for v in range(V))
+        found = (
+            (s, v, s * V % S + v, float(self.probabilities[s, v]))
+            for s in range(S)
+            for v in range(V)
+        )
         return [arrow for arrow in found if arrow[3] > 0]
 
 
@@ -36,7 +42,9 @@ def has_graphviz() -> bool:
 def shade(probability: float) -> str:
     """Pale for unlikely, dark for likely."""
     light, dark = (190, 203, 219), (23, 75, 142)
-    return "#" + "".join(f"{round(a + (b - a) * probability):02x}" for a, b in zip(light, dark, strict=True))
+    return "#" + "".join(
+        f"{round(a + (b - a) * probability):02x}" for a, b in zip(light, dark, strict=True)
+    )
 
 
 def draw(chain: Chain, file: Path) -> None:
@@ -52,17 +60,31 @@ def draw_with_graphviz(chain: Chain, file: Path) -> None:
 
     font = {"fontname": "Helvetica,Arial,sans-serif"}
     graph = graphviz.Digraph(
-        engine="circo", node_attr=font | {"shape": "circle", "style": "filled", "fontsize": "18"}, edge_attr=font,
-        graph_attr=font | {"label": chain.title, "labelloc": "t", "fontsize": "20", "bgcolor": "white",
-                          "mindist": str(0.6 * len(chain.tokens))},
-    )  # fmt: skip
+        engine="circo",
+        node_attr=font | {"shape": "circle", "style": "filled", "fontsize": "18"},
+        edge_attr=font,
+        graph_attr=font
+        | {
+            "label": chain.title,
+            "labelloc": "t",
+            "fontsize": "20",
+            "bgcolor": "white",
+            "mindist": str(0.6 * len(chain.tokens)),
+        },
+    )
     for s, name in enumerate(chain.names):
         unseen = chain.seen is not None and not chain.seen[s]
-        looks = {"style": "filled,dashed", "fillcolor": "#ffffff"} if unseen else {"fillcolor": "#dce9f7"}
+        looks = (
+            {"style": "filled,dashed", "fillcolor": "#ffffff"}
+            if unseen
+            else {"fillcolor": "#dce9f7"}
+        )
         graph.node(str(s), graphviz.escape(name), **looks)
     for s, v, t, p in chain.arrows():
         text = html.escape(f"{chain.tokens[v]}  {p:.0%}")  # on white, as circo lays labels on lines
-        label = f'<<table border="0" cellpadding="1" bgcolor="white"><tr><td>{text}</td></tr></table>>'
+        label = (
+            f'<<table border="0" cellpadding="1" bgcolor="white"><tr><td>{text}</td></tr></table>>'
+        )
         graph.edge(str(s), str(t), label, color=shade(p), penwidth=f"{0.7 + 2.5 * p:.2f}")
     write_atomically(file.with_suffix(".svg"), graph.pipe("svg"))
     graph.graph_attr["dpi"] = "110"
@@ -70,10 +92,13 @@ def draw_with_graphviz(chain: Chain, file: Path) -> None:
 
 
 def round_order(S: int, V: int) -> list[int]:
-    """All states so that each leads to the next: prefer the largest token to a state not seen yet (Martin 1934)."""
+    """All states so that each leads to the next: prefer the largest token to a state not seen yet
+    (Martin 1934)."""
     order = [0]
     while len(order) < S:
-        order.append(next(t for v in reversed(range(V)) if (t := order[-1] * V % S + v) not in order))
+        order.append(
+            next(t for v in reversed(range(V)) if (t := order[-1] * V % S + v) not in order)
+        )
     return order
 
 
@@ -98,7 +123,9 @@ def draw_with_matplotlib(chain: Chain, file: Path) -> None:
         if s == t:  # a loop on the outside
             side = np.array([-at[s][1], at[s][0]]) * radius * 0.6
             base, label = at[s] * (1 + 0.75 * radius), at[s] * (1.03 + 2.3 * radius)
-            axis.add_patch(FancyArrowPatch(base + side, base - side, connectionstyle="arc3,rad=-2", **looks))
+            axis.add_patch(
+                FancyArrowPatch(base + side, base - side, connectionstyle="arc3,rad=-2", **looks)
+            )
         else:
             way = at[t] - at[s]
             bow = np.array([way[1], -way[0]]) * 0.18  # arc3 bends to the right of its way
@@ -107,7 +134,15 @@ def draw_with_matplotlib(chain: Chain, file: Path) -> None:
             axis.add_patch(FancyArrowPatch(at[s], at[t], connectionstyle="arc3,rad=0.18", **looks))
             label = at[s] + (0.5 if np.linalg.norm(way) < 7 / S else 0.33) * way + 0.5 * bow
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axis.text(*label, f"{chain.tokens[v]}  {p:.0%}", ha="center", va="center", fontsize=9, bbox=box, parse_math=False)
+        axis.text(
+            *label,
+            f"{chain.tokens[v]}  {p:.0%}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox=box,
+            parse_math=False,
+        )
     for s, name in enumerate(chain.names):
         unseen = chain.seen is not None and not chain.seen[s]
         looks = {"facecolor": "white", "linestyle": "--"} if unseen else {"facecolor": "#dce9f7"}

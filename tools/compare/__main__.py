@@ -5,8 +5,9 @@
     python -m tools.compare runs/demo/rl --prompt TEXT      one model: plain sampling
     python -m tools.compare runs/demo/rl --chat             talk with it
 
-Words that are no options are model directories. --json prints everything as JSON. With --output_dir it writes a report,
-greedy answers beside sampled ones, and, where a ground truth is named, whether each stage has kept its promise (gate).
+Words that are no options are model directories. --json prints everything as JSON. With --output_dir
+it writes a report, greedy answers beside sampled ones, and, where a ground truth is named, whether
+each stage has kept its promise (gate).
 """
 
 import json
@@ -31,7 +32,15 @@ from common.rows.sources import read_rows
 from common.text.chat import Message, prompt_ids
 from tools.compare import report
 from tools.compare.checks import checks, verdict
-from tools.compare.measure import Answer, answer_prompts, best_of_table, families, load_judges, read_prompts, summarise
+from tools.compare.measure import (
+    Answer,
+    answer_prompts,
+    best_of_table,
+    families,
+    load_judges,
+    read_prompts,
+    summarise,
+)
 from tools.compare.reward_accuracy import beside, reward_accuracy
 from tools.compare.terminal import chat, show_figures, show_samples
 
@@ -45,7 +54,8 @@ class Config:
     prompt: str | None = None
     """A prompt."""
     prompts: str | None = None
-    """A file of prompts: rows with `prompt` or `messages` (.jsonl, .json, .parquet), or a .txt file, one a line."""
+    """A file of prompts: rows with `prompt` or `messages` (.jsonl, .json, .parquet), or a .txt
+    file, one a line."""
     limit: Annotated[int, Field(gt=0)] | None = None
     """Use only so many of the prompts."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -69,8 +79,9 @@ class Config:
     gold: str | None = None
     """Module with judge(prompt, answer, stopped), the ground truth, e.g. data.demo.gold."""
     comparisons: str | None = None
-    """Rows of answers to held-out prompts, on which the reward model's accuracy against gold is measured. With best_of:
-    rows of its prompts, and the reference's own answers to each beside them."""
+    """Rows of answers to held-out prompts, on which the reward model's accuracy against gold is
+    measured. With best_of: rows of its prompts, and the reference's own answers to each beside
+    them."""
     best_of: Annotated[int, Field(ge=0)] = 0
     """Also report the best of 1, 2, 4 .. best_of answers of the reference, by reward; 0 = off."""
     best_of_prompts: Annotated[int, Field(gt=0)] = 200
@@ -88,7 +99,8 @@ class Config:
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
-    """The command line with model directories gathered under --models, and `--json`, `--chat` completed to `=true`."""
+    """The command line with model directories gathered under --models, and `--json`, `--chat`
+    completed to `=true`."""
     models: list[str] = []
     rest: list[str] = []
     words = list(argv)
@@ -104,13 +116,19 @@ def arguments(argv: Sequence[str]) -> list[str]:
                 models.append(words.pop(0))
         else:
             rest.append(word)
-            if "=" not in word and word not in ("--help", "-h") and words and not words[0].startswith("--"):
+            if (
+                "=" not in word
+                and word not in ("--help", "-h")
+                and words
+                and not words[0].startswith("--")
+            ):
                 rest.append(words.pop(0))
     return [*rest, *(["--models", *models] if models else [])]
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each directory: its last part, or as many parts as tell it from the others."""
+    """A short name for each directory: its last part, or as many parts as tell it from the
+    others."""
     parts = [Path(path).parts if Path(path).name else Path(path).resolve().parts for path in paths]
     if len({tuple(part) for part in parts}) < len(parts):
         raise InputError(f"models: {', '.join(paths)}: one is named twice")
@@ -121,9 +139,12 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def prompts_of(cfg: Config) -> list[list[Message]]:
-    """The prompts as messages. Raises InputError unless exactly one of --prompt and --prompts is there."""
+    """The prompts as messages. Raises InputError unless exactly one of --prompt and --prompts is
+    there."""
     if (cfg.prompt is None) == (cfg.prompts is None):
-        raise InputError("give either --prompt TEXT or --prompts FILE (or --chat to talk with one model)")
+        raise InputError(
+            "give either --prompt TEXT or --prompts FILE (or --chat to talk with one model)"
+        )
     if cfg.prompts is not None:
         return read_prompts(cfg.prompts, cfg.limit)
     return [[{"role": "user", "content": cfg.prompt}]]
@@ -132,9 +153,13 @@ def prompts_of(cfg: Config) -> list[list[Message]]:
 def check(cfg: Config) -> None:
     """Raise InputError for keys that do not go together."""
     if not cfg.models:
-        raise InputError("name one or more model directories: python -m tools.compare runs/demo/sft runs/demo/rl --prompt TEXT")
+        raise InputError(
+            "name one or more model directories: python -m tools.compare runs/demo/sft runs/demo/rl --prompt TEXT"
+        )
     if cfg.chat and len(cfg.models) > 1:
-        raise InputError(f"--chat takes one model, these are {len(cfg.models)}: {', '.join(cfg.models)}")
+        raise InputError(
+            f"--chat takes one model, these are {len(cfg.models)}: {', '.join(cfg.models)}"
+        )
     if cfg.best_of and not (cfg.reward and cfg.reference):
         raise InputError("best_of needs reward (which chooses) and reference (which answers)")
     if cfg.comparisons and not (cfg.reward and cfg.gold):
@@ -142,17 +167,23 @@ def check(cfg: Config) -> None:
 
 
 def shared_budget(cfg: Config, prompts: Sequence[Sequence[Message]]) -> int:
-    """max_new_tokens, or less where some model's context leaves less room: answers of all models may be equally long."""
+    """max_new_tokens, or less where some model's context leaves less room: answers of all models
+    may be equally long."""
     rooms = []
     for path in dict.fromkeys(filter(None, [*cfg.models, cfg.reward, cfg.reference])):
         tokenizer = load_tokenizer(path)
         longest = max(len(prompt_ids(tokenizer, messages)) for messages in prompts)
         context = load_config(path).max_length
         if longest >= context:
-            raise InputError(f"a prompt has {longest} tokens, the context of {path} is {context}: leave it out")
+            raise InputError(
+                f"a prompt has {longest} tokens, the context of {path} is {context}: leave it out"
+            )
         rooms.append(context - longest)
     if min(rooms) < cfg.max_new_tokens:
-        print(f"max_new_tokens {cfg.max_new_tokens} -> {min(rooms)}: the models' contexts end there", file=sys.stderr)
+        print(
+            f"max_new_tokens {cfg.max_new_tokens} -> {min(rooms)}: the models' contexts end there",
+            file=sys.stderr,
+        )
     return min(cfg.max_new_tokens, *rooms)
 
 
@@ -162,33 +193,66 @@ class Findings(NamedTuple):
     result: dict[str, Any]  # what compare.json holds, less samples and checks
 
 
-def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str], device: torch.device) -> Findings:
+def measure(
+    cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str], device: torch.device
+) -> Findings:
     """Let every model answer every prompt, and judge the answers."""
     judges = load_judges(cfg.reward, cfg.reference, cfg.gold, device)
     kinds = families(judges.gold, prompts) if judges.gold else None
     rows = read_rows(cfg.comparisons) if cfg.comparisons else []
     modes = {"greedy": 0.0} if cfg.temperature == 0 else {"sampled": cfg.temperature}
     modes |= {"greedy": 0.0} if cfg.output_dir else {}
-    options = {"max_new_tokens": shared_budget(cfg, prompts), "seed": cfg.seed, "batch_size": cfg.batch_size}
+    options = {
+        "max_new_tokens": shared_budget(cfg, prompts),
+        "seed": cfg.seed,
+        "batch_size": cfg.batch_size,
+    }
     few = prompts[: cfg.best_of_prompts] if cfg.best_of else []
-    asked = {mode: [m for m in prompts for _ in range(cfg.answers_per_prompt if t else 1)] for mode, t in modes.items()}
+    asked = {
+        mode: [m for m in prompts for _ in range(cfg.answers_per_prompt if t else 1)]
+        for mode, t in modes.items()
+    }
     total = sum(map(len, asked.values())) * len(names) + len(few) * cfg.best_of
     answers: dict[str, dict[str, list[Answer]]] = {mode: {} for mode in modes}
-    result: dict[str, Any] = {"models": {}, "reference": cfg.reference, "reward": cfg.reward, "gold": cfg.gold}
-    result |= {"prompts": len(prompts)} | {key: getattr(cfg, key) for key in ("answers_per_prompt", "temperature", "seed")}
-    with tqdm(total=total, unit="answer", disable=total < 32 or not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    result: dict[str, Any] = {
+        "models": {},
+        "reference": cfg.reference,
+        "reward": cfg.reward,
+        "gold": cfg.gold,
+    }
+    result |= {"prompts": len(prompts)} | {
+        key: getattr(cfg, key) for key in ("answers_per_prompt", "temperature", "seed")
+    }
+    with tqdm(
+        total=total,
+        unit="answer",
+        disable=total < 32 or not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    ) as bar:
         for name, path in zip(names, cfg.models, strict=True):
             bar.set_description(name, refresh=False)
             model, tokenizer = load_model(path, "lm").to(device), load_tokenizer(path)
-            same = cfg.reference is not None and Path(path).resolve() == Path(cfg.reference).resolve()
+            same = (
+                cfg.reference is not None and Path(path).resolve() == Path(cfg.reference).resolve()
+            )
             for mode, temperature in modes.items():
                 cut = {"top_k": cfg.top_k, "top_p": cfg.top_p} if temperature else {}
                 answers[mode][name] = answer_prompts(
-                    model, tokenizer, asked[mode], judges, is_reference=same, temperature=temperature, progress=bar.update,
-                    **cut, **options,
-                )  # fmt: skip
+                    model,
+                    tokenizer,
+                    asked[mode],
+                    judges,
+                    is_reference=same,
+                    temperature=temperature,
+                    progress=bar.update,
+                    **cut,
+                    **options,
+                )
             stage = read_stage(path)
-            facts = {key: stage.get(key) for key in ("stage", "step", "parent", "commit", "dirty", "wall_time")}
+            facts = {
+                key: stage.get(key)
+                for key in ("stage", "step", "parent", "commit", "dirty", "wall_time")
+            }
             result["models"][name] = {"path": path, **facts}
         for mode, found in answers.items():
             each = len(asked[mode]) // len(prompts)
@@ -197,7 +261,9 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
             bar.set_description(f"best of {cfg.best_of}", refresh=False)
             # At temperature 1: what the formula of its KL holds for.
             many = [messages for messages in few for _ in range(cfg.best_of)]
-            drawn = answer_prompts(*judges.reference, many, judges, is_reference=True, progress=bar.update, **options)
+            drawn = answer_prompts(
+                *judges.reference, many, judges, is_reference=True, progress=bar.update, **options
+            )
             result |= {"best_of_n": best_of_table(drawn, cfg.best_of), "best_of_prompts": len(few)}
     if cfg.comparisons:
         rows = beside(rows, few, drawn) if cfg.best_of else rows
@@ -205,23 +271,38 @@ def measure(cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str],
     return Findings(answers, kinds, result)
 
 
-def samples_of(findings: Findings, prompts: Sequence[list[Message]], count: int | None) -> list[dict[str, Any]]:
-    """Rows for JSON, page and terminal: families in turn, so that the first rows show one prompt of each."""
+def samples_of(
+    findings: Findings, prompts: Sequence[list[Message]], count: int | None
+) -> list[dict[str, Any]]:
+    """Rows for JSON, page and terminal: families in turn, so that the first rows show one prompt of
+    each."""
     order = list(range(len(prompts)))
     if findings.kinds:
         order.sort(key=lambda i: (findings.kinds[:i].count(findings.kinds[i]), findings.kinds[i]))
     rows = []
     for i in order[:count]:
         turns = prompts[i]
-        text = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        text = (
+            turns[0]["content"]
+            if len(turns) == 1
+            else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        )
         row: dict[str, Any] = {"prompt": text, "answers": {}}
         row |= {"family": findings.kinds[i]} if findings.kinds else {}
         for mode, models in findings.answers.items():
             for name, answers in models.items():
                 a = answers[i * (len(answers) // len(prompts))]
                 known = {"gold": a.gold, "correct": a.correct, "reward": a.reward, "kl": a.kl}
-                kept = {key: round(v, 4) if isinstance(v, float) else v for key, v in known.items() if v is not None}
-                row["answers"].setdefault(name, {})[mode] = {"text": a.text, "stopped": a.stopped, **kept}
+                kept = {
+                    key: round(v, 4) if isinstance(v, float) else v
+                    for key, v in known.items()
+                    if v is not None
+                }
+                row["answers"].setdefault(name, {})[mode] = {
+                    "text": a.text,
+                    "stopped": a.stopped,
+                    **kept,
+                }
         rows.append(row)
     return rows
 
@@ -234,10 +315,18 @@ def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], star
         pictures.append((folder / "compare-families.png", "Correct answers by family"))
         report.plot_families(result, pictures[-1][0])
     if cfg.best_of:
-        pictures.append((folder / "compare-best-of-n.png", "Gold and reward against the distance from the reference"))
+        pictures.append(
+            (
+                folder / "compare-best-of-n.png",
+                "Gold and reward against the distance from the reference",
+            )
+        )
         report.plot_best_of(result, pictures[-1][0])
     passed, text = verdict(result, names)
-    print(f"gate compare: {'PASS' if passed else 'FAIL'}  {text}", file=sys.stderr if cfg.json else sys.stdout)
+    print(
+        f"gate compare: {'PASS' if passed else 'FAIL'}  {text}",
+        file=sys.stderr if cfg.json else sys.stdout,
+    )
     write_atomically(folder / "compare.json", dump(result))
     write_atomically(folder / "compare.html", report.comparison(result, pictures).encode())
     stage = {
@@ -247,11 +336,16 @@ def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], star
         "config": to_dict(cfg),
         "seed": cfg.seed,
         "gate": {"passed": passed, "text": text},
-        "metrics": {mode: {n: (row.get("gold") or row.get("reward") or {}).get("mean") for n, row in result[mode].items()}
-                    for mode in report.modes(result)},
+        "metrics": {
+            mode: {
+                n: (row.get("gold") or row.get("reward") or {}).get("mean")
+                for n, row in result[mode].items()
+            }
+            for mode in report.modes(result)
+        },
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),
-    }  # fmt: skip
+    }
     write_atomically(folder / "stage.json", dump(stage))
 
 
@@ -262,9 +356,18 @@ def main(cfg: Config) -> None:
     if cfg.chat:
         tokenizer, model = load_tokenizer(cfg.models[0]), load_model(cfg.models[0], "lm").to(device)
         if not tokenizer.chat:
-            raise InputError(f"{cfg.models[0]}: has no chat template, it was never taught to talk; give an sft or rl model")
-        chat(model, tokenizer, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, temperature=cfg.temperature,
-             top_k=cfg.top_k, top_p=cfg.top_p)  # fmt: skip
+            raise InputError(
+                f"{cfg.models[0]}: has no chat template, it was never taught to talk; give an sft or rl model"
+            )
+        chat(
+            model,
+            tokenizer,
+            max_new_tokens=cfg.max_new_tokens,
+            seed=cfg.seed,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
         return
     names, prompts = names_of(cfg.models), prompts_of(cfg)
     findings = measure(cfg, prompts, names, device)
@@ -282,7 +385,10 @@ def main(cfg: Config) -> None:
         count = max(3, len(set(findings.kinds or []))) if cfg.output_dir else 20
         show_samples(console, result["samples"][:count], mode)
         if len(prompts) > count:
-            console.print(f"{count} of {len(prompts)} prompts shown; more in --html FILE and --json", style="dim")
+            console.print(
+                f"{count} of {len(prompts)} prompts shown; more in --html FILE and --json",
+                style="dim",
+            )
         if len(prompts) > 1 or len(names) > 1:
             for mode in report.modes(result):
                 show_figures(console, result[mode], mode)

@@ -5,18 +5,26 @@ from typing import Any
 
 from tools.compare.report import modes
 
-# Wanted of (base, sft, rl), the first three models of a comparison. Gold and accuracies are shares of 1.
+# Wanted of (base, sft, rl), the first three models of a comparison. Gold and accuracies are shares
+# of 1.
 BASE_AT_MOST = 0.15  # sampled gold: a base model goes on with the document instead of answering
 SFT_AT_LEAST = 0.45  # sampled gold
 RL_GAIN = 0.15  # sampled gold of rl over sft, with disjoint intervals; greedy: disjoint intervals
-FAMILY_DROP = 0.03  # most that rl may lose in correct answers of any family, sampled or greedy: a mean hides such losses
+# most that rl may lose in correct answers of any family, sampled or greedy: a mean hides such
+# losses
+FAMILY_DROP = 0.03
 REWARD_ACCURACY = 0.75  # of the reward model against gold on held-out pairs
 
 Check = dict[str, Any]  # {"name", "value", "wanted", "passed"}
 
 
 def want(
-    name: str, value: float, *, at_least: float | None = None, at_most: float | None = None, above: float | None = None
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
 ) -> Check:
     """One check; name exactly one bound."""
     tiny = 1e-9  # .97 - 1 is a little less than -.03
@@ -30,11 +38,16 @@ def want(
 
 
 def failures(checks: Sequence[Check]) -> list[str]:
-    return [f"{check['name']} is {check['value']:.3f}, not {check['wanted']}" for check in checks if not check["passed"]]
+    return [
+        f"{check['name']} is {check['value']:.3f}, not {check['wanted']}"
+        for check in checks
+        if not check["passed"]
+    ]
 
 
 def checks(result: dict[str, Any], names: Sequence[str]) -> list[Check]:
-    """What a comparison (see tools.compare) of base, sft and rl must show; without gold only that the reward rose."""
+    """What a comparison (see tools.compare) of base, sft and rl must show; without gold only that
+    the reward rose."""
     if len(names) < 3 or "sampled" not in result:
         return []
     base, sft, rl = names[:3]
@@ -42,7 +55,10 @@ def checks(result: dict[str, Any], names: Sequence[str]) -> list[Check]:
         rows = [result["sampled"][name].get("reward") for name in (sft, rl)]
         rise = rows[1]["mean"] - rows[0]["mean"] if all(rows) else 0.0
         return [want(f"sampled reward, {rl} - {sft}", rise, above=0)] if all(rows) else []
-    gold = {mode: {name: result[mode][name]["gold"] for name in (base, sft, rl)} for mode in modes(result)}
+    gold = {
+        mode: {name: result[mode][name]["gold"] for name in (base, sft, rl)}
+        for mode in modes(result)
+    }
     sampled = {name: row["mean"] for name, row in gold["sampled"].items()}
     found = [
         want(f"sampled gold of {base}", sampled[base], at_most=BASE_AT_MOST),
@@ -55,20 +71,29 @@ def checks(result: dict[str, Any], names: Sequence[str]) -> list[Check]:
     for mode in gold:
         for kind, now in result[mode][rl]["families"].items():
             change = now["correct"] - result[mode][sft]["families"][kind]["correct"]
-            found.append(want(f"{mode} correct {kind}, {rl} - {sft}", change, at_least=-FAMILY_DROP))
+            found.append(
+                want(f"{mode} correct {kind}, {rl} - {sft}", change, at_least=-FAMILY_DROP)
+            )
     if "reward_model" in result:
         accuracy = result["reward_model"]["accuracy"] or 0.0  # null: not a single pair
-        found.append(want("reward model's accuracy against gold", accuracy, at_least=REWARD_ACCURACY))
+        found.append(
+            want("reward model's accuracy against gold", accuracy, at_least=REWARD_ACCURACY)
+        )
     return found
 
 
 def verdict(result: dict[str, Any], names: Sequence[str]) -> tuple[bool, str]:
     """(passed, one line) of a comparison: the figures, and each check that failed."""
-    kind = next((kind for kind in ("gold", "reward") if kind in result[modes(result)[0]][names[0]]), None)
+    kind = next(
+        (kind for kind in ("gold", "reward") if kind in result[modes(result)[0]][names[0]]), None
+    )
     words = [
-        f"{mode} {kind} " + ", ".join(f"{name} {row[kind]['mean']:.3f}" for name, row in result[mode].items())
+        f"{mode} {kind} "
+        + ", ".join(f"{name} {row[kind]['mean']:.3f}" for name, row in result[mode].items())
         for mode in (modes(result) if kind else ())
     ]
     total, failed = len(result["checks"]), failures(result["checks"])
     words += [f"{total - len(failed)} of {total} checks hold"] if total else []
-    return not failed, "; ".join([*words, *failed]) or f"{len(names)} models answered {result['prompts']} prompts"
+    return not failed, "; ".join(
+        [*words, *failed]
+    ) or f"{len(names)} models answered {result['prompts']} prompts"

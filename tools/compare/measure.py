@@ -1,7 +1,8 @@
 """How good answers are: reward, ground truth, KL, means with 95 % intervals, best-of-n.
 
-The ground truth ("gold") is a module that the caller names, with `judge(prompt, answer, stopped)` -> an object with
-`score` (0..1), `correct` and `family`. No stage may look at it: a proxy always improves, whether answers do is shown here.
+The ground truth ("gold") is a module that the caller names, with `judge(prompt, answer, stopped)`
+-> an object with `score` (0..1), `correct` and `family`. No stage may look at it: a proxy always
+improves, whether answers do is shown here.
 """
 
 import math
@@ -31,7 +32,9 @@ class Answer(NamedTuple):
     text: str
     tokens: int  # with the stop token
     stopped: bool  # by itself, not cut off
-    kl: float | None  # nats: sum of log-probs of the model that answered less those of the reference
+    kl: (
+        float | None
+    )  # nats: sum of log-probs of the model that answered less those of the reference
     reward: float | None
     gold: float | None
     correct: bool | None
@@ -45,7 +48,9 @@ class Judges(NamedTuple):
     gold: Gold | None = None
 
 
-def load_judges(reward: str | None, reference: str | None, gold: str | None, device: torch.device) -> Judges:
+def load_judges(
+    reward: str | None, reference: str | None, gold: str | None, device: torch.device
+) -> Judges:
     """Judges from directories and a module name. Raises InputError where one cannot be loaded."""
     return Judges(
         reward and (load_model(reward, "reward").to(device), load_tokenizer(reward)),
@@ -59,11 +64,14 @@ def load_gold(name: str) -> Gold:
     try:
         return import_module(name).judge
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"gold {name}: not a module with a function judge(prompt, answer, stopped) ({error})") from None
+        raise InputError(
+            f"gold {name}: not a module with a function judge(prompt, answer, stopped) ({error})"
+        ) from None
 
 
 def read_prompts(source: str, limit: int | None = None) -> list[list[Message]]:
-    """Prompts of a file of rows, or of a .txt file, one a line. Raises InputError naming file and line."""
+    """Prompts of a file of rows, or of a .txt file, one a line. Raises InputError naming file and
+    line."""
     if source.endswith(".txt") and Path(source).is_file():
         lines = [line for line in read_rows(source)[0].data["text"].split("\n") if line.strip()]
         if not lines:
@@ -90,7 +98,9 @@ def families(gold: Gold, prompts: Sequence[Sequence[Message]]) -> list[str]:
         try:
             found.append(gold(question(messages), "", True).family)
         except ValueError as error:
-            raise InputError(f"prompt {number}: the ground truth cannot judge it ({error}); leave out --gold") from None
+            raise InputError(
+                f"prompt {number}: the ground truth cannot judge it ({error}); leave out --gold"
+            ) from None
     return found
 
 
@@ -108,17 +118,28 @@ def answer_prompts(
 ) -> list[Answer]:
     """One answer of the model to each prompt, judged. `options` go to `generate.sample`.
 
-    KL is taken at the sampling temperature (1 for greedy), between whole distributions: top_k and top_p change what is
-    said, not what it is measured by. Each model sees the prompt in its own form (chat tokens, or plain text for a base).
+    KL is taken at the sampling temperature (1 for greedy), between whole distributions: top_k and
+    top_p change what is said, not what it is measured by. Each model sees the prompt in its own
+    form (chat tokens, or plain text for a base).
     """
     own = [prompt_ids(tokenizer, messages) for messages in prompts]
-    drawn = sample(model, own, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stop_ids(tokenizer), **options)
+    drawn = sample(
+        model,
+        own,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_ids=stop_ids(tokenizer),
+        **options,
+    )
     texts = [tokenizer.decode(answer.ids) for answer in drawn]
 
     def seen_by(other: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
         ids = [answer.ids for answer in drawn]
         same = same_ids(tokenizer, other)
-        return [prompt_ids(other, m) for m in prompts], ids if same else [translate(i, tokenizer, other) for i in ids]
+        return [prompt_ids(other, m) for m in prompts], ids if same else [
+            translate(i, tokenizer, other) for i in ids
+        ]
 
     kls: list[float | None] = [0.0 if is_reference else None] * len(drawn)
     if judges.reference and not is_reference:
@@ -132,27 +153,46 @@ def answer_prompts(
         rewards = reward_scores(judges.reward[0], rows)
     truths = [None] * len(drawn)
     if judges.gold:
-        truths = [judges.gold(question(m), t, a.stopped) for m, t, a in zip(prompts, texts, drawn, strict=True)]
+        truths = [
+            judges.gold(question(m), t, a.stopped)
+            for m, t, a in zip(prompts, texts, drawn, strict=True)
+        ]
     return [
-        Answer(text, len(a.ids), a.stopped, kl, reward, truth and float(truth.score), truth and bool(truth.correct))
+        Answer(
+            text,
+            len(a.ids),
+            a.stopped,
+            kl,
+            reward,
+            truth and float(truth.score),
+            truth and bool(truth.correct),
+        )
         for text, a, kl, reward, truth in zip(texts, drawn, kls, rewards, truths, strict=True)
     ]
 
 
 def whole_logprobs(
-    model: GPT, prompts: Sequence[Sequence[int]], drawn: Sequence[Sample], temperature: float, truncated: bool
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    drawn: Sequence[Sample],
+    temperature: float,
+    truncated: bool,
 ) -> list[list[float]]:
-    """Log-probs of the drawn ids under the model's whole distribution; the sampler's own where nothing was cut from it."""
+    """Log-probs of the drawn ids under the model's whole distribution; the sampler's own where
+    nothing was cut from it."""
     if truncated:
         return logprobs_of(model, prompts, [answer.ids for answer in drawn], temperature)
     return [answer.logprobs for answer in drawn]
 
 
-def interval(values: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0) -> dict[str, Any]:
+def interval(
+    values: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """{"mean", "ci95": [low, high], "n"}: bootstrap over the items (2000 resamples, percentiles).
 
-    With `counts` (each > 0) an item is a group and `values` its sum: the mean is sum(values) / sum(counts), n is
-    sum(counts), and whole groups are drawn, as answers to one prompt are not independent.
+    With `counts` (each > 0) an item is a group and `values` its sum: the mean is sum(values) /
+    sum(counts), n is sum(counts), and whole groups are drawn, as answers to one prompt are not
+    independent.
     """
     x = np.asarray(values, dtype=float)
     n = np.ones_like(x) if counts is None else np.asarray(counts, dtype=float)
@@ -161,15 +201,22 @@ def interval(values: Sequence[float], counts: Sequence[float] | None = None, see
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(x), size=len(x)) for _ in range(RESAMPLES))
     ends = np.percentile([x[rows].sum() / n[rows].sum() for rows in draws], [2.5, 97.5])
-    return {"mean": round(x.sum() / n.sum(), 6), "ci95": [round(float(end), 6) for end in ends], "n": int(n.sum())}
+    return {
+        "mean": round(x.sum() / n.sum(), 6),
+        "ci95": [round(float(end), 6) for end in ends],
+        "n": int(n.sum()),
+    }
 
 
 def mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 6)
 
 
-def summarise(answers: Sequence[Answer], kinds: Sequence[str] | None, each: int = 1) -> dict[str, Any]:
-    """Figures of one model in one mode: `each` answers to a prompt, one prompt behind the other; n counts answers.
+def summarise(
+    answers: Sequence[Answer], kinds: Sequence[str] | None, each: int = 1
+) -> dict[str, Any]:
+    """Figures of one model in one mode: `each` answers to a prompt, one prompt behind the other; n
+    counts answers.
 
     What no judge spoke about is left out. `kinds`: the family of each prompt.
     """
@@ -181,12 +228,19 @@ def summarise(answers: Sequence[Answer], kinds: Sequence[str] | None, each: int 
             found[name] = interval(sums, [each] * len(sums))
     if None not in (kls := [answer.kl for answer in answers]):
         found["kl"] = mean(kls)
-    found |= {"stop_rate": mean([a.stopped for a in answers]), "length": mean([a.tokens for a in answers])}
+    found |= {
+        "stop_rate": mean([a.stopped for a in answers]),
+        "length": mean([a.tokens for a in answers]),
+    }
     if kinds:
         found["families"] = {}
         for kind in sorted(set(kinds)):
             own = [answer for i, answer in enumerate(answers) if kinds[i // each] == kind]
-            figures = {"gold": mean([a.gold for a in own]), "correct": mean([a.correct for a in own]), "n": len(own)}
+            figures = {
+                "gold": mean([a.gold for a in own]),
+                "correct": mean([a.correct for a in own]),
+                "n": len(own),
+            }
             found["families"][kind] = figures
     return found
 
@@ -194,8 +248,9 @@ def summarise(answers: Sequence[Answer], kinds: Sequence[str] | None, each: int 
 def best_of_n(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     """Expected value of the answer of highest reward among n: rewards, values (P, K) -> (P).
 
-    The mean over all C(K, n) choices of n of the K answers, hence unbiased (Nakano 2021, appendix I): the answer with
-    the i-th lowest reward (from 0) is the best of C(i, n-1) of them. Equal rewards: the later answer wins.
+    The mean over all C(K, n) choices of n of the K answers, hence unbiased (Nakano 2021, appendix
+    I): the answer with the i-th lowest reward (from 0) is the best of C(i, n-1) of them. Equal
+    rewards: the later answer wins.
     """
     size = rewards.shape[1]
     weights = np.array([math.comb(i, n - 1) / math.comb(size, n) for i in range(size)])
@@ -203,7 +258,8 @@ def best_of_n(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 
 
 def best_of_table(answers: Sequence[Answer], size: int) -> dict[str, dict[str, Any]]:
-    """{n: {"gold", "reward", "kl"}} for n = 1, 2, 4 .. size; `size` answers to a prompt, one prompt behind the other.
+    """{n: {"gold", "reward", "kl"}} for n = 1, 2, 4 .. size; `size` answers to a prompt, one prompt
+    behind the other.
 
     KL of best-of-n to the model that answers: ln n - (n-1)/n nats (Stiennon 2020, appendix G.3).
     """
@@ -219,5 +275,6 @@ def best_of_table(answers: Sequence[Answer], size: int) -> dict[str, dict[str, A
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best-of-n || policy) in nats an episode (Stiennon 2020, appendix G.3): ln n - (n - 1) / n."""
+    """KL(best-of-n || policy) in nats an episode (Stiennon 2020, appendix G.3): ln n - (n - 1) /
+    n."""
     return math.log(n) - (n - 1) / n

@@ -1,4 +1,5 @@
-"""The page of a comparison: figures, correctness by family, samples side by side, best-of-n, checks, lineage, plots."""
+"""The page of a comparison: figures, correctness by family, samples side by side, best-of-n,
+checks, lineage, plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,10 @@ from tools import page
 from tools.compare.terminal import cell, marks
 
 COLOURS = ("#9aa3ad", "#3b7dd8", "#d9822b", "#2f9e77", "#8e5bb5", "#c2456b")
-MODES = {"sampled": "sampled at temperature {temperature:g}", "greedy": "greedy (the likeliest token each time)"}
+MODES = {
+    "sampled": "sampled at temperature {temperature:g}",
+    "greedy": "greedy (the likeliest token each time)",
+}
 
 
 def modes(result: dict[str, Any]) -> list[str]:
@@ -22,10 +26,16 @@ def comparison(result: dict[str, Any], pictures: Sequence[tuple[Path, str]]) -> 
     parts = [page.paragraph(introduction(result))]
     # A reader should see answers before figures: one prompt of each family, the rest folded away.
     rows = result["samples"]
-    first = max(1, len({row.get("family") for row in rows if row.get("family")}) or min(4, len(rows)))
+    first = max(
+        1, len({row.get("family") for row in rows if row.get("family")}) or min(4, len(rows))
+    )
     shown = [sample(row, result) for row in rows]
     parts += [page.heading("Answers"), *shown[:first]]
-    parts += [page.details(f"{len(shown) - first} more prompts", shown[first:])] if len(shown) > first else []
+    parts += (
+        [page.details(f"{len(shown) - first} more prompts", shown[first:])]
+        if len(shown) > first
+        else []
+    )
     parts += [page.heading("Figures"), page.paragraph(legend(result), "soft")]
     parts += [figures(result, mode) for mode in modes(result)]
     if "families" in result[modes(result)[0]][names[0]]:
@@ -34,9 +44,15 @@ def comparison(result: dict[str, Any], pictures: Sequence[tuple[Path, str]]) -> 
     if "best_of_n" in result:
         parts += [page.heading("Best of n: the plain alternative to PPO"), *best_of(result)]
     if "reward_model" in result:
-        parts += [page.heading("Does the reward model know what is good?"), *accuracy(result["reward_model"])]
+        parts += [
+            page.heading("Does the reward model know what is good?"),
+            *accuracy(result["reward_model"]),
+        ]
     if result.get("checks"):
-        lines = [[c["name"], f"{c['value']:.3f}", c["wanted"], "yes" if c["passed"] else "NO"] for c in result["checks"]]
+        lines = [
+            [c["name"], f"{c['value']:.3f}", c["wanted"], "yes" if c["passed"] else "NO"]
+            for c in result["checks"]
+        ]
         parts += [page.heading("Checks"), page.table(["check", "value", "wanted", "holds"], lines)]
     parts += [page.heading("Where the models come from"), origins(result)]
     return page.document(f"Side by side: {title}", parts)
@@ -64,7 +80,11 @@ def legend(result: dict[str, Any]) -> str:
 
 
 def figures(result: dict[str, Any], mode: str) -> str:
-    columns = [c for c in ("gold", "reward", "kl", "stop_rate", "length") if c in next(iter(result[mode].values()))]
+    columns = [
+        c
+        for c in ("gold", "reward", "kl", "stop_rate", "length")
+        if c in next(iter(result[mode].values()))
+    ]
     rows = [[name, *(cell(row[c]) for c in columns)] for name, row in result[mode].items()]
     caption = MODES[mode].format(**result)
     return page.table(["model", *(c.replace("_", " ") for c in columns)], rows, caption)
@@ -75,10 +95,16 @@ def by_family(result: dict[str, Any], names: Sequence[str]) -> str:
     kinds = result[columns[0][0]][names[0]]["families"]
     header = ["family", "answers", *(f"{name}, {mode}" for mode, name in columns)]
     rows = [
-        [kind, str(kinds[kind]["n"]), *(f"{result[mode][name]['families'][kind]['correct']:.3f}" for mode, name in columns)]
+        [
+            kind,
+            str(kinds[kind]["n"]),
+            *(f"{result[mode][name]['families'][kind]['correct']:.3f}" for mode, name in columns),
+        ]
         for kind in kinds
     ]
-    return page.table(header, rows, "share of answers that say what was asked and nothing against it")
+    return page.table(
+        header, rows, "share of answers that say what was asked and nothing against it"
+    )
 
 
 def sample(row: dict[str, Any], result: dict[str, Any]) -> str:
@@ -88,7 +114,14 @@ def sample(row: dict[str, Any], result: dict[str, Any]) -> str:
         for mode, answer in answers.items():
             correct = answer.get("correct")
             colour = "" if correct is None else "good" if correct else "bad"
-            said.append((mode if len(answers) > 1 else "", answer["text"].strip("\n"), marks(answer), colour))
+            said.append(
+                (
+                    mode if len(answers) > 1 else "",
+                    answer["text"].strip("\n"),
+                    marks(answer),
+                    colour,
+                )
+            )
         cards.append(page.card(name, said))
     return page.beside(row["prompt"], cards)
 
@@ -99,7 +132,9 @@ def best_of(result: dict[str, Any]) -> list[str]:
     rows = [[f"best of {n}", *(cell(row[c]) for c in columns)] for n, row in table.items()]
     last = list(result["models"])[-1]
     if "sampled" in result:
-        rows.append([f"{last} (all prompts)", *(cell(result["sampled"][last].get(c)) for c in columns)])
+        rows.append(
+            [f"{last} (all prompts)", *(cell(result["sampled"][last].get(c)) for c in columns)]
+        )
     about = f"the answer of highest reward among n that {result['reference']} gives, on {result['best_of_prompts']} prompts"
     return [page.table(["", *columns], rows, about)]
 
@@ -110,9 +145,14 @@ def accuracy(found: dict[str, Any]) -> list[str]:
 
     about = f"answer pairs of {found['prompts']} held-out prompts, gold scores at least {found['minimum_gap']:g} apart"
     rows = [line(found["pairs"], found), line("all such pairs", found["all"])]
-    more = [line(name, row) for kind in ("by_family", "by_source") for name, row in found[kind].items()]
+    more = [
+        line(name, row) for kind in ("by_family", "by_source") for name, row in found[kind].items()
+    ]
     header = ["pairs", "ordered as gold does", "n"]
-    return [page.table(header, rows, about), page.details("by family and source", [page.table(header, more)])]
+    return [
+        page.table(header, rows, about),
+        page.details("by family and source", [page.table(header, more)]),
+    ]
 
 
 def origins(result: dict[str, Any]) -> str:
@@ -121,12 +161,20 @@ def origins(result: dict[str, Any]) -> str:
     for name, model in result["models"].items():
         commit = (model.get("commit") or "-")[:10] + (" + changes" if model.get("dirty") else "")
         facts = [model.get(key) for key in ("path", "stage", "step", "parent")]
-        rows.append([name, *("-" if fact is None else str(fact) for fact in facts), commit, cell(model.get("wall_time"))])
+        rows.append(
+            [
+                name,
+                *("-" if fact is None else str(fact) for fact in facts),
+                commit,
+                cell(model.get("wall_time")),
+            ]
+        )
     return page.table(header, rows)
 
 
 def new_figure(panels: int, height: float = 2.9) -> tuple[Any, Any]:
-    """(figure, its axes from top to bottom) drawn without a screen; stacked, so that a phone can show them."""
+    """(figure, its axes from top to bottom) drawn without a screen; stacked, so that a phone can
+    show them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -141,7 +189,9 @@ def new_figure(panels: int, height: float = 2.9) -> tuple[Any, Any]:
 
 def legend_above(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
+    )
 
 
 def error_bars(axis: Any, x: Sequence[float], rows: Sequence[dict[str, Any]], **style: Any) -> None:
@@ -149,7 +199,13 @@ def error_bars(axis: Any, x: Sequence[float], rows: Sequence[dict[str, Any]], **
     means = [row["mean"] for row in rows]
     below = [row["mean"] - row["ci95"][0] for row in rows]
     above = [row["ci95"][1] - row["mean"] for row in rows]
-    axis.errorbar(x, means, yerr=[[max(0.0, v) for v in below], [max(0.0, v) for v in above]], capsize=2, **style)
+    axis.errorbar(
+        x,
+        means,
+        yerr=[[max(0.0, v) for v in below], [max(0.0, v) for v in above]],
+        capsize=2,
+        **style,
+    )
 
 
 def plot_families(result: dict[str, Any], file: Path) -> None:
@@ -163,27 +219,47 @@ def plot_families(result: dict[str, Any], file: Path) -> None:
             shares = [result[mode][name]["families"][kind]["correct"] for kind in kinds]
             places = [k + (i - (len(names) - 1) / 2) * width for k in range(len(kinds))]
             axis.bar(places, shares, width * 0.92, label=name, color=COLOURS[i % len(COLOURS)])
-        axis.set(ylabel=f"correct, {mode}", ylim=(0, 1.02), xticks=range(len(kinds)), xticklabels=kinds)
+        axis.set(
+            ylabel=f"correct, {mode}", ylim=(0, 1.02), xticks=range(len(kinds)), xticklabels=kinds
+        )
     legend_above(figure, axes[0])
     figure.savefig(file)
 
 
 def plot_best_of(result: dict[str, Any], file: Path) -> None:
-    """Gold and reward against sqrt(KL): best-of-n, the reference, and the models that come after it."""
+    """Gold and reward against sqrt(KL): best-of-n, the reference, and the models that come after
+    it."""
     names = list(result["models"])
     paths = [model["path"] for model in result["models"].values()]
-    after = names[paths.index(result["reference"]) :] if result["reference"] in paths else names[-1:]
+    after = (
+        names[paths.index(result["reference"]) :] if result["reference"] in paths else names[-1:]
+    )
     kinds = [kind for kind in ("gold", "reward") if kind in result["best_of_n"]["1"]]
     figure, axes = new_figure(len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
         rows = list(result["best_of_n"].values())
-        error_bars(axis, [row["kl"] ** 0.5 for row in rows], [row[kind] for row in rows], fmt="o-", label="best of n",
-                   color=COLOURS[3], ms=4)  # fmt: skip
+        error_bars(
+            axis,
+            [row["kl"] ** 0.5 for row in rows],
+            [row[kind] for row in rows],
+            fmt="o-",
+            label="best of n",
+            color=COLOURS[3],
+            ms=4,
+        )
         for n, row in result["best_of_n"].items():
-            axis.annotate(n, (row["kl"] ** 0.5, row[kind]["mean"]), textcoords="offset points", xytext=(4, -11), fontsize=8)
+            axis.annotate(
+                n,
+                (row["kl"] ** 0.5, row[kind]["mean"]),
+                textcoords="offset points",
+                xytext=(4, -11),
+                fontsize=8,
+            )
         for name in after if "sampled" in result else ():
             row, colour = result["sampled"][name], COLOURS[names.index(name) % len(COLOURS)]
-            error_bars(axis, [max(0.0, row["kl"]) ** 0.5], [row[kind]], fmt="s", label=name, color=colour)
+            error_bars(
+                axis, [max(0.0, row["kl"]) ** 0.5], [row[kind]], fmt="s", label=name, color=colour
+            )
         axis.set_ylabel(kind)
     axes[-1].set_xlabel("distance from the reference, sqrt(KL / nats)")
     legend_above(figure, axes[0])

@@ -15,34 +15,52 @@ MINIMUM_GAP = 0.05  # answers whose gold scores are closer are equally good to a
 POLICY_ANSWERS = 8  # of the reference, beside the answers of each held-out row
 
 
-def beside(rows: Sequence[Row], prompts: Sequence[list[Message]], drawn: Sequence[Answer]) -> list[Row]:
-    """The rows of these prompts, with the first POLICY_ANSWERS of the equally many answers drawn to each as `policy`.
+def beside(
+    rows: Sequence[Row], prompts: Sequence[list[Message]], drawn: Sequence[Answer]
+) -> list[Row]:
+    """The rows of these prompts, with the first POLICY_ANSWERS of the equally many answers drawn to
+    each as `policy`.
 
-    A set that does not move with the comparisons that the reward model was trained on. InputError when no row is left.
+    A set that does not move with the comparisons that the reward model was trained on. InputError
+    when no row is left.
     """
     each = len(drawn) // len(prompts)
-    own = {str(messages): drawn[i * each :][: min(each, POLICY_ANSWERS)] for i, messages in enumerate(prompts)}
+    own = {
+        str(messages): drawn[i * each :][: min(each, POLICY_ANSWERS)]
+        for i, messages in enumerate(prompts)
+    }
     found = []
     for row in rows:
         answers = own.get(str(comparison_prompt(row.data)))
         if not answers or not row.data.get("answers"):
             continue
-        new = {"answers": [answer.text for answer in answers], "stopped": [answer.stopped for answer in answers]}
+        new = {
+            "answers": [answer.text for answer in answers],
+            "stopped": [answer.stopped for answer in answers],
+        }
         new["sources"] = ["policy"] * len(answers)
-        old = {"stopped": [True] * len(row.data["answers"]), "sources": ["answer"] * len(row.data["answers"]), **row.data}
+        old = {
+            "stopped": [True] * len(row.data["answers"]),
+            "sources": ["answer"] * len(row.data["answers"]),
+            **row.data,
+        }
         found.append(Row(row.data | {key: new[key] + old[key] for key in new}, row.origin))
     if not found:
         raise InputError("comparisons: no row is about a prompt that best_of answered")
     return found
 
 
-def reward_accuracy(reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Sequence[Row]) -> dict[str, Any]:
-    """How often the reward model orders two answers to a prompt as the ground truth does; equal scores count one half.
+def reward_accuracy(
+    reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Sequence[Row]
+) -> dict[str, Any]:
+    """How often the reward model orders two answers to a prompt as the ground truth does; equal
+    scores count one half.
 
-    Rows of comparisons with `prompt`, `answers` and, if known, `sources` and `stopped`; rows without `answers` (people's
-    pairs) are left out. The headline is over pairs of the policy's own answers, which best-of-n and PPO choose among (over all
-    pairs where no source is `policy`). Pairs count from a gold difference of MINIMUM_GAP on. Intervals by bootstrap over
-    prompts. Raises InputError naming file and line.
+    Rows of comparisons with `prompt`, `answers` and, if known, `sources` and `stopped`; rows
+    without `answers` (people's pairs) are left out. The headline is over pairs of the policy's own
+    answers, which best-of-n and PPO choose among (over all pairs where no source is `policy`).
+    Pairs count from a gold difference of MINIMUM_GAP on. Intervals by bootstrap over prompts.
+    Raises InputError naming file and line.
     """
     model, tokenizer = reward
     ids: list[list[int]] = []
@@ -54,31 +72,49 @@ def reward_accuracy(reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Seq
         try:
             messages = rows_to_prompt({"prompt": row.data.get("prompt")})
             prompt = prompt_ids(tokenizer, messages)
-            verdicts = [gold(question(messages), text, end) for text, end in zip(texts, stopped, strict=True)]
+            verdicts = [
+                gold(question(messages), text, end)
+                for text, end in zip(texts, stopped, strict=True)
+            ]
         except (InputError, ValueError) as error:
             raise InputError(f"{row.origin}: {error}") from None
-        new = [[*prompt, *tokenizer.encode(t), *[tokenizer.eot_id] * end] for t, end in zip(texts, stopped, strict=True)]
+        new = [
+            [*prompt, *tokenizer.encode(t), *[tokenizer.eot_id] * end]
+            for t, end in zip(texts, stopped, strict=True)
+        ]
         if (longest := max(map(len, new))) > model.config.max_length:
-            raise InputError(f"{row.origin}: {longest} tokens, the reward model's context is {model.config.max_length}")
+            raise InputError(
+                f"{row.origin}: {longest} tokens, the reward model's context is {model.config.max_length}"
+            )
         sources = row.data.get("sources") or ["answer"] * len(texts)
-        kept.append({"gold": [v.score for v in verdicts], "family": verdicts[0].family, "sources": sources})
+        kept.append(
+            {"gold": [v.score for v in verdicts], "family": verdicts[0].family, "sources": sources}
+        )
         ids += new
     if not kept:
-        raise InputError("comparisons: no row has `answers`, so there is nothing to measure the reward model on")
+        raise InputError(
+            "comparisons: no row has `answers`, so there is nothing to measure the reward model on"
+        )
     scores = iter(reward_scores(model, ids))
     return order_statistics([(row, [next(scores) for _ in row["gold"]]) for row in kept])
 
 
 def order_statistics(judged: Sequence[tuple[dict[str, Any], Sequence[float]]]) -> dict[str, Any]:
     """`reward_accuracy` from (gold, sources and family of a prompt's answers; their rewards)."""
-    groups: dict[str, dict[int, list[float]]] = {}  # name of a subset: prompt: 1 right, 0 wrong, 1/2 equal
+    groups: dict[
+        str, dict[int, list[float]]
+    ] = {}  # name of a subset: prompt: 1 right, 0 wrong, 1/2 equal
     for prompt, (row, rewards) in enumerate(judged):
         for i in range(len(rewards)):
             for j in range(i):
                 gap = row["gold"][i] - row["gold"][j]
                 if abs(gap) < MINIMUM_GAP:
                     continue
-                hit = 0.5 if rewards[i] == rewards[j] else float((rewards[i] > rewards[j]) == (gap > 0))
+                hit = (
+                    0.5
+                    if rewards[i] == rewards[j]
+                    else float((rewards[i] > rewards[j]) == (gap > 0))
+                )
                 pair = " / ".join(sorted((row["sources"][i], row["sources"][j])))
                 for name in ("all", f"source {pair}", f"family {row['family']}"):
                     groups.setdefault(name, {}).setdefault(prompt, []).append(hit)
@@ -89,7 +125,11 @@ def order_statistics(judged: Sequence[tuple[dict[str, Any], Sequence[float]]]) -
         return {"accuracy": found["mean"], "ci95": found["ci95"], "n": found["n"]}
 
     def part(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): accuracy(name) for name in sorted(groups) if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): accuracy(name)
+            for name in sorted(groups)
+            if name.startswith(prefix)
+        }
 
     everything, own = accuracy("all"), accuracy("source policy / policy")
     return {

@@ -34,16 +34,22 @@ def marks(answer: dict[str, Any]) -> str:
 
 
 def show_samples(console: Console, samples: Sequence[dict[str, Any]], mode: str) -> None:
-    """Each prompt with the models' answers beside each other; of one model alone, plainly below each other."""
+    """Each prompt with the models' answers beside each other; of one model alone, plainly below
+    each other."""
     for row in samples:
         names = list(row["answers"])
         answers = [row["answers"][name][mode] for name in names]
-        bodies = [Text(printable(a["text"].strip("\n"))) + Text(f"\n{marks(a)}".rstrip(), style="dim") for a in answers]
+        bodies = [
+            Text(printable(a["text"].strip("\n"))) + Text(f"\n{marks(a)}".rstrip(), style="dim")
+            for a in answers
+        ]
         if len(names) == 1:
             console.print(Text(printable(row["prompt"]), style="bold"))
             console.print(bodies[0], end="\n\n")
             continue
-        table = Table(title=Text(printable(row["prompt"]), style="bold"), title_justify="left", expand=True)
+        table = Table(
+            title=Text(printable(row["prompt"]), style="bold"), title_justify="left", expand=True
+        )
         for name in names:
             table.add_column(Text(name), ratio=1, overflow="fold")
         table.add_row(*bodies)
@@ -73,7 +79,8 @@ def cell(value: Any) -> str:
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Text of ids as they come: a character is held back until its last byte is there; control tokens are left out."""
+    """Text of ids as they come: a character is held back until its last byte is there; control
+    tokens are left out."""
     control = {tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()}
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
@@ -84,11 +91,14 @@ def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
 
 
 def fit(tokenizer: Tokenizer, history: Sequence[Message], room: int) -> list[Message]:
-    """The newest turns of `history` whose prompt has at most `room` tokens. InputError when not even the last has."""
+    """The newest turns of `history` whose prompt has at most `room` tokens. InputError when not
+    even the last has."""
     kept = list(history)
     while len(prompt_ids(tokenizer, kept)) > room:
         if len(kept) == 1:
-            raise InputError(f"the message has {len(prompt_ids(tokenizer, kept))} tokens, there is room for {room}")
+            raise InputError(
+                f"the message has {len(prompt_ids(tokenizer, kept))} tokens, there is room for {room}"
+            )
         kept = kept[2:]  # a question and its answer
     return kept
 
@@ -102,7 +112,8 @@ def chat(
     seed: int,
     **options: Any,
 ) -> None:
-    """Talk with a model until end of input or /exit; answers are streamed. `options` go to `generate.stream`."""
+    """Talk with a model until end of input or /exit; answers are streamed. `options` go to
+    `generate.stream`."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing
     print(HELP)
@@ -129,10 +140,18 @@ def chat(
             print(f"({error})")
             continue
         if len(kept) < len(asked):
-            print(f"(the oldest {(len(asked) - len(kept)) // 2} turns no longer fit into the model's context)")
+            print(
+                f"(the oldest {(len(asked) - len(kept)) // 2} turns no longer fit into the model's context)"
+            )
         said = ""
-        ids = stream(model, prompt_ids(tokenizer, kept), max_new_tokens=max_new_tokens, seed=seed + turn,
-                     stop_ids=stop_ids(tokenizer), **options)  # fmt: skip
+        ids = stream(
+            model,
+            prompt_ids(tokenizer, kept),
+            max_new_tokens=max_new_tokens,
+            seed=seed + turn,
+            stop_ids=stop_ids(tokenizer),
+            **options,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             for piece in pieces(tokenizer, ids):
                 said += piece

@@ -1,7 +1,9 @@
-"""What one stage of a recipe will do, and what that costs on given GPUs: FLOPs, seconds, memory under each ZeRO stage, disk.
+"""What one stage of a recipe will do, and what that costs on given GPUs: FLOPs, seconds, memory
+under each ZeRO stage, disk.
 
-The stages' loops in closed form: whoever changes a loop changes this file; tests/common/test_workload.py compares the two.
-Not counted: evaluations, samples for the log, reading data, and the time that GPUs wait for each other (MFU stands for that).
+The stages' loops in closed form: whoever changes a loop changes this file;
+tests/common/test_workload.py compares the two. Not counted: evaluations, samples for the log,
+reading data, and the time that GPUs wait for each other (MFU stands for that).
 """
 
 from dataclasses import dataclass
@@ -22,24 +24,30 @@ from common.model.cpu.kernels import at_once
 from common.model.shape import GPTConfig
 
 ROLLOUT_ROWS = 256  # stages/rl/train.py samples at most so many episodes at once
-LAUNCH = 5e-6  # seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
-# Kernels that our Block starts on a GPU: (forward and backward under autocast, one cached decoding step), counted by dispatch
-# with views left out; and outside the blocks.
+# seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
+LAUNCH = 5e-6
+# Kernels that our Block starts on a GPU: (forward and backward under autocast, one cached decoding
+# step), counted by dispatch with views left out; and outside the blocks.
 LAUNCHES = {"gpt2": (55, 14), "llama": (65, 21)}
 LAUNCHES_OUTSIDE = (40, 30)
-MUON_LAUNCHES = 4 * 25  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
-# Most bytes alive at once around a logit in kernels.linear_logprobs, measured on PyTorch 2.13: four fp32 copies, where a
-# temperature is not 1 and more tokens have gone before (logits, divided, log-softmax, and theirs); at 1 it is 12, in bf16 10;
-# where kernels.c does it, less.
+MUON_LAUNCHES = (
+    4 * 25
+)  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
+# Most bytes alive at once around a logit in kernels.linear_logprobs, measured on PyTorch 2.13: four
+# fp32 copies, where a temperature is not 1 and more tokens have gone before (logits, divided,
+# log-softmax, and theirs); at 1 it is 12, in bf16 10; where kernels.c does it, less.
 LOGIT_BYTES = 16
 PICK_BYTES = 20  # of a logit from which a token is sampled: five fp32 copies
-BUCKET = 1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, by default 5e8 numbers of bf16
+BUCKET = (
+    1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, by default 5e8 numbers of bf16
+)
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at most, by default (stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step of a recipe on `gpus` GPUs. Rows are sequences, except that in reward a row is a prompt with all its answers."""
+    """One step of a recipe on `gpus` GPUs. Rows are sequences, except that in reward a row is a
+    prompt with all its answers."""
 
     step: str
     stage: str  # pretrain, sft, collect, reward, rl
@@ -86,13 +94,18 @@ class Work:
     def trainable(self) -> int:
         if not self.lora_r:
             return 0 if self.stage == "collect" else self.parameters
-        adapters = sum(lora_parameters(shape, self.lora_r, self.lora_targets) for shape, _ in self.networks)
+        adapters = sum(
+            lora_parameters(shape, self.lora_r, self.lora_targets) for shape, _ in self.networks
+        )
         return adapters + sum(shape.n_embd for shape, head in self.networks if head == "scalar")
 
     @property
     def moments(self) -> float:
-        """Bytes of the optimizer's moments in fp32: two with AdamW, one with Muon, which has the matrices of the blocks."""
-        return 8 * self.trainable - (4 * block_matrices(self.shape) if self.optimizer == "muon" else 0)
+        """Bytes of the optimizer's moments in fp32: two with AdamW, one with Muon, which has the
+        matrices of the blocks."""
+        return 8 * self.trainable - (
+            4 * block_matrices(self.shape) if self.optimizer == "muon" else 0
+        )
 
     @property
     def zero_stages(self) -> tuple[int, ...]:
@@ -122,14 +135,16 @@ class Flops(NamedTuple):
     scoring: float = 0  # forward passes of whole rows: PPO's log-probs, values and scores
     sampling: float = 0
     optimizer: float = 0  # Muon's; AdamW's are negligible
-    recomputing: float = 0  # in the backward pass: logits, with gradient_checkpointing also the blocks' forward passes
+    # in the backward pass: logits, with gradient_checkpointing also the blocks' forward passes
+    recomputing: float = 0
 
 
 def flops(work: Work) -> Flops | None:
     """FLOPs of the step; None when it is not known how many rows it sees.
 
-    Forward and backward are 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no gradient. Recomputing is
-    one more: of the logits, which are never kept, and of the blocks where they are checkpointed.
+    Forward and backward are 3 forward passes (PaLM, appendix B); 2 with LoRA, where weights get no
+    gradient. Recomputing is one more: of the logits, which are never kept, and of the blocks where
+    they are checkpointed.
     """
     w, tokens, passes = work, work.tokens, 2 if work.lora_r else 3
     if tokens is None:
@@ -139,7 +154,9 @@ def flops(work: Work) -> Flops | None:
         return Flops(sampling=forward)
     updates = (w.steps or 0) * w.gpus * w.minibatches
     if w.stage != "rl":
-        again = forward_flops(w.shape, tokens if w.checkpointing else 0, w.mean_length, tokens * w.logits)
+        again = forward_flops(
+            w.shape, tokens if w.checkpointing else 0, w.mean_length, tokens * w.logits
+        )
         muon = muon_flops(w.shape) * updates if w.optimizer == "muon" else 0
         return Flops(passes * forward, optimizer=muon, recomputing=again)
     judge, critic = w.judge or w.shape, w.networks[1][0]
@@ -147,19 +164,23 @@ def flops(work: Work) -> Flops | None:
     corpus = w.ptx_tokens * updates
     ptx = forward_flops(w.shape, corpus, w.ptx_length, corpus)
     logits = forward_flops(w.shape, 0, 0, tokens * w.logits + corpus)
-    # An episode is sampled by the policy; scored by policy, reference, critic, reward model; learned by policy and critic.
+    # An episode is sampled by the policy; scored by policy, reference, critic, reward model;
+    # learned by policy and critic.
     learned = forward + values + ptx
     again = w.epochs * (learned if w.checkpointing else logits)
-    return Flops(w.epochs * passes * learned, 2 * forward + values + scores, forward, recomputing=again)
+    return Flops(
+        w.epochs * passes * learned, 2 * forward + values + scores, forward, recomputing=again
+    )
 
 
 def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str] | None:
     """(wall time, what most of it is bound by); None when the number of rows is not known.
 
-    Training runs at `mfu` of the peak FLOP/s (PaLM, section 4.1), recomputing as well, but no faster than a GPU starts its
-    kernels. A token that is sampled for all rows of a rollout takes the longest of its arithmetic, reading all weights and the
-    mean KV cache once at 70 % of the bandwidth (Pope 2022, section 2), and starting its kernels; rows that end early are
-    counted in full. Rollouts run in fp32, as our weights are; under DeepSpeed those are bf16.
+    Training runs at `mfu` of the peak FLOP/s (PaLM, section 4.1), recomputing as well, but no
+    faster than a GPU starts its kernels. A token that is sampled for all rows of a rollout takes
+    the longest of its arithmetic, reading all weights and the mean KV cache once at 70 % of the
+    bandwidth (Pope 2022, section 2), and starting its kernels; rows that end early are counted in
+    full. Rollouts run in fp32, as our weights are; under DeepSpeed those are bf16.
     """
     w, c, counted, training, sampling = work, work.shape, flops(work), (0.0, ""), (0.0, "")
     if counted is None:
@@ -175,7 +196,9 @@ def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str
     if w.response:
         rate, element = (gpu.flops * mfu, 2) if zero else (gpu.fp32_flops * mfu, 4)
         rows, mean = w.rollout_rows, w.prompt + w.response / 2
-        read = element * (block_matrices(c) + c.n_embd * c.vocab_size) + kv_cache_bytes(c, rows, mean, element)
+        read = element * (block_matrices(c) + c.n_embd * c.vocab_size) + kv_cache_bytes(
+            c, rows, mean, element
+        )
         launches = LAUNCHES[c.family][1] * c.n_layer + LAUNCHES_OUTSIDE[1]
         token, bound = max(
             (forward_flops(c, rows, mean, rows) / rate, "sampling: arithmetic"),
@@ -193,10 +216,13 @@ class Memory(NamedTuple):
     weights: float  # of what learns
     gradients: float
     optimizer: float
-    frozen: float  # weights of what only computes: reference and reward model in rl, the sampled model in collect
-    buffers: float  # autocast's bf16 copies of weights, buckets of DDP or DeepSpeed, what ZeRO-3 has gathered
+    # weights of what only computes: reference and reward model in rl, the sampled model in collect
+    frozen: float
+    # autocast's bf16 copies of weights, buckets of DDP or DeepSpeed, what ZeRO-3 has gathered
+    buffers: float
     activations: float
-    logits: float  # of a few tokens at a time, and the gradient of the head's weight, which activations outlive
+    # of a few tokens at a time, and the gradient of the head's weight, which activations outlive
+    logits: float
     rollout: float  # KV cache and the logits of a sampling step
     peak: float
 
@@ -204,10 +230,11 @@ class Memory(NamedTuple):
 def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
     """Memory a GPU. `zero` 0 is what our code does without DeepSpeed, 1-3 is DeepSpeed's layout.
 
-    Without: fp32 weights, gradients and AdamW's two moments, 4 + 4 + 8 bytes a parameter, and 2 for autocast's copies, 4 for
-    DDP's buckets. DeepSpeed in bf16: 2 + 2 + 12, where 12 are fp32 weights and moments; stage 1 shares out the 12 among the
-    GPUs, 2 also the gradients, 3 also the weights (ZeRO, section 3.1 and figure 1). Reference and reward model stay whole and
-    fp32 on every GPU, at every stage, as our code keeps them.
+    Without: fp32 weights, gradients and AdamW's two moments, 4 + 4 + 8 bytes a parameter, and 2 for
+    autocast's copies, 4 for DDP's buckets. DeepSpeed in bf16: 2 + 2 + 12, where 12 are fp32 weights
+    and moments; stage 1 shares out the 12 among the GPUs, 2 also the gradients, 3 also the weights
+    (ZeRO, section 3.1 and figure 1). Reference and reward model stay whole and fp32 on every GPU,
+    at every stage, as our code keeps them.
     """
     w, half, learning = work, work.precision != "no", work.trainable
     total = 0 if w.stage == "collect" else w.parameters
@@ -222,10 +249,19 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
         weights, gradients, optimizer = 4 * total, 4 * learning, w.moments
         buffers, copies = gradients if w.gpus > 1 else 0, 2 * total if half else 0
 
-    numerics = NUMERICS["deepspeed"] if zero else NUMERICS[("cpu " * on_cpu + "autocast" * half).strip() or "no"]
-    rows, part = w.micro * w.answers, w.ptx_tokens / w.accumulation  # ptx is split over the micro-batches of an update
+    numerics = (
+        NUMERICS["deepspeed"]
+        if zero
+        else NUMERICS[("cpu " * on_cpu + "autocast" * half).strip() or "no"]
+    )
+    rows, part = (
+        w.micro * w.answers,
+        w.ptx_tokens / w.accumulation,
+    )  # ptx is split over the micro-batches of an update
     passes = [(shape, rows, w.length, w.masked) for shape, _ in w.networks if w.stage != "collect"]
-    passes += [(w.shape, part / w.ptx_length, w.ptx_length, True)] if part else []  # documents do not see each other
+    passes += (
+        [(w.shape, part / w.ptx_length, w.ptx_length, True)] if part else []
+    )  # documents do not see each other
     activations = sum(
         activation_bytes(shape, n, length, numerics, masked=masked, checkpointing=w.checkpointing)
         for shape, n, length, masked in passes
@@ -234,7 +270,8 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
     if w.stage in ("pretrain", "sft", "rl"):
         positions = max(part, rows * (w.response if w.stage == "rl" else w.length * w.logits))
         alive = min(positions, at_once("cpu" if on_cpu else "cuda", w.shape.vocab_size))
-        # The weight's gradient in fp32, which all activations outlive, and what a few tokens add to it.
+        # The weight's gradient in fp32, which all activations outlive, and what a few tokens add to
+        # it.
         learned = 0 if w.lora_r else w.shape.n_embd * (4 + numerics.compute)
         logits = w.shape.vocab_size * (LOGIT_BYTES * alive + learned)
     rollout = 0.0
@@ -245,18 +282,24 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
         element = 2 if zero and w.stage == "rl" else 4
         rollout += 1.8 * kv_cache_bytes(w.shape, w.rollout_rows, w.prompt + w.response, element)
         rollout += PICK_BYTES * w.rollout_rows * w.shape.vocab_size
-    gathered = 2 * parameters(w.shape) if zero == 3 and w.stage == "rl" else 0  # once for all tokens of a rollout
+    gathered = (
+        2 * parameters(w.shape) if zero == 3 and w.stage == "rl" else 0
+    )  # once for all tokens of a rollout
     # Gradients are born while activations die, unless an earlier micro-batch has left its own.
     early = gradients if w.accumulation > 1 else 0
     learn = copies + max(early + activations + logits, gradients)
     peak = weights + optimizer + frozen + buffers + max(learn, rollout + gathered)
-    return Memory(weights, gradients, optimizer, frozen, buffers + copies, activations, logits, rollout, peak)
+    return Memory(
+        weights, gradients, optimizer, frozen, buffers + copies, activations, logits, rollout, peak
+    )
 
 
 def disk(work: Work, zero: int = 0) -> tuple[float, float]:
-    """(bytes that stay, most bytes at any time): published fp32 weights, token shards, and states, which go at the end.
+    """(bytes that stay, most bytes at any time): published fp32 weights, token shards, and states,
+    which go at the end.
 
-    A state is weights and optimizer, 4 + 8 bytes a parameter (DeepSpeed: 2 + 12); one more is written before the oldest goes.
+    A state is weights and optimizer, 4 + 8 bytes a parameter (DeepSpeed: 2 + 12); one more is
+    written before the oldest goes.
     """
     w = work
     if w.stage == "collect":

@@ -1,7 +1,9 @@
-"""The functions of kernels.c, attention.c and packed.c, compiled by the machine's C compiler and kept beside Python's bytecode.
+"""The functions of kernels.c, attention.c and packed.c, compiled by the machine's C compiler and
+kept beside Python's bytecode.
 
-They are for CPUs under Linux. Where there is no compiler, or it fails, or with STATE_OF_GPT_NATIVE=0 in the environment,
-there are none, and the modules of the same names compute the same with PyTorch's operations.
+They are for CPUs under Linux. Where there is no compiler, or it fails, or with
+STATE_OF_GPT_NATIVE=0 in the environment, there are none, and the modules of the same names compute
+the same with PyTorch's operations.
 """
 
 import ctypes
@@ -25,7 +27,10 @@ SOURCES = sorted(FOLDER.glob("*.[ch]"))
 # Of -ffast-math only what sums need to be vector instructions: NaN and infinity stay what they are.
 FAST = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 COMPILE = ("-O3", "-march=native", *FAST, "-fopenmp", "-fPIC", "-w", "-c")
-LINK = ("-shared", "-nostdlib")  # OpenMP must be the one that torch has loaded: two would fight for the cores
+LINK = (
+    "-shared",
+    "-nostdlib",
+)  # OpenMP must be the one that torch has loaded: two would fight for the cores
 OPENMP = re.compile(r"/.*/lib(?:gomp|iomp5|omp)[^/]*$", re.MULTILINE)
 DECLARATION = re.compile(r"^(void|int) (\w+)\(([^)]*)\)", re.MULTILINE)
 
@@ -37,7 +42,10 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = OPENMP.findall(Path("/proc/self/maps").read_text())
-        ctypes.CDLL(max(loaded, key=lambda path: re.search(r"torch[./]lib", path) is not None), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(
+            max(loaded, key=lambda path: re.search(r"torch[./]lib", path) is not None),
+            ctypes.RTLD_GLOBAL,
+        )
         functions = ctypes.CDLL(str(compiled()))
     except (OSError, ValueError):
         return None
@@ -48,16 +56,22 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for result, name, arguments in DECLARATION.findall("".join(source.read_text() for source in SOURCES)):
+    for result, name, arguments in DECLARATION.findall(
+        "".join(source.read_text() for source in SOURCES)
+    ):
         function = getattr(functions, name)
         function.restype = ctypes.c_int if result == "int" else None
-        function.argtypes = [] if arguments == "void" else [c_type(argument) for argument in arguments.split(",")]
+        function.argtypes = (
+            [] if arguments == "void" else [c_type(argument) for argument in arguments.split(",")]
+        )
     return functions
 
 
 def c_type(declaration: str) -> type:
     """Of an argument: "const void *x", "long rows"."""
-    return ctypes.c_void_p if "*" in declaration else getattr(ctypes, f"c_{declaration.split()[-2]}")
+    return (
+        ctypes.c_void_p if "*" in declaration else getattr(ctypes, f"c_{declaration.split()[-2]}")
+    )
 
 
 def compiled() -> Path:
@@ -78,9 +92,16 @@ def compiled() -> Path:
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             sources = [source for source in SOURCES if source.suffix == ".c"]
-            subprocess.run([*compiler, *COMPILE, *sources], cwd=scratch, check=True, capture_output=True)
+            subprocess.run(
+                [*compiler, *COMPILE, *sources], cwd=scratch, check=True, capture_output=True
+            )
             objects, made = [f"{source.stem}.o" for source in sources], Path(scratch, target.name)
-            subprocess.run([*compiler, *LINK, *objects, "-o", made], cwd=scratch, check=True, capture_output=True)
+            subprocess.run(
+                [*compiler, *LINK, *objects, "-o", made],
+                cwd=scratch,
+                check=True,
+                capture_output=True,
+            )
             made.replace(target)  # whole or not at all, however many processes start at once
     return target
 

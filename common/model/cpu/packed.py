@@ -1,7 +1,8 @@
 """A model's matrices in the order that a CPU's matrix units read them (packed.c), while it samples.
 
-A token for each of a few rows takes little arithmetic and all of the weights: PyTorch's product, which puts them into that
-order each time, takes three to six times as long. Elsewhere, and in other precisions than bf16, nothing happens.
+A token for each of a few rows takes little arithmetic and all of the weights: PyTorch's product,
+which puts them into that order each time, takes three to six times as long. Elsewhere, and in other
+precisions than bf16, nothing happens.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ FEW = 512  # rows, up to which reading the weights is what takes time
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers of `model` compute with copies of their weights, made at the start, and without gradients."""
+    """Inside, linear layers of `model` compute with copies of their weights, made at the start, and
+    without gradients."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and can_pack(m)]
     for layer in layers:
         layer.forward = partial(product, layer.weight, layer.bias, pack(layer.weight))
@@ -32,10 +34,19 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 def can_pack(layer: nn.Linear) -> bool:
     weight, bias = layer.weight, layer.bias
-    if weight.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16) or "forward" in vars(layer):
+    if (
+        weight.dtype != torch.bfloat16
+        or (bias is not None and bias.dtype != torch.bfloat16)
+        or "forward" in vars(layer)
+    ):
         return False
     functions = functions_for(weight)
-    return functions is not None and weight.shape[1] % 2 == 0 and weight.shape[1] >= 32 and bool(functions.can_pack())
+    return (
+        functions is not None
+        and weight.shape[1] % 2 == 0
+        and weight.shape[1] >= 32
+        and bool(functions.can_pack())
+    )
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -53,5 +64,7 @@ def product(weight: Tensor, bias: Tensor | None, made: Tensor, x: Tensor) -> Ten
     if rows > FEW or x.dtype != weight.dtype or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    functions_for(x).packed_linear(x.data_ptr(), made.data_ptr(), address(bias), y.data_ptr(), rows, outputs, inputs)
+    functions_for(x).packed_linear(
+        x.data_ptr(), made.data_ptr(), address(bias), y.data_ptr(), rows, outputs, inputs
+    )
     return y

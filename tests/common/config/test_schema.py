@@ -57,141 +57,175 @@ def from_yaml(tmp_path: Path, text: str | bytes, *words: str) -> Config:
 
 
 def test_defaults_then_file_then_command_line(tmp_path):
-    cfg = from_yaml(tmp_path, "output_dir: a\nmax_steps: 7\nlearning_rate: 1e-4\n", "--max_steps", "9", "--parent", "p")
-    expected = {"output_dir": "a", "max_steps": 9, "parent": "p", "learning_rate": 0.0001, "mixed_precision": "no",
-                "files": [], "compile": False, "clip": 1.0, "depths": None}  # fmt: skip
+    cfg = from_yaml(
+        tmp_path,
+        "output_dir: a\nmax_steps: 7\nlearning_rate: 1e-4\n",
+        "--max_steps",
+        "9",
+        "--parent",
+        "p",
+    )
+    expected = {
+        "output_dir": "a",
+        "max_steps": 9,
+        "parent": "p",
+        "learning_rate": 0.0001,
+        "mixed_precision": "no",
+        "files": [],
+        "compile": False,
+        "clip": 1.0,
+        "depths": None,
+    }
     assert to_dict(cfg) == expected and type(cfg.learning_rate) is float
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.max_steps = 3
     assert cfg.files is not from_yaml(tmp_path, "output_dir: a").files
 
 
-@pytest.mark.parametrize(("text", "key", "value"), [
-    ("learning_rate: 1e-4", "learning_rate", 1e-4),  # YAML 1.1 reads it as text
-    ("learning_rate: 1_0.5", "learning_rate", 10.5),
-    ('max_steps: "3"', "max_steps", 3),
-    ("max_steps: 1e2", "max_steps", 100),
-    ("max_steps: 010", "max_steps", 10),  # YAML 1.1 reads it as eight
-    ("mixed_precision: no", "mixed_precision", "no"),  # YAML 1.1 reads it as false
-    ("parent: 'null'", "parent", "null"),
-    ("parent: null", "parent", None),
-    ("parent:", "parent", None),
-    ("parent: nan", "parent", "nan"),
-    ("parent: 2024-01-01", "parent", "2024-01-01"),  # YAML 1.1 makes a date of it
-    ("compile: True", "compile", True),
-    ("clip: null", "clip", None),
-    ("files: [a, b c]", "files", ["a", "b c"]),
-    ("depths: [1, 2]", "depths", [1, 2]),
-    ("# only a comment", "max_steps", 100),
-    ("\ufeffmax_steps: 5", "max_steps", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # YAML 1.1 reads it as text
+        ("learning_rate: 1_0.5", "learning_rate", 10.5),
+        ('max_steps: "3"', "max_steps", 3),
+        ("max_steps: 1e2", "max_steps", 100),
+        ("max_steps: 010", "max_steps", 10),  # YAML 1.1 reads it as eight
+        ("mixed_precision: no", "mixed_precision", "no"),  # YAML 1.1 reads it as false
+        ("parent: 'null'", "parent", "null"),
+        ("parent: null", "parent", None),
+        ("parent:", "parent", None),
+        ("parent: nan", "parent", "nan"),
+        ("parent: 2024-01-01", "parent", "2024-01-01"),  # YAML 1.1 makes a date of it
+        ("compile: True", "compile", True),
+        ("clip: null", "clip", None),
+        ("files: [a, b c]", "files", ["a", "b c"]),
+        ("depths: [1, 2]", "depths", [1, 2]),
+        ("# only a comment", "max_steps", 100),
+        ("\ufeffmax_steps: 5", "max_steps", 5),
+    ],
+)
 def test_yaml_values(tmp_path, text, key, value):
     got = getattr(from_yaml(tmp_path, text, "--output_dir", "x"), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize(("words", "key", "value"), [
-    ("--learning_rate 1e-4", "learning_rate", 1e-4),
-    ("--learning_rate=.5", "learning_rate", 0.5),
-    ("--max_steps 1e2", "max_steps", 100),
-    ("--max_steps 3 --max_steps 4", "max_steps", 4),
-    ("--mixed_precision no", "mixed_precision", "no"),
-    ("--parent none", "parent", None),
-    ("--parent Null", "parent", None),
-    ("--parent 12", "parent", "12"),
-    ("--parent true", "parent", "true"),
-    ("--parent=--odd=name", "parent", "--odd=name"),
-    ("--compile true", "compile", True),
-    ("--compile False", "compile", False),
-    ("--clip none", "clip", None),
-    ("--files", "files", []),
-    ("--files a b 3", "files", ["a", "b", "3"]),
-    ("--depths 1 2", "depths", [1, 2]),
-    ("--depths null", "depths", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--learning_rate 1e-4", "learning_rate", 1e-4),
+        ("--learning_rate=.5", "learning_rate", 0.5),
+        ("--max_steps 1e2", "max_steps", 100),
+        ("--max_steps 3 --max_steps 4", "max_steps", 4),
+        ("--mixed_precision no", "mixed_precision", "no"),
+        ("--parent none", "parent", None),
+        ("--parent Null", "parent", None),
+        ("--parent 12", "parent", "12"),
+        ("--parent true", "parent", "true"),
+        ("--parent=--odd=name", "parent", "--odd=name"),
+        ("--compile true", "compile", True),
+        ("--compile False", "compile", False),
+        ("--clip none", "clip", None),
+        ("--files", "files", []),
+        ("--files a b 3", "files", ["a", "b", "3"]),
+        ("--depths 1 2", "depths", [1, 2]),
+        ("--depths null", "depths", None),
+    ],
+)
 def test_command_line_values(words, key, value):
     got = getattr(load(Config, ["--output_dir", "x", *words.split()]), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("max_steps: 1.5", ["c.yaml:2:", "max_steps = 1.5", "int > 0"]),
-    ("max_steps: true", ["c.yaml:2:", "max_steps = True", "int > 0"]),
-    ("max_steps: 0", ["c.yaml:2:", "max_steps = 0", "greater than 0"]),
-    ("max_steps: -3", ["c.yaml:2:", "max_steps = -3", "greater than 0"]),
-    ("max_steps: null", ["c.yaml:2:", "max_steps = None", "int > 0"]),
-    ("learning_rate: false", ["c.yaml:2:", "learning_rate = False", "float > 0"]),
-    ("learning_rate: .nan", ["c.yaml:2:", "learning_rate = .nan", "float > 0"]),
-    ("learning_rate: NaN", ["c.yaml:2:", "learning_rate = NaN", "float > 0"]),
-    ("learning_rate: -.inf", ["c.yaml:2:", "learning_rate = -.inf", "float > 0"]),
-    ("learning_rate: inf", ["c.yaml:2:", "learning_rate = inf", "finite"]),
-    ("learning_rate: 1e999", ["c.yaml:2:", "learning_rate = inf", "finite"]),
-    ("clip: 0", ["c.yaml:2:", "clip = 0", "float > 0 | null"]),
-    ("mixed_precision: fp16", ["c.yaml:2:", "mixed_precision = fp16", "no | bf16"]),
-    ("mixed_precision: false", ["c.yaml:2:", "mixed_precision = False", "no | bf16"]),
-    ("compile: maybe", ["c.yaml:2:", "compile = maybe", "true | false"]),
-    ("parent: 3", ["c.yaml:2:", "parent = 3", "str | null"]),
-    ("files: a.txt", ["c.yaml:2:", "files = a.txt", "list of str"]),
-    ("files: [a, 1]", ["c.yaml:2:", "files.1 = 1", "valid string"]),
-    ("files: {a: b}", ["c.yaml:2:", "files = {'a': 'b'}", "list of str"]),
-    ("depths: [1, 2.5]", ["c.yaml:2:", "depths.1 = 2.5", "valid integer"]),
-    ("max_step: 3", ["c.yaml:2:", "unknown key `max_step`", "did you mean `max_steps`?"]),
-    ("lr: 3", ["c.yaml:2:", "unknown key `lr`", "learning_rate"]),
-    ("\nenv:\n  A: b", ["c.yaml:3:", "unknown key `env`"]),
-    ("1: a", ["c.yaml:2:", "unknown key `1`"]),
-    ("[a]: b", ["c.yaml:2:", "unhashable"]),
-    ("max_steps: 3\nmax_steps: 4", ["c.yaml:3:", "duplicate key `max_steps`", "c.yaml:2"]),
-    ("files: {a: 1, a: 2}", ["c.yaml:2:", "duplicate key `files.a`"]),
-    ("files: !!python/object/apply:os.system [ls]", ["c.yaml:2:", "python/object/apply:os.system"]),
-    ("files: &a [*a]", ["c.yaml:2:", "aliases"]),
-    ("max_steps: !!int x", ["c.yaml", "'x'"]),
-    ("files: [a", ["c.yaml:", "expected"]),
-    ("max_steps: 3\n\tparent: x", ["c.yaml:", "cannot start any token"]),
-    ("--- a\n--- b", ["c.yaml:", "document"]),
-    ("max_steps: 2000\ncompile: true", ["c.yaml:", "max_steps above 1000 with compile"]),
-    ("max_steps: 1.5\nclip: -1", ["c.yaml:2:", "max_steps = 1.5", "(and 1 more)"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("max_steps: 1.5", ["c.yaml:2:", "max_steps = 1.5", "int > 0"]),
+        ("max_steps: true", ["c.yaml:2:", "max_steps = True", "int > 0"]),
+        ("max_steps: 0", ["c.yaml:2:", "max_steps = 0", "greater than 0"]),
+        ("max_steps: -3", ["c.yaml:2:", "max_steps = -3", "greater than 0"]),
+        ("max_steps: null", ["c.yaml:2:", "max_steps = None", "int > 0"]),
+        ("learning_rate: false", ["c.yaml:2:", "learning_rate = False", "float > 0"]),
+        ("learning_rate: .nan", ["c.yaml:2:", "learning_rate = .nan", "float > 0"]),
+        ("learning_rate: NaN", ["c.yaml:2:", "learning_rate = NaN", "float > 0"]),
+        ("learning_rate: -.inf", ["c.yaml:2:", "learning_rate = -.inf", "float > 0"]),
+        ("learning_rate: inf", ["c.yaml:2:", "learning_rate = inf", "finite"]),
+        ("learning_rate: 1e999", ["c.yaml:2:", "learning_rate = inf", "finite"]),
+        ("clip: 0", ["c.yaml:2:", "clip = 0", "float > 0 | null"]),
+        ("mixed_precision: fp16", ["c.yaml:2:", "mixed_precision = fp16", "no | bf16"]),
+        ("mixed_precision: false", ["c.yaml:2:", "mixed_precision = False", "no | bf16"]),
+        ("compile: maybe", ["c.yaml:2:", "compile = maybe", "true | false"]),
+        ("parent: 3", ["c.yaml:2:", "parent = 3", "str | null"]),
+        ("files: a.txt", ["c.yaml:2:", "files = a.txt", "list of str"]),
+        ("files: [a, 1]", ["c.yaml:2:", "files.1 = 1", "valid string"]),
+        ("files: {a: b}", ["c.yaml:2:", "files = {'a': 'b'}", "list of str"]),
+        ("depths: [1, 2.5]", ["c.yaml:2:", "depths.1 = 2.5", "valid integer"]),
+        ("max_step: 3", ["c.yaml:2:", "unknown key `max_step`", "did you mean `max_steps`?"]),
+        ("lr: 3", ["c.yaml:2:", "unknown key `lr`", "learning_rate"]),
+        ("\nenv:\n  A: b", ["c.yaml:3:", "unknown key `env`"]),
+        ("1: a", ["c.yaml:2:", "unknown key `1`"]),
+        ("[a]: b", ["c.yaml:2:", "unhashable"]),
+        ("max_steps: 3\nmax_steps: 4", ["c.yaml:3:", "duplicate key `max_steps`", "c.yaml:2"]),
+        ("files: {a: 1, a: 2}", ["c.yaml:2:", "duplicate key `files.a`"]),
+        (
+            "files: !!python/object/apply:os.system [ls]",
+            ["c.yaml:2:", "python/object/apply:os.system"],
+        ),
+        ("files: &a [*a]", ["c.yaml:2:", "aliases"]),
+        ("max_steps: !!int x", ["c.yaml", "'x'"]),
+        ("files: [a", ["c.yaml:", "expected"]),
+        ("max_steps: 3\n\tparent: x", ["c.yaml:", "cannot start any token"]),
+        ("--- a\n--- b", ["c.yaml:", "document"]),
+        ("max_steps: 2000\ncompile: true", ["c.yaml:", "max_steps above 1000 with compile"]),
+        ("max_steps: 1.5\nclip: -1", ["c.yaml:2:", "max_steps = 1.5", "(and 1 more)"]),
+    ],
+)
 def test_refused_in_a_file(tmp_path, text, parts):
     with pytest.raises(InputError) as error:
         from_yaml(tmp_path, f"output_dir: x\n{text}\n")
     assert all(part in str(error.value) for part in parts), str(error.value)
 
 
-@pytest.mark.parametrize(("content", "parts"), [
-    (b"- a\n- b\n", ["c.yaml:1:", "sequence"]),
-    (b"just text", ["c.yaml:1:", "scalar"]),
-    (b"output_dir: \xff", ["c.yaml", "0xff"]),
-    (b"output_dir: a\0b", ["c.yaml", "#x0000"]),
-    (b"[" * 3000, ["c.yaml", "recursion"]),
-    (b"max_steps: 3", ["c.yaml", "`output_dir` is required", "--output_dir"]),
-    (b"", ["c.yaml", "`output_dir` is required"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"- a\n- b\n", ["c.yaml:1:", "sequence"]),
+        (b"just text", ["c.yaml:1:", "scalar"]),
+        (b"output_dir: \xff", ["c.yaml", "0xff"]),
+        (b"output_dir: a\0b", ["c.yaml", "#x0000"]),
+        (b"[" * 3000, ["c.yaml", "recursion"]),
+        (b"max_steps: 3", ["c.yaml", "`output_dir` is required", "--output_dir"]),
+        (b"", ["c.yaml", "`output_dir` is required"]),
+    ],
+)
 def test_refused_files(tmp_path, content, parts):
     with pytest.raises(InputError) as error:
         from_yaml(tmp_path, content)
     assert all(part in str(error.value) for part in parts), str(error.value)
 
 
-@pytest.mark.parametrize(("words", "parts"), [
-    ("--max_steps 1.5", ["command line", "max_steps = 1.5", "int > 0"]),
-    ("--max_steps true", ["command line", "max_steps = True", "int > 0"]),
-    ("--max_steps -3", ["command line", "max_steps = -3", "greater than 0"]),
-    ("--max_steps null", ["command line", "max_steps = None", "int > 0"]),
-    ("--max_steps", ["command line", "--max_steps", "expected one argument"]),
-    ("--max_steps 1 2", ["command line", "unexpected 2"]),
-    ("--max_steps=", ["command line", "max_steps = "]),
-    ("--max_steps " + "9" * 5000, ["command line", "max_steps = "]),
-    ("--learning_rate nan", ["command line", "learning_rate = nan", "finite"]),
-    ("--learning_rate fast", ["command line", "learning_rate = fast", "float > 0"]),
-    ("--learning_rat 1", ["command line", "--learning_rat", "did you mean `learning_rate`?"]),
-    ("--learning-rate 1", ["command line", "--learning-rate", "did you mean `learning_rate`?"]),
-    ("--nothing=1", ["command line", "--nothing", "the keys are output_dir"]),
-    ("--compile maybe", ["command line", "compile = maybe", "true | false"]),
-    ("--mixed_precision fp16", ["command line", "mixed_precision = fp16", "no | bf16"]),
-    ("--depths 1 x", ["command line", "depths.1 = x"]),
-    ("--config nowhere.yaml", ["config file nowhere.yaml", "No such file"]),
-    ("--config .", ["config file .", "directory"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--max_steps 1.5", ["command line", "max_steps = 1.5", "int > 0"]),
+        ("--max_steps true", ["command line", "max_steps = True", "int > 0"]),
+        ("--max_steps -3", ["command line", "max_steps = -3", "greater than 0"]),
+        ("--max_steps null", ["command line", "max_steps = None", "int > 0"]),
+        ("--max_steps", ["command line", "--max_steps", "expected one argument"]),
+        ("--max_steps 1 2", ["command line", "unexpected 2"]),
+        ("--max_steps=", ["command line", "max_steps = "]),
+        ("--max_steps " + "9" * 5000, ["command line", "max_steps = "]),
+        ("--learning_rate nan", ["command line", "learning_rate = nan", "finite"]),
+        ("--learning_rate fast", ["command line", "learning_rate = fast", "float > 0"]),
+        ("--learning_rat 1", ["command line", "--learning_rat", "did you mean `learning_rate`?"]),
+        ("--learning-rate 1", ["command line", "--learning-rate", "did you mean `learning_rate`?"]),
+        ("--nothing=1", ["command line", "--nothing", "the keys are output_dir"]),
+        ("--compile maybe", ["command line", "compile = maybe", "true | false"]),
+        ("--mixed_precision fp16", ["command line", "mixed_precision = fp16", "no | bf16"]),
+        ("--depths 1 x", ["command line", "depths.1 = x"]),
+        ("--config nowhere.yaml", ["config file nowhere.yaml", "No such file"]),
+        ("--config .", ["config file .", "directory"]),
+    ],
+)
 def test_refused_on_the_command_line(words, parts):
     with pytest.raises(InputError) as error:
         load(Config, ["--output_dir", "x", *words.split()])
@@ -212,20 +246,25 @@ class Switches:
     """Updates."""
 
 
-@pytest.mark.parametrize(("words", "values"), [
-    ("", (False, True, None, 1)),
-    ("--compile", (True, True, None, 1)),
-    ("--compile --steps 3", (True, True, None, 3)),
-    ("--steps 3 --compile=false --no_resume", (False, False, None, 3)),
-    ("--no_resume --resume", (False, True, None, 1)),
-    ("--resume false --bias", (False, False, True, 1)),
-    ("--bias null", (False, True, None, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("", (False, True, None, 1)),
+        ("--compile", (True, True, None, 1)),
+        ("--compile --steps 3", (True, True, None, 3)),
+        ("--steps 3 --compile=false --no_resume", (False, False, None, 3)),
+        ("--no_resume --resume", (False, True, None, 1)),
+        ("--resume false --bias", (False, False, True, 1)),
+        ("--bias null", (False, True, None, 1)),
+    ],
+)
 def test_a_bare_flag_is_true_and_no_turns_off_what_is_on(words, values):
     assert tuple(to_dict(load(Switches, words.split())).values()) == values
 
 
-@pytest.mark.parametrize("words", ["--no_compile", "--no_bias", "--no_steps", "--no_resume=false", "--no_resume x"])
+@pytest.mark.parametrize(
+    "words", ["--no_compile", "--no_bias", "--no_steps", "--no_resume=false", "--no_resume x"]
+)
 def test_no_is_only_for_what_is_on(words, capsys):
     with pytest.raises(InputError, match=r"command line: .*(--no_|unexpected x)"):
         load(Switches, words.split())
@@ -259,7 +298,9 @@ def test_help_has_every_key_with_type_default_and_inherited_docstring(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for part in (
-        "A stage:", "Keys of every stage:", "--config FILE",
+        "A stage:",
+        "Keys of every stage:",
+        "--config FILE",
         "--output_dir X (str; REQUIRED) Where the result goes.",
         "--max_steps X (int > 0; default 100) Updates of the optimizer.",
         "--parent X (str | null; default null) Directory to start from.",
@@ -267,12 +308,19 @@ def test_help_has_every_key_with_type_default_and_inherited_docstring(capsys):
         '--mixed_precision X (no | bf16; default "no") Arithmetic.',
         "--files [X ...] (list of str; default []) Texts.",
         "--clip X (float > 0 | null; default 1.0) Largest gradient norm.",
-    ):  # fmt: skip
+    ):
         assert part in out
 
 
 def test_cli_args_are_read_back_as_they_were():
-    values = {"output_dir": "a b", "max_steps": 3, "parent": None, "learning_rate": 1e-05, "files": ["x", "y"], "compile": True}
+    values = {
+        "output_dir": "a b",
+        "max_steps": 3,
+        "parent": None,
+        "learning_rate": 1e-05,
+        "files": ["x", "y"],
+        "compile": True,
+    }
     words = cli_args(values)
     assert words[:2] == ["--output_dir", "a b"] and words[4:6] == ["--parent", "null"]
     cfg = to_dict(load(Config, words))
@@ -290,13 +338,26 @@ def test_load_yaml(tmp_path):
 def test_fingerprint_sees_values_not_order():
     one = fingerprint({"a": 1, "b": [1, 2]})
     assert one == fingerprint({"b": [1, 2], "a": 1}) and len(one) == 64
-    assert len({one, fingerprint({"a": 1, "b": [2, 1]}), fingerprint({"a": 1.5, "b": [1, 2]}), fingerprint({"a": 1})}) == 4
+    assert (
+        len(
+            {
+                one,
+                fingerprint({"a": 1, "b": [2, 1]}),
+                fingerprint({"a": 1.5, "b": [1, 2]}),
+                fingerprint({"a": 1}),
+            }
+        )
+        == 4
+    )
 
 
-@pytest.mark.parametrize(("error", "code", "text"), [
-    (InputError("rows.jsonl:3: bad\nrow"), 2, "error: rows.jsonl:3: bad row\n"),
-    (KeyboardInterrupt(), 130, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (InputError("rows.jsonl:3: bad\nrow"), 2, "error: rows.jsonl:3: bad row\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
 def test_exit_codes(error, code, text, capsys, tmp_path, monkeypatch):
     def main(cfg):
         raise error
@@ -332,12 +393,18 @@ def test_as_a_program(tmp_path):
 
     def run(*words: str) -> subprocess.CompletedProcess:
         root = Path(__file__).parents[3]
-        return subprocess.run([sys.executable, tmp_path / "program.py", *words], env={"PYTHONPATH": str(root)},
-                              capture_output=True, text=True)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, tmp_path / "program.py", *words],
+            env={"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+        )
 
     assert run("--count", "3").stdout == "3\n"
     bad = run("--count", "x")
-    assert bad.returncode == 2 and bad.stderr.startswith("error: command line: count = x is refused: ")
+    assert bad.returncode == 2 and bad.stderr.startswith(
+        "error: command line: count = x is refused: "
+    )
     assert bad.stderr.count("\n") == 1
     shown = run("--help").stdout
     assert "Doc of the program." in shown and "(int; default 1) How many." in shown

@@ -1,4 +1,5 @@
-"""Directories of transformers read by us: equal logits, bit-exact round trips, refusals by name. See test_hf_published.py."""
+"""Directories of transformers read by us: equal logits, bit-exact round trips, refusals by name.
+See test_hf_published.py."""
 
 import json
 import pickle
@@ -14,39 +15,81 @@ from common.handoff.publish import load_model, publish
 from common.model.gpt import GPT, RewardModel
 from common.program.errors import InputError
 
-GPT2 = {"vocab_size": 120, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = {
+    "vocab_size": 120,
+    "n_positions": 48,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 LLAMA = {
-    "vocab_size": 120, "max_position_embeddings": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "intermediate_size": 56, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 120,
+    "max_position_embeddings": 48,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 56,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 SHAPES = {
     "gpt2 tied": ("gpt2", {}),
     "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}),
     "gpt2 narrow mlp": ("gpt2", {"n_inner": 40, "n_layer": 3}),
     "gpt2 one head, other epsilon": ("gpt2", {"n_head": 1, "layer_norm_epsilon": 1e-3}),
-    "gpt2 wide": ("gpt2", {"n_embd": 64, "n_head": 8, "n_positions": 33, "activation_function": "gelu_pytorch_tanh"}),
+    "gpt2 wide": (
+        "gpt2",
+        {"n_embd": 64, "n_head": 8, "n_positions": 33, "activation_function": "gelu_pytorch_tanh"},
+    ),
     "llama untied": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
-    "llama grouped, other theta": ("llama", {"num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3}),
-    "llama one kv head, attention bias": ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
+    "llama grouped, other theta": (
+        "llama",
+        {"num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3},
+    ),
+    "llama one kv head, attention bias": (
+        "llama",
+        {"num_key_value_heads": 1, "attention_bias": True},
+    ),
     "llama grouped, every bias": (
         "llama",
-        {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "hidden_size": 48, "num_hidden_layers": 3},
+        {
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+        },
     ),
-}  # fmt: skip
+}
 shapes = pytest.mark.parametrize("family, settings", SHAPES.values(), ids=SHAPES)
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
-def random_parent(folder: Path, family: str, settings: dict | None = None, classifier: bool = False, labels: int = 1):
-    """A transformers model with random weights (biases and norms too), in a directory that transformers wrote."""
+def random_parent(
+    folder: Path,
+    family: str,
+    settings: dict | None = None,
+    classifier: bool = False,
+    labels: int = 1,
+):
+    """A transformers model with random weights (biases and norms too), in a directory that
+    transformers wrote."""
     settings = dict(settings or {})
     if family == "llama" and "rope_theta" in settings:
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
+        settings["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": settings.pop("rope_theta"),
+        }
     config_class = transformers.GPT2Config if family == "gpt2" else transformers.LlamaConfig
     config = config_class(**(GPT2 if family == "gpt2" else LLAMA) | settings)
-    names = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
-             "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification")}  # fmt: skip
+    names = {
+        "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    }
     if classifier:
         config.num_labels, config.pad_token_id = labels, 0
     model = getattr(transformers, names[family][classifier])(config).eval()
@@ -85,7 +128,9 @@ def test_logits_equal_transformers(tmp_path, family, settings):
 def test_round_trip_of_their_directory_is_bit_exact(tmp_path, tokenizer, family, settings):
     random_parent(tmp_path / "theirs", family, settings)
     publish(tmp_path / "ours", load_model(str(tmp_path / "theirs")), tokenizer, {})
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours")
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     untied = settings.get("tie_word_embeddings", family == "gpt2") is False
@@ -111,7 +156,9 @@ def test_classifier_of_theirs_is_a_reward_model(tmp_path, family):
 def test_gpt2_as_openai_uploaded_it(tmp_path):
     theirs = random_parent(tmp_path, "gpt2")
     file = tmp_path / "model.safetensors"
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()
+    }
     for layer in range(2):
         tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -169,7 +216,9 @@ def test_damaged_weights_of_theirs(tmp_path, damage):
     random_parent(tmp_path, "gpt2")
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
-    file.write_bytes({"cut": content[: len(content) // 2], "garbage": b"x" * 500, "empty": b""}[damage])
+    file.write_bytes(
+        {"cut": content[: len(content) // 2], "garbage": b"x" * 500, "empty": b""}[damage]
+    )
     with pytest.raises(InputError, match=r"model\.safetensors"):
         load_model(str(tmp_path))
 
@@ -179,20 +228,36 @@ def test_damaged_weights_of_theirs(tmp_path, damage):
     [
         ("gpt2", {"activation_function": "relu"}, ["activation_function", "relu"]),
         ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights", "False"]),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx", "True"]),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            ["scale_attn_by_inverse_layer_idx", "True"],
+        ),
         ("gpt2", {"model_type": "gpt_neox"}, ["model_type", "gpt_neox"]),
         ("llama", {"model_type": "qwen2"}, ["model_type", "qwen2"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ("llama", {"head_dim": 16}, ["head_dim", "16"]),
         ("llama", {"num_attention_heads": "four"}, ["describes no model"]),
         ("gpt2", {"n_head": 0}, ["describes no model"]),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_type", "llama3"]),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type", "yarn"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            ["rope_type", "llama3"],
+        ),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            ["rope_type", "yarn"],
+        ),
         # how configs said it before 2024, and transformers still reads
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["type", "linear"]),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            ["type", "linear"],
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_we_cannot_compute_is_refused_by_name(tmp_path, family, changes, words):
     random_parent(tmp_path, family)
     edit_config(tmp_path, **changes)
@@ -203,9 +268,12 @@ def test_what_we_cannot_compute_is_refused_by_name(tmp_path, family, changes, wo
 
 @torch.no_grad()
 def test_configs_of_older_transformers(tmp_path):
-    """rope_theta at the top, no rope_parameters, no head_dim: what the Hub's llama directories mostly hold."""
+    """rope_theta at the top, no rope_parameters, no head_dim: what the Hub's llama directories
+    mostly hold."""
     theirs = random_parent(tmp_path, "llama", {"rope_theta": 500.0})
-    edit_config(tmp_path, remove="rope_parameters", rope_theta=500.0, rope_scaling=None, head_dim=None)
+    edit_config(
+        tmp_path, remove="rope_parameters", rope_theta=500.0, rope_scaling=None, head_dim=None
+    )
     ids = some_ids(2, 40)
     assert (load_model(str(tmp_path))(ids) - theirs(ids).logits).abs().max() < 1e-4
 
@@ -215,7 +283,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path, family):
     random_parent(tmp_path, family)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    norm = {"gpt2": "transformer.h.1.ln_2.weight", "llama": "model.layers.1.post_attention_layernorm.weight"}[family]
+    norm = {
+        "gpt2": "transformer.h.1.ln_2.weight",
+        "llama": "model.layers.1.post_attention_layernorm.weight",
+    }[family]
     for changed, words in [
         ({name: tensor for name, tensor in tensors.items() if name != norm}, [f"no tensor {norm}"]),
         (tensors | {"visual.proj": torch.zeros(2)}, ["visual.proj", "no place"]),

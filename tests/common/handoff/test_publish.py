@@ -1,4 +1,5 @@
-"""The hand-off directory: damage, absence, a cut-short save and a wrong kind are InputErrors; scores survive bit for bit."""
+"""The hand-off directory: damage, absence, a cut-short save and a wrong kind are InputErrors;
+scores survive bit for bit."""
 
 import hashlib
 import json
@@ -15,9 +16,14 @@ from common.handoff.report import provenance
 from common.program.errors import Failure, InputError
 
 LM_FILES = {
-    "config.json", "generation_config.json", "model.safetensors", "stage.json", "tokenizer.json", "tokenizer_config.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "stage.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "chat_template.jinja",
-}  # fmt: skip
+}
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
@@ -43,7 +49,8 @@ def test_manifest_holds_size_and_sha256_of_every_file(tiny_gpt, tiny_reward, sta
         manifest = json.loads((Path(folder) / "manifest.json").read_text())
         contents = {name: (Path(folder) / name).read_bytes() for name in expected}
         assert manifest == {
-            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents.items()
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()
         }
 
 
@@ -56,13 +63,19 @@ def test_a_damaged_file_is_named(tiny_gpt, stage_dir, name, damage):
         (folder / name).unlink()
     else:
         content[len(content) // 2] ^= 1
-        changed = {"flipped": content, "cut": content[:-1], "longer": (folder / name).read_bytes() + b"\n"}[damage]
+        changed = {
+            "flipped": content,
+            "cut": content[:-1],
+            "longer": (folder / name).read_bytes() + b"\n",
+        }[damage]
         (folder / name).write_bytes(changed)
     message = refusal(folder)
     assert str(folder / name) in message and "run the stage again" in message
 
 
-@pytest.mark.parametrize("content", [b"", b'{"config.json": {', b"[]", b'{"config.json": 5}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"config.json": {', b"[]", b'{"config.json": 5}', b"\xff\xfe"]
+)
 def test_a_damaged_manifest_is_named(tiny_gpt, stage_dir, content):
     folder = Path(stage_dir(tiny_gpt()))
     (folder / "manifest.json").write_bytes(content)
@@ -70,7 +83,8 @@ def test_a_damaged_manifest_is_named(tiny_gpt, stage_dir, content):
 
 
 def crash_after(files: int, monkeypatch) -> None:
-    """From now on the process dies when it is about to put file number `files` (from 0) in place."""
+    """From now on the process dies when it is about to put file number `files` (from 0) in
+    place."""
     seen, write = [], common.handoff.publish.write_atomically
 
     def dying(file: Path, content: bytes) -> None:
@@ -86,7 +100,8 @@ def crash_after(files: int, monkeypatch) -> None:
 @pytest.mark.parametrize("files", range(5))
 @pytest.mark.parametrize("again", [False, True], ids=["first save", "save over another"])
 def test_a_save_cut_short_is_refused(tiny_gpt, tokenizer, tmp_path, monkeypatch, files, again):
-    """config, weights, stage.json, generation_config, manifest: killed before each of these five writes."""
+    """config, weights, stage.json, generation_config, manifest: killed before each of these five
+    writes."""
     if again:
         publish(tmp_path, tiny_gpt(seed=1), tokenizer, {"stage": "test"})
         load_everything(str(tmp_path))
@@ -98,7 +113,9 @@ def test_a_save_cut_short_is_refused(tiny_gpt, tokenizer, tmp_path, monkeypatch,
     with pytest.raises(InputError):  # already by the model alone, whatever else is there
         load_model(str(tmp_path))
     publish(tmp_path, tiny_gpt(seed=2), tokenizer, {"stage": "test"})  # and the next run mends it
-    assert torch.equal(load_model(str(tmp_path)).trunk.wte.weight, tiny_gpt(seed=2).trunk.wte.weight)
+    assert torch.equal(
+        load_model(str(tmp_path)).trunk.wte.weight, tiny_gpt(seed=2).trunk.wte.weight
+    )
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
@@ -113,7 +130,12 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 def test_nothing_of_a_former_save_is_left(tiny_gpt, tiny_reward, tokenizer, tmp_path):
     """A directory that held a chat model, now a reward model without template."""
     publish(tmp_path, tiny_gpt(), tokenizer, {"stage": "a"})
-    publish(tmp_path, tiny_reward(vocab_size=262), type(tokenizer).train_bpe(["ab ab"], 262), {"stage": "b"})
+    publish(
+        tmp_path,
+        tiny_reward(vocab_size=262),
+        type(tokenizer).train_bpe(["ab ab"], 262),
+        {"stage": "b"},
+    )
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest.keys() == LM_FILES - {"generation_config.json", "chat_template.jinja"}
 
@@ -131,9 +153,17 @@ def test_an_adapter_is_vouched_for(tiny_gpt, tokenizer, tmp_path):
 def test_the_wrong_kind_names_both(tiny_gpt, tiny_reward, stage_dir):
     lm, reward = stage_dir(tiny_gpt()), stage_dir(tiny_reward(), parent="runs/demo/sft")
     message = refusal(lm, "reward")
-    assert lm in message and "holds a language model" in message and "a reward model is wanted" in message
+    assert (
+        lm in message
+        and "holds a language model" in message
+        and "a reward model is wanted" in message
+    )
     message = refusal(reward, "lm")
-    assert reward in message and "holds a reward model" in message and "a language model is wanted" in message
+    assert (
+        reward in message
+        and "holds a reward model" in message
+        and "a language model is wanted" in message
+    )
     assert "did you mean its parent runs/demo/sft?" in message
 
 
@@ -151,7 +181,9 @@ def test_scores_are_identical_after_save_and_load(tiny_reward, stage_dir, family
     assert torch.equal(again(ids, lengths), model(ids, lengths))
     assert torch.equal(again.values(ids), model.values(ids))
     unshifted = tiny_reward(family)(ids, lengths)
-    assert torch.allclose(again(ids, lengths), unshifted - shift, atol=1e-5)  # the shift is in the scores, once
+    assert torch.allclose(
+        again(ids, lengths), unshifted - shift, atol=1e-5
+    )  # the shift is in the scores, once
 
 
 @families
@@ -180,10 +212,15 @@ def test_tokenizer_is_identical_after_save_and_load(tiny_gpt, stage_dir, tokeniz
 def test_weights_gathered_elsewhere_are_what_is_published(tiny_gpt, tokenizer, tmp_path):
     weights = tiny_gpt(seed=5).state_dict()
     publish(tmp_path, tiny_gpt(seed=1), tokenizer, {}, weights=weights)
-    assert torch.equal(load_model(str(tmp_path)).trunk.blocks[1].mlp.up.weight, weights["trunk.blocks.1.mlp.up.weight"])
+    assert torch.equal(
+        load_model(str(tmp_path)).trunk.blocks[1].mlp.up.weight,
+        weights["trunk.blocks.1.mlp.up.weight"],
+    )
 
 
-@pytest.mark.parametrize("path", ["runs/no/such", "./x", "/nowhere/x", "no-such-organisation/no-such-model-at-all", "x"])
+@pytest.mark.parametrize(
+    "path", ["runs/no/such", "./x", "/nowhere/x", "no-such-organisation/no-such-model-at-all", "x"]
+)
 def test_no_such_directory(path):
     with pytest.raises(InputError, match=path) as error:
         locate(path)

@@ -1,4 +1,5 @@
-"""The arithmetic of tools.plan against published figures (taken from the papers, not from our code) and against counted FLOPs."""
+"""The arithmetic of tools.plan against published figures (taken from the papers, not from our code)
+and against counted FLOPs."""
 
 from dataclasses import replace
 
@@ -27,19 +28,32 @@ GPT2_VOCABULARY = 50257
 
 
 def gpt(n_layer, n_head, n_embd, max_length=2048, **more):
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "max_length": max_length, "vocab_size": GPT2_VOCABULARY}
+    shape = {
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "max_length": max_length,
+        "vocab_size": GPT2_VOCABULARY,
+    }
     return GPTConfig(family="gpt2", **shape | more)
 
 
 def llama(n_layer, n_head, n_embd, n_inner):
     return GPTConfig(
-        family="llama", n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_inner=n_inner, vocab_size=32000, max_length=2048,
+        family="llama",
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        n_inner=n_inner,
+        vocab_size=32000,
+        max_length=2048,
         tie_embeddings=False,
-    )  # fmt: skip
+    )
 
 
-# Brown 2020, table 2.1 (shapes) and table D.1 (millions of parameters, FLOPs of 300 billion tokens). The table's XL has 24
-# heads of 128 and its 13B a width of 5140; neither divides: 16 heads and 5120 are taken.
+# Brown 2020, table 2.1 (shapes) and table D.1 (millions of parameters, FLOPs of 300 billion
+# tokens). The table's XL has 24 heads of 128 and its 13B a width of 5140; neither divides: 16 heads
+# and 5120 are taken.
 GPT3 = {
     "small": (gpt(12, 12, 768), 125, 2.25e20),
     "medium": (gpt(24, 16, 1024), 356, 6.41e20),
@@ -50,7 +64,8 @@ GPT3 = {
     "13b": (gpt(40, 40, 5120), 12850, 2.31e22),
     "175b": (gpt(96, 96, 12288), 174600, 3.14e23),
 }
-# Touvron 2023, table 2 (shapes; MLP widths from the released weights), tokens, and A100-80GB hours of table 15.
+# Touvron 2023, table 2 (shapes; MLP widths from the released weights), tokens, and A100-80GB hours
+# of table 15.
 LLAMA = {
     "7b": (llama(32, 32, 4096, 11008), 6.7e9, 1.0e12, 82_432),
     "13b": (llama(40, 40, 5120, 13824), 13.0e9, 1.0e12, 135_168),
@@ -60,7 +75,17 @@ LLAMA = {
 
 
 def pretraining(shape: GPTConfig, tokens: float, gpus: int = 1, length: int = 2048) -> Work:
-    return Work("x", "pretrain", shape, gpus, micro=1, steps=1, rows=tokens / length, length=length, mean_length=length)
+    return Work(
+        "x",
+        "pretrain",
+        shape,
+        gpus,
+        micro=1,
+        steps=1,
+        rows=tokens / length,
+        length=length,
+        mean_length=length,
+    )
 
 
 def test_gpt2_124m_to_the_parameter():
@@ -71,14 +96,20 @@ def test_gpt2_124m_to_the_parameter():
 def test_gpt3(name):
     shape, millions, published = GPT3[name]
     assert parameters(shape) / 1e6 == pytest.approx(millions, rel=0.01)
-    assert 6 * parameters(shape) * 300e9 == pytest.approx(published, rel=0.01)  # 6 N D (Kaplan 2020, section 2.1)
+    assert 6 * parameters(shape) * 300e9 == pytest.approx(
+        published, rel=0.01
+    )  # 6 N D (Kaplan 2020, section 2.1)
     # What we compute twice is not in such figures.
     # Table D.1 leaves attention out, which for short rows of narrow models is no small part.
-    local = gpt(shape.n_layer, shape.n_head, shape.n_embd, attention_pattern=("full", "local"), window=256)
+    local = gpt(
+        shape.n_layer, shape.n_head, shape.n_embd, attention_pattern=("full", "local"), window=256
+    )
     dense, banded = (flops(pretraining(config, 300e9)).training for config in (shape, local))
     assert published < banded < dense < 1.4 * published
     if name == "175b":
-        assert dense == pytest.approx(3.14e23, rel=0.04) and banded == pytest.approx(3.14e23, rel=0.02)
+        assert dense == pytest.approx(3.14e23, rel=0.04) and banded == pytest.approx(
+            3.14e23, rel=0.02
+        )
 
 
 @pytest.mark.parametrize("name", LLAMA)
@@ -90,10 +121,14 @@ def test_llama_parameters_and_gpu_hours(name):
 
 
 def test_llama_65b_takes_21_days():
-    """Section 2.4: 380 tokens/s/GPU on 2048 A100-80GB, about 21 days. The utilisation is that of the three smaller models."""
+    """Section 2.4: 380 tokens/s/GPU on 2048 A100-80GB, about 21 days. The utilisation is that of
+    the three smaller models."""
     gpu = GPUS["a100-80"]
     smaller = [LLAMA[name] for name in ("7b", "13b", "33b")]
-    used = [flops(pretraining(shape, tokens)).training / (hours * 3600 * gpu.flops) for shape, _, tokens, hours in smaller]
+    used = [
+        flops(pretraining(shape, tokens)).training / (hours * 3600 * gpu.flops)
+        for shape, _, tokens, hours in smaller
+    ]
     shape, _, tokens, _ = LLAMA["65b"]
     time, _ = seconds(pretraining(shape, tokens, gpus=2048), gpu, mfu=sum(used) / 3)
     assert time / 86400 == pytest.approx(21, rel=0.05)
@@ -112,12 +147,20 @@ def test_zero_figure_1():
 
 
 def test_korthikanti_equation_1():
-    """34 s b h bytes a layer with 16-bit numbers and dropout, less 5 a s^2 b, which fused attention does not keep; and 2 s b h
-    of ours, for what attention returns is kept in two layouts."""
-    one, two = (activation_bytes(gpt(n, 16, 2048, dropout=0.1), 3, 2048, NUMERICS["deepspeed"]) for n in (1, 2))
+    """34 s b h bytes a layer with 16-bit numbers and dropout, less 5 a s^2 b, which fused attention
+    does not keep; and 2 s b h of ours, for what attention returns is kept in two layouts."""
+    one, two = (
+        activation_bytes(gpt(n, 16, 2048, dropout=0.1), 3, 2048, NUMERICS["deepspeed"])
+        for n in (1, 2)
+    )
     assert two - one == (34 + 2) * 2048 * 3 * 2048
-    kept = [activation_bytes(gpt(n, 16, 2048), 3, 2048, NUMERICS["deepspeed"], checkpointing=True) for n in (1, 2)]
-    assert kept[1] - kept[0] == 2 * 2048 * 3 * 2048  # section 5: 2 s b h where only the inputs of layers are kept
+    kept = [
+        activation_bytes(gpt(n, 16, 2048), 3, 2048, NUMERICS["deepspeed"], checkpointing=True)
+        for n in (1, 2)
+    ]
+    assert (
+        kept[1] - kept[0] == 2 * 2048 * 3 * 2048
+    )  # section 5: 2 s b h where only the inputs of layers are kept
 
 
 def test_llama_7b_keeps_half_a_mebibyte_of_keys_and_values_a_token():
@@ -137,25 +180,38 @@ def test_llama_7b_keeps_half_a_mebibyte_of_keys_and_values_a_token():
     ],
 )
 def test_parameters_are_those_of_our_models(settings):
-    config = GPTConfig(**{"vocab_size": 100, "max_length": 64, "n_layer": 2, "n_head": 4, "n_embd": 32} | settings)
+    config = GPTConfig(
+        **{"vocab_size": 100, "max_length": 64, "n_layer": 2, "n_head": 4, "n_embd": 32} | settings
+    )
     assert parameters(config) == sum(p.numel() for p in GPT(config).parameters())
     assert parameters(config, "scalar") == sum(p.numel() for p in RewardModel(config).parameters())
     model, targets = GPT(config), ["qkv", "down"]
     if config.n_layer:
         add_lora(model, 4, 16.0, targets)
-        assert lora_parameters(config, 4, targets) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert lora_parameters(config, 4, targets) == sum(
+            p.numel() for p in model.parameters() if p.requires_grad
+        )
 
 
 def test_flops_per_token_by_hand():
-    # a block of llama: q 32x32, k and v 16x32 each, out 32x32, gate, up, down 64x32; the head 300x32
+    # a block of llama: q 32x32, k and v 16x32 each, out 32x32, gate, up, down 64x32; the head
+    # 300x32
     matrices = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32) + 300 * 32
-    config = GPTConfig(family="llama", vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=64)
+    config = GPTConfig(
+        family="llama", vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=64
+    )
     assert 3 * forward_flops(config, 1, 50, 1) == 6 * matrices + 12 * 2 * 32 * 50
     matrices = 2 * (4 * 32 * 32 + 2 * 128 * 32) + 300 * 32
     config = GPTConfig(family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32)
     assert 3 * forward_flops(config, 1, 1, 1) == 6 * matrices + 768
     local = GPTConfig(
-        family="gpt2", vocab_size=300, n_layer=2, n_head=4, n_embd=32, attention_pattern=("full", "local"), window=10
+        family="gpt2",
+        vocab_size=300,
+        n_layer=2,
+        n_head=4,
+        n_embd=32,
+        attention_pattern=("full", "local"),
+        window=10,
     )
     assert 3 * forward_flops(local, 1, 50, 1) == 6 * matrices + 12 * 32 * (50 + 10)
 
@@ -163,13 +219,23 @@ def test_flops_per_token_by_hand():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_flops_of_a_training_step_are_the_counted_ones(family):
     """Attention as plain matrix products (the counter knows no fused kernel of the CPU's)."""
-    config = GPTConfig(family=family, vocab_size=500, max_length=128, n_layer=3, n_head=4, n_embd=128, n_kv_head=None)
+    config = GPTConfig(
+        family=family,
+        vocab_size=500,
+        max_length=128,
+        n_layer=3,
+        n_head=4,
+        n_embd=128,
+        n_kv_head=None,
+    )
     model, ids = GPT(config), torch.randint(0, 500, (2, 129))
     optimizer = muon(model, 0.01, 0.01, 0.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids[:, :-1], targets=ids[:, 1:]).sum().backward()
     counted = counter.get_total_flops()
-    assert sum(flops(pretraining(config, ids[:, 1:].numel(), length=128))) == pytest.approx(counted, rel=0.01)
+    assert sum(flops(pretraining(config, ids[:, 1:].numel(), length=128))) == pytest.approx(
+        counted, rel=0.01
+    )
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     assert muon_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -179,17 +245,22 @@ def test_flops_of_a_training_step_are_the_counted_ones(family):
 @pytest.mark.parametrize("numerics", ["cpu", "cpu autocast"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_activations_are_those_that_autograd_keeps(family, numerics, masked):
-    """Bytes of all different storages that a forward pass saves, less weights: what a layer more adds to them."""
+    """Bytes of all different storages that a forward pass saves, less weights: what a layer more
+    adds to them."""
 
     def saved(n_layer):
         heads = {"n_head": 4, "n_kv_head": 2 if family == "llama" else 4}
-        config = GPTConfig(family=family, vocab_size=64, max_length=64, n_layer=n_layer, n_embd=64, **heads)
+        config = GPTConfig(
+            family=family, vocab_size=64, max_length=64, n_layer=n_layer, n_embd=64, **heads
+        )
         model, sizes = GPT(config), {}
         weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
-            is_copy = tensor.dim() == 2 and tensor.dtype == torch.bfloat16 and len(tensor) != 6 * 64  # of a weight, by autocast
+            is_copy = (
+                tensor.dim() == 2 and tensor.dtype == torch.bfloat16 and len(tensor) != 6 * 64
+            )  # of a weight, by autocast
             if storage.data_ptr() not in weights and not is_copy:
                 sizes[storage.data_ptr()] = (storage.nbytes(), tensor)
             return tensor
@@ -203,24 +274,47 @@ def test_activations_are_those_that_autograd_keeps(family, numerics, masked):
         return sum(size for size, _ in sizes.values()), config
 
     (one, config), (three, _) = saved(1), saved(3)
-    predicted = [activation_bytes(GPTConfig(**{**config.__dict__, "n_layer": n, "attention_pattern": ("full",)}), 6, 64,
-                                  NUMERICS[numerics], masked=masked) for n in (1, 3)]  # fmt: skip
+    predicted = [
+        activation_bytes(
+            GPTConfig(**{**config.__dict__, "n_layer": n, "attention_pattern": ("full",)}),
+            6,
+            64,
+            NUMERICS[numerics],
+            masked=masked,
+        )
+        for n in (1, 3)
+    ]
     assert predicted[1] - predicted[0] == pytest.approx(three - one, rel=0.03)
 
 
 def test_what_bounds_sampling():
     gpu = GPUS["h100"]
-    one = Work("x", "collect", LLAMA["7b"][0], gpus=1, micro=1, rows=1, prompt=10, response=100, mean_length=110)
+    one = Work(
+        "x",
+        "collect",
+        LLAMA["7b"][0],
+        gpus=1,
+        micro=1,
+        rows=1,
+        prompt=10,
+        response=100,
+        mean_length=110,
+    )
     many = replace(one, micro=256, rows=256)
-    assert seconds(one, gpu, 0.4, zero=1)[1] == "sampling: memory bandwidth"  # in bf16, as the weights are under ZeRO
+    assert (
+        seconds(one, gpu, 0.4, zero=1)[1] == "sampling: memory bandwidth"
+    )  # in bf16, as the weights are under ZeRO
     assert seconds(many, gpu, 0.4)[1] == "sampling: arithmetic"
     assert seconds(replace(one, shape=gpt(2, 2, 64)), gpu, 0.4)[1] == "sampling: kernel launches"
 
 
 def test_four_models_of_ppo():
-    """Policy and critic learn (16 bytes a parameter), reference and reward model are only kept (4)."""
+    """Policy and critic learn (16 bytes a parameter), reference and reward model are only kept
+    (4)."""
     shape = LLAMA["7b"][0]
-    work = Work("rl", "rl", shape, gpus=1, micro=1, length=64, prompt=32, response=32, precision="no")
+    work = Work(
+        "rl", "rl", shape, gpus=1, micro=1, length=64, prompt=32, response=32, precision="no"
+    )
     found = memory(work)
     one = parameters(shape)
     assert found.frozen == pytest.approx(8 * one, rel=0.03)
@@ -231,7 +325,16 @@ def test_four_models_of_ppo():
 
 
 def test_lora_learns_little():
-    work = Work("sft", "sft", LLAMA["7b"][0], 1, 1, length=64, lora_r=8, lora_targets=("qkv", "out", "up", "down"))
+    work = Work(
+        "sft",
+        "sft",
+        LLAMA["7b"][0],
+        1,
+        1,
+        length=64,
+        lora_r=8,
+        lora_targets=("qkv", "out", "up", "down"),
+    )
     whole = Work("sft", "sft", LLAMA["7b"][0], 1, 1, length=64)
     assert memory(work).optimizer < 0.01 * memory(whole).optimizer
     assert memory(work).weights == memory(whole).weights

@@ -1,4 +1,5 @@
-"""The GPT: padding and cache change nothing, scores are read at the last real token, shapes and errors."""
+"""The GPT: padding and cache change nothing, scores are read at the last real token, shapes and
+errors."""
 
 import math
 
@@ -15,12 +16,21 @@ SHAPES = {
     "llama": {"family": "llama", "n_kv_head": 4},
     "grouped": {"family": "llama", "n_kv_head": 2},
     "gpt2, local layers": {"family": "gpt2", "attention_pattern": ("full", "local"), "window": 3},
-    "grouped, local layers": {"family": "llama", "n_kv_head": 2, "attention_pattern": ("local", "full"), "window": 2},
+    "grouped, local layers": {
+        "family": "llama",
+        "n_kv_head": 2,
+        "attention_pattern": ("local", "full"),
+        "window": 2,
+    },
     "gpt2 without biases": {"family": "gpt2", "attention_bias": False, "mlp_bias": False},
     "one kv head, biases, untied": {
-        "family": "llama", "n_kv_head": 1, "attention_bias": True, "mlp_bias": True, "tie_embeddings": False,
+        "family": "llama",
+        "n_kv_head": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_embeddings": False,
     },
-}  # fmt: skip
+}
 shapes = pytest.mark.parametrize("settings", SHAPES.values(), ids=SHAPES)
 LENGTHS = [9, 1, 17, 4, 17, 12]
 
@@ -81,11 +91,14 @@ def test_order_of_the_past_is_seen(tiny_gpt, settings):
 @shapes
 @torch.no_grad()
 def test_cache_with_ragged_rows_equals_full_forward(tiny_gpt, settings):
-    """Prefill right-padded, then token by token, with rows leaving on the way: the same hidden states as one forward."""
+    """Prefill right-padded, then token by token, with rows leaving on the way: the same hidden
+    states as one forward."""
     model, rows = tiny_gpt(**settings), ragged([n + 12 for n in LENGTHS])
     full = [model.trunk(torch.tensor([row]))[0] for row in rows]
     cache = KVCache(model.config, len(rows), 40, model.head.weight)
-    hidden = model.trunk(right_padded([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], 123), cache)
+    hidden = model.trunk(
+        right_padded([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], 123), cache
+    )
     for row, n in enumerate(LENGTHS):
         assert (hidden[row, :n] - full[row][:n]).abs().max() < 1e-4
     cache.lengths = torch.tensor(LENGTHS)
@@ -95,7 +108,9 @@ def test_cache_with_ragged_rows_equals_full_forward(tiny_gpt, settings):
             cache.keep(torch.tensor([i for i, row in enumerate(left) if row not in leaving]))
             left = [row for row in left if row not in leaving]
         at = [LENGTHS[row] + step for row in left]
-        hidden = model.trunk(torch.tensor([[rows[row][t]] for row, t in zip(left, at, strict=True)]), cache)
+        hidden = model.trunk(
+            torch.tensor([[rows[row][t]] for row, t in zip(left, at, strict=True)]), cache
+        )
         expected = torch.stack([full[row][t] for row, t in zip(left, at, strict=True)])
         assert (hidden[:, 0] - expected).abs().max() < 1e-4, f"step {step}"
         assert cache.lengths.tolist() == [t + 1 for t in at]
@@ -120,9 +135,13 @@ def test_packed_documents_do_not_see_each_other(tiny_gpt, settings):
     other = [(token + 1) % 300 for token in row]
     for start, end in ((0, 4), (4, 9), (9, 15)):
         mixed = torch.tensor([other[:start] + row[start:end] + other[end:]])
-        assert torch.allclose(model(mixed, documents=documents)[0, start:end], packed[start:end], atol=1e-5)
+        assert torch.allclose(
+            model(mixed, documents=documents)[0, start:end], packed[start:end], atol=1e-5
+        )
         if settings["family"] == "llama":  # relative positions: the same as on its own
-            assert torch.allclose(model(torch.tensor([row[start:end]]))[0], packed[start:end], atol=1e-4)
+            assert torch.allclose(
+                model(torch.tensor([row[start:end]]))[0], packed[start:end], atol=1e-4
+            )
     assert torch.allclose(packed[:4], model(torch.tensor([row]))[0, :4], atol=1e-5)
     assert (packed[4] - model(torch.tensor([row]))[0, 4]).abs().max() > 0.01
 
@@ -132,7 +151,9 @@ def test_keep_picks_rows_of_logits(tiny_gpt):
     model, ids = tiny_gpt("gpt2"), torch.tensor(ragged([5, 5]))
     keep = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 1, 0, 0]]).bool()
     full = model(ids)
-    assert torch.allclose(model(ids, keep=keep), torch.stack([full[0, 1], full[0, 4], full[1, 2]]), atol=1e-5)
+    assert torch.allclose(
+        model(ids, keep=keep), torch.stack([full[0, 1], full[0, 4], full[1, 2]]), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -147,7 +168,9 @@ def test_scores_are_read_at_the_last_real_token(tiny_reward, family):
         by_hand = [math.fsum((h * model.score.weight[0]).tolist()) - 0.75 for h in hidden]
         assert values[b, : len(row)].tolist() == pytest.approx(by_hand, abs=1e-4)
         assert scores[b].item() == pytest.approx(by_hand[-1], abs=1e-4)
-    assert torch.allclose(scores, model(right_padded(rows, 200), lengths), atol=1e-5)  # whatever the padding holds
+    assert torch.allclose(
+        scores, model(right_padded(rows, 200), lengths), atol=1e-5
+    )  # whatever the padding holds
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -158,16 +181,21 @@ def test_a_window_over_the_context_is_full_attention(tiny_gpt, family):
     ids = torch.tensor(ragged([64, 64]))
     assert torch.allclose(full(ids), local(ids), atol=1e-5)
     documents = (torch.arange(64) // 20)[None].expand(2, -1)
-    assert torch.allclose(full(ids, documents=documents), local(ids, documents=documents), atol=1e-5)
+    assert torch.allclose(
+        full(ids, documents=documents), local(ids, documents=documents), atol=1e-5
+    )
     near = tiny_gpt(family, attention_bias=False, attention_pattern=("full", "local"), window=63)
-    assert (near(ids)[:, :63] - full(ids)[:, :63]).abs().max() < 1e-5  # only the last position misses one
+    assert (
+        near(ids)[:, :63] - full(ids)[:, :63]
+    ).abs().max() < 1e-5  # only the last position misses one
     assert (near(ids)[:, 63] - full(ids)[:, 63]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
 def test_a_local_layer_sees_its_window_and_nothing_else(tiny_gpt, family):
-    """Two local layers of 4 positions reach 1 + 2 * 3 back: what lies before changes nothing, in one pass and cached."""
+    """Two local layers of 4 positions reach 1 + 2 * 3 back: what lies before changes nothing, in
+    one pass and cached."""
     model = tiny_gpt(family, attention_pattern=("local",), window=4)
     ids = torch.tensor(ragged([20]))
     before = model(ids)[0, 19]
@@ -184,13 +212,21 @@ def test_a_local_layer_sees_its_window_and_nothing_else(tiny_gpt, family):
 def test_start_weights():
     torch.manual_seed(0)
     for family in ("gpt2", "llama"):
-        config = GPTConfig(family=family, vocab_size=500, n_layer=8, n_head=4, n_embd=128, max_length=64)
+        config = GPTConfig(
+            family=family, vocab_size=500, n_layer=8, n_head=4, n_embd=128, max_length=64
+        )
         weights = dict(GPT(config).named_parameters())
         reward = RewardModel(config)
         assert weights["trunk.wte.weight"].std().item() == pytest.approx(0.02, rel=0.05)
-        assert weights["trunk.blocks.3.attn.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.05)
-        assert weights["trunk.blocks.3.mlp.down.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 * 8)
-        assert weights["trunk.blocks.3.attn.out.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.05)
+        assert weights["trunk.blocks.3.attn.qkv.weight"].std().item() == pytest.approx(
+            0.02, rel=0.05
+        )
+        assert weights["trunk.blocks.3.mlp.down.weight"].std().item() == pytest.approx(
+            0.02 / 4, rel=0.05
+        )  # sqrt(2 * 8)
+        assert weights["trunk.blocks.3.attn.out.weight"].std().item() == pytest.approx(
+            0.02 / 4, rel=0.05
+        )
         assert weights["trunk.blocks.0.norm1.weight"].tolist() == [1.0] * 128
         biases = [p for name, p in weights.items() if name.endswith("bias")]
         assert len(biases) == (8 * 6 + 1 if family == "gpt2" else 0)
@@ -203,11 +239,23 @@ def test_start_weights():
 def test_parameter_counts_of_the_published_models():
     # GPT-2 small is known to have 124,439,808 parameters; TinyLlama 1.1B 1,100,048,384.
     with torch.device("meta"):
-        gpt2 = GPT(GPTConfig(family="gpt2", vocab_size=50257, max_length=1024, n_layer=12, n_head=12, n_embd=768))
+        gpt2 = GPT(
+            GPTConfig(
+                family="gpt2", vocab_size=50257, max_length=1024, n_layer=12, n_head=12, n_embd=768
+            )
+        )
         tiny_llama = GPT(
-            GPTConfig(vocab_size=32000, max_length=8, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_inner=5632,
-                      tie_embeddings=False)
-        )  # fmt: skip
+            GPTConfig(
+                vocab_size=32000,
+                max_length=8,
+                n_layer=22,
+                n_head=32,
+                n_kv_head=4,
+                n_embd=2048,
+                n_inner=5632,
+                tie_embeddings=False,
+            )
+        )
     assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808
     assert sum(p.numel() for p in tiny_llama.parameters()) == 1_100_048_384
 
@@ -215,7 +263,9 @@ def test_parameter_counts_of_the_published_models():
 def test_widths_by_default():
     assert GPTConfig(family="gpt2", n_embd=96, n_head=4).n_inner == 384
     assert GPTConfig(family="llama", n_embd=96, n_head=4).n_inner == 256  # 8/3 * 96
-    assert GPTConfig(family="llama", n_embd=100, n_head=5).n_inner == 288  # 266.7 up to a multiple of 32
+    assert (
+        GPTConfig(family="llama", n_embd=100, n_head=5).n_inner == 288
+    )  # 266.7 up to a multiple of 32
     assert GPTConfig(family="gpt2").attention_bias and GPTConfig(family="gpt2").mlp_bias
 
 
@@ -268,7 +318,15 @@ def test_context_limit(tiny_gpt):
         ({"n_head": 4, "n_embd": 12}, ["even head width"]),
         ({"attention_pattern": ("full", "local")}, ["give the window"]),
         ({"attention_pattern": ("full", "strided")}, ["'strided'", "full or local"]),
-        ({"attention_pattern": ("local",), "window": 3, "family": "gpt2", "attention_bias": True}, ["attention_bias: false"]),
+        (
+            {
+                "attention_pattern": ("local",),
+                "window": 3,
+                "family": "gpt2",
+                "attention_bias": True,
+            },
+            ["attention_bias: false"],
+        ),
         ({"attention_pattern": ("local",), "window": 3, "mlp_bias": True}, ["mlp_bias: false"]),
     ],
 )
@@ -280,7 +338,8 @@ def test_impossible_shapes(settings, words):
 
 @shapes
 def test_bf16_forward_is_the_same_with_and_without_gradients(tiny_gpt, settings):
-    """PPO's ratio starts at 1 only if the no-grad pass of the rollout computes what the training pass computes."""
+    """PPO's ratio starts at 1 only if the no-grad pass of the rollout computes what the training
+    pass computes."""
     model, ids = tiny_gpt(**settings), torch.tensor(ragged([30, 30]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         training = model(ids)
@@ -299,7 +358,9 @@ def test_checkpointing_recomputes_the_same_gradients(tiny_gpt, family):
         model.trunk.checkpointing = on
         torch.manual_seed(5)
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x
+        ):
             loss = model(ids).square().mean()
         loss.backward()
         grads.append([p.grad for p in model.parameters()])

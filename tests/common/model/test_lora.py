@@ -1,4 +1,5 @@
-"""Adapters: start as nothing, train alone, merge into the same function, and peft opens them over transformers' parent."""
+"""Adapters: start as nothing, train alone, merge into the same function, and peft opens them over
+transformers' parent."""
 
 import json
 
@@ -88,7 +89,11 @@ def test_only_adapters_and_the_reward_head_learn(tiny_gpt, tiny_reward, family):
             out = model(IDS) if not extra else model(IDS, LENGTHS)
             out.square().mean().backward()
             optimizer.step()
-        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        changed = {
+            name
+            for name, tensor in model.state_dict().items()
+            if not torch.equal(tensor, before[name])
+        }
         assert changed == learning
 
 
@@ -108,7 +113,9 @@ def test_no_target_is_refused(tiny_gpt):
 @families
 @pytest.mark.parametrize("targets", [ALL, ["qkv"], ["out"], ["up", "down"]], ids=str)
 @torch.no_grad()
-def test_peft_opens_the_adapter_over_transformers_parent(tiny_gpt, stage_dir, tmp_path, family, targets):
+def test_peft_opens_the_adapter_over_transformers_parent(
+    tiny_gpt, stage_dir, tmp_path, family, targets
+):
     parent = stage_dir(tiny_gpt(family))
     model = with_adapters(load_model(parent), targets, r=4, alpha=6.0)
     save_adapter(model, tmp_path / "adapter", parent, 4, 6.0)
@@ -142,7 +149,10 @@ def test_peft_opens_a_reward_model_s_adapter(tiny_reward, stage_dir, tmp_path, f
 def test_targets_stand_for_transformers_layers(tiny_gpt, family):
     """Literal names: what their documentation calls these matrices."""
     config = tiny_gpt(family).config
-    names = {part: theirs(f"trunk.blocks.1.{part}", config)[0] for part in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
+    names = {
+        part: theirs(f"trunk.blocks.1.{part}", config)[0]
+        for part in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+    }
     if family == "gpt2":
         expected = {
             "attn.qkv": ["attn.c_attn"],
@@ -150,8 +160,15 @@ def test_targets_stand_for_transformers_layers(tiny_gpt, family):
             "mlp.up": ["mlp.c_fc"],
             "mlp.down": ["mlp.c_proj"],
         }
-        assert names == {part: [f"transformer.h.1.{name}" for name in found] for part, found in expected.items()}
+        assert names == {
+            part: [f"transformer.h.1.{name}" for name in found] for part, found in expected.items()
+        }
     else:
         q, k, v, o = (f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo")
         gate, up, down = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
-        assert names == {"attn.qkv": [q, k, v], "attn.out": [o], "mlp.up": [gate, up], "mlp.down": [down]}
+        assert names == {
+            "attn.qkv": [q, k, v],
+            "attn.out": [o],
+            "mlp.up": [gate, up],
+            "mlp.down": [down],
+        }

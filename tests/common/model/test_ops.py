@@ -11,11 +11,15 @@ NAN = float("nan")
 
 
 def test_token_logprobs_literals():
-    logits = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0], [1000.0, 0.0]])  # 1/4, 3/4 | 1/2, 1/2 | 1, 0
+    logits = torch.tensor(
+        [[0.0, math.log(3.0)], [5.0, 5.0], [1000.0, 0.0]]
+    )  # 1/4, 3/4 | 1/2, 1/2 | 1, 0
     got = token_logprobs(logits, torch.tensor([1, 0, 1])).tolist()
     assert got == pytest.approx([math.log(0.75), math.log(0.5), -1000.0], abs=1e-6)
     # temperature 1/2 doubles the logits: weights 1 and 9
-    assert token_logprobs(logits[:1], torch.tensor([1]), 0.5).item() == pytest.approx(math.log(0.9), abs=1e-6)
+    assert token_logprobs(logits[:1], torch.tensor([1]), 0.5).item() == pytest.approx(
+        math.log(0.9), abs=1e-6
+    )
 
 
 def test_token_logprobs_against_plain_python():
@@ -26,7 +30,9 @@ def test_token_logprobs_against_plain_python():
         for row, token in zip(logits.tolist(), ids.tolist(), strict=True):
             total = math.fsum(math.exp(value / temperature) for value in row)
             expected.append(row[token] / temperature - math.log(total))
-        assert token_logprobs(logits, ids, temperature).tolist() == pytest.approx(expected, abs=1e-5)
+        assert token_logprobs(logits, ids, temperature).tolist() == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_token_logprobs_of_bf16_logits_are_computed_in_fp32():
@@ -70,9 +76,17 @@ def test_whiten_ragged_rows_have_mean_0_and_std_1():
     kept = [value for row, n in zip(white.tolist(), lengths, strict=True) for value in row[:n]]
     mean = math.fsum(kept) / len(kept)
     assert mean == pytest.approx(0, abs=1e-4)
-    assert math.fsum((value - mean) ** 2 for value in kept) / len(kept) == pytest.approx(1, abs=1e-3)
-    assert all(value == 0 for row, n in zip(white.tolist(), lengths, strict=True) for value in row[n:])
+    assert math.fsum((value - mean) ** 2 for value in kept) / len(kept) == pytest.approx(
+        1, abs=1e-3
+    )
+    assert all(
+        value == 0 for row, n in zip(white.tolist(), lengths, strict=True) for value in row[n:]
+    )
 
 
 def test_length_mask_literals():
-    assert length_mask(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
+    assert length_mask(torch.tensor([0, 2, 3]), 3).tolist() == [
+        [False] * 3,
+        [True, True, False],
+        [True] * 3,
+    ]

@@ -1,4 +1,5 @@
-"""Sampling: the right distribution, the same ids and log-probs as without cache and batch, stops, limits, errors."""
+"""Sampling: the right distribution, the same ids and log-probs as without cache and batch, stops,
+limits, errors."""
 
 import itertools
 import math
@@ -16,7 +17,9 @@ SHAPES = {
 }
 shapes = pytest.mark.parametrize("settings", SHAPES.values(), ids=SHAPES)
 LENGTHS = [9, 1, 17, 4, 4, 12, 2, 30]
-STOPS = list(range(5, 300, 13))  # about one token in thirteen ends an answer: rows leave the batch all the time
+STOPS = list(
+    range(5, 300, 13)
+)  # about one token in thirteen ends an answer: rows leave the batch all the time
 
 
 def prompts(lengths=LENGTHS, seed=5) -> list[list[int]]:
@@ -38,7 +41,8 @@ def log_softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
 
 
 def chi_square(counts: list[int], probabilities: list[float]) -> float:
-    """Standard score of Pearson's statistic (Wilson-Hilferty); ids expected fewer than 5 times share one bin."""
+    """Standard score of Pearson's statistic (Wilson-Hilferty); ids expected fewer than 5 times
+    share one bin."""
     n, bins, rest = sum(counts), [], [0, 0.0]
     for count, p in zip(counts, probabilities, strict=True):
         if n * p >= 5:
@@ -59,7 +63,9 @@ def chi_square(counts: list[int], probabilities: list[float]) -> float:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_samples_follow_the_softmax(tiny_gpt, settings, temperature):
     model, prompt = tiny_gpt(**settings), prompts()[3]
-    first = sample(model, [prompt] * 12000, max_new_tokens=1, temperature=temperature, seed=1, batch_size=3000)
+    first = sample(
+        model, [prompt] * 12000, max_new_tokens=1, temperature=temperature, seed=1, batch_size=3000
+    )
     counts = [0] * 300
     for answer in first:
         counts[answer.ids[0]] += 1
@@ -67,12 +73,16 @@ def test_samples_follow_the_softmax(tiny_gpt, settings, temperature):
     right = [math.exp(value) for value in log_softmax(logits, temperature)]
     wrong = [math.exp(value) for value in log_softmax(logits, temperature * 1.25)]
     assert abs(chi_square(counts, right)) < 4
-    assert chi_square(counts, wrong) > 8  # the test would see a temperature that is off by a quarter
+    assert (
+        chi_square(counts, wrong) > 8
+    )  # the test would see a temperature that is off by a quarter
 
 
 def test_second_token_follows_its_conditional_distribution(tiny_gpt):
     model, prompt = tiny_gpt("llama"), prompts()[3]
-    both = sample(model, [prompt] * 6000, max_new_tokens=2, temperature=0.4, seed=2, batch_size=3000)
+    both = sample(
+        model, [prompt] * 6000, max_new_tokens=2, temperature=0.4, seed=2, batch_size=3000
+    )
     firsts = [answer.ids[0] for answer in both]
     token = max(set(firsts), key=firsts.count)
     counts = [0] * 300
@@ -85,20 +95,30 @@ def test_second_token_follows_its_conditional_distribution(tiny_gpt):
 
 def test_inverse_of_the_cumulative_distribution_by_hand():
     logits = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log()  # id 1 has probability 0
-    for draw, expected in [(0.0, 0), (0.4999, 0), (0.5, 2), (0.7499, 2), (0.75, 3), (1 - 2**-24, 3)]:
+    for draw, expected in [
+        (0.0, 0),
+        (0.4999, 0),
+        (0.5, 2),
+        (0.7499, 2),
+        (0.75, 3),
+        (1 - 2**-24, 3),
+    ]:
         token, logprob = pick(logits, torch.tensor([draw]), 1.0, 0, 1.0)
         assert token.item() == expected, draw
         assert logprob.item() == pytest.approx(math.log([0.5, 0, 0.25, 0.25][expected]), abs=1e-6)
     # an impossible id at the start and at the end of the vocabulary is never met
     edge = torch.tensor([[0.0, 1.0, 0.0]]).log()
-    assert {pick(edge, torch.tensor([u]), 1.0, 0, 1.0)[0].item() for u in (0.0, 0.3, 1 - 2**-24)} == {1}
+    assert {
+        pick(edge, torch.tensor([u]), 1.0, 0, 1.0)[0].item() for u in (0.0, 0.3, 1 - 2**-24)
+    } == {1}
 
 
 GRID = torch.arange(2000) / 2000  # every id of probability > 1/2000 is met
 
 
 def met(probabilities: list[float], **options) -> dict[int, float]:
-    """Sampled ids and their probabilities (from the log-probs returned) over an even grid of draws."""
+    """Sampled ids and their probabilities (from the log-probs returned) over an even grid of
+    draws."""
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     logits = torch.tensor(probabilities).log().expand(len(GRID), -1)
     tokens, logprobs = pick(logits, GRID, **settings)
@@ -123,9 +143,18 @@ FIVE = [0.1, 0.4, 0.05, 0.3, 0.15]
         ({"top_p": 0.71}, {1: 0.4706, 3: 0.3529, 4: 0.1765}),  # over .85
         ({"top_p": 0.94}, {0: 0.1053, 1: 0.4211, 3: 0.3158, 4: 0.1579}),  # over .95
         ({"top_p": 0.96}, {0: 0.1, 1: 0.4, 2: 0.05, 3: 0.3, 4: 0.15}),
-        ({"top_k": 3, "top_p": 0.8}, {1: 0.5714, 3: 0.4286}),  # of the three 8/17, 6/17, 3/17: two reach .8
-        ({"temperature": 0.5}, {0: 0.0351, 1: 0.5614, 2: 0.0088, 3: 0.3158, 4: 0.0789}),  # squares over .285
-        ({"temperature": 0.5, "top_p": 0.8}, {1: 0.64, 3: 0.36}),  # top-p after temperature: 16/25, 9/25
+        (
+            {"top_k": 3, "top_p": 0.8},
+            {1: 0.5714, 3: 0.4286},
+        ),  # of the three 8/17, 6/17, 3/17: two reach .8
+        (
+            {"temperature": 0.5},
+            {0: 0.0351, 1: 0.5614, 2: 0.0088, 3: 0.3158, 4: 0.0789},
+        ),  # squares over .285
+        (
+            {"temperature": 0.5, "top_p": 0.8},
+            {1: 0.64, 3: 0.36},
+        ),  # top-p after temperature: 16/25, 9/25
     ],
     ids=str,
 )
@@ -143,7 +172,9 @@ def test_truncation_is_by_row():
 @shapes
 def test_temperature_0_is_the_argmax_loop(tiny_gpt, settings):
     model = tiny_gpt(**settings)
-    for answer, prompt in zip(sample(model, prompts(), max_new_tokens=12, temperature=0), prompts(), strict=True):
+    for answer, prompt in zip(
+        sample(model, prompts(), max_new_tokens=12, temperature=0), prompts(), strict=True
+    ):
         ids, logprobs = list(prompt), []
         for _ in range(12):
             logits = last_logits(model, ids)
@@ -161,13 +192,19 @@ def test_temperature_0_is_the_argmax_loop(tiny_gpt, settings):
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @torch.no_grad()
 def test_logprobs_equal_those_of_a_full_forward(tiny_gpt, settings, temperature):
-    """Ragged prompts in one batch, rows leaving it at the stop tokens: each log-prob as an unpadded forward gives it."""
+    """Ragged prompts in one batch, rows leaving it at the stop tokens: each log-prob as an unpadded
+    forward gives it."""
     model = tiny_gpt(**settings)
-    answers = sample(model, prompts(), max_new_tokens=20, temperature=temperature, seed=7, stop_ids=STOPS)
+    answers = sample(
+        model, prompts(), max_new_tokens=20, temperature=temperature, seed=7, stop_ids=STOPS
+    )
     assert len({len(answer.ids) for answer in answers}) > 3
     for answer, prompt in zip(answers, prompts(), strict=True):
         logits = model(torch.tensor([prompt + answer.ids]))[0, len(prompt) - 1 : -1].tolist()
-        expected = [log_softmax(row, temperature)[token] for row, token in zip(logits, answer.ids, strict=True)]
+        expected = [
+            log_softmax(row, temperature)[token]
+            for row, token in zip(logits, answer.ids, strict=True)
+        ]
         assert answer.logprobs == pytest.approx(expected, abs=2e-4)
 
 
@@ -186,16 +223,21 @@ def test_a_row_does_not_depend_on_its_batch(tiny_gpt, settings):
     model, options = tiny_gpt(**settings), {"max_new_tokens": 15, "seed": 11, "stop_ids": STOPS}
     together = [answer.ids for answer in sample(model, prompts(), **options)]
     for batch_size in (1, 2, 3):
-        assert [answer.ids for answer in sample(model, prompts(), batch_size=batch_size, **options)] == together
+        assert [
+            answer.ids for answer in sample(model, prompts(), batch_size=batch_size, **options)
+        ] == together
     for count in (1, 3, 7):
-        assert [answer.ids for answer in sample(model, prompts()[:count], **options)] == together[:count]
+        assert [answer.ids for answer in sample(model, prompts()[:count], **options)] == together[
+            :count
+        ]
     # other neighbours in the places before and behind
     others = [prompts([23], seed=i)[0] if i != 5 else prompts()[5] for i in range(8)]
     assert sample(model, others, **options)[5].ids == together[5]
 
 
 def test_a_long_neighbour_does_not_take_a_row_s_room(tiny_gpt):
-    """Context 32: a prompt of 4 has room for 20 tokens, also beside a prompt of 30, which has room for 2."""
+    """Context 32: a prompt of 4 has room for 20 tokens, also beside a prompt of 30, which has room
+    for 2."""
     model = tiny_gpt("llama", max_length=32)
     short, long = prompts([4, 30])
     alone = sample(model, [short], max_new_tokens=20, seed=3)[0]
@@ -210,9 +252,13 @@ def test_rows_seeds_and_calls_differ_as_they_should(tiny_gpt):
     assert len(set(answers)) == 6
     torch.manual_seed(99)  # the global stream is neither used ...
     before = torch.get_rng_state()
-    assert [tuple(answer.ids) for answer in sample(model, same, max_new_tokens=12, seed=1)] == answers
+    assert [
+        tuple(answer.ids) for answer in sample(model, same, max_new_tokens=12, seed=1)
+    ] == answers
     assert torch.equal(torch.get_rng_state(), before)  # ... nor advanced
-    assert not set(answers) & {tuple(answer.ids) for answer in sample(model, same, max_new_tokens=12, seed=2)}
+    assert not set(answers) & {
+        tuple(answer.ids) for answer in sample(model, same, max_new_tokens=12, seed=2)
+    }
 
 
 # Stops and limits
@@ -272,7 +318,10 @@ def test_stream_gives_the_ids_of_sample(tiny_gpt, settings):
     for prompt in prompts():
         for options in ({}, {"temperature": 0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}):
             answer = sample(model, [prompt], **settings, **options)[0]
-            assert list(stream(model, prompt, **settings, **options)) == answer.ids[: -1 if answer.stopped else None]
+            assert (
+                list(stream(model, prompt, **settings, **options))
+                == answer.ids[: -1 if answer.stopped else None]
+            )
 
 
 def test_progress_counts_every_row_and_the_mode_comes_back(tiny_gpt):

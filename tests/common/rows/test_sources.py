@@ -1,4 +1,5 @@
-"""Rows read as they are and named by file and line, whatever they are packed in; damage is told, and where it is."""
+"""Rows read as they are and named by file and line, whatever they are packed in; damage is told,
+and where it is."""
 
 import gzip
 import itertools
@@ -23,7 +24,9 @@ def pack(content: bytes, suffix: str) -> bytes:
     import zstandard
 
     half = len(content) // 2
-    one = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    one = (
+        gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    )
     return one(content[:half]) + one(content[half:])
 
 
@@ -50,13 +53,19 @@ def test_jsonl(tmp_path, content):
 
 def test_blank_lines_do_not_shift_line_numbers(tmp_path):
     path = write(tmp_path / "x.jsonl", '\n{"a": 1}\n\n\n{"a": 2}\n')
-    assert [(row.data["a"], row.origin) for row in read_rows(path)] == [(1, f"{path}:2"), (2, f"{path}:5")]
+    assert [(row.data["a"], row.origin) for row in read_rows(path)] == [
+        (1, f"{path}:2"),
+        (2, f"{path}:5"),
+    ]
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
     """U+2028 and friends are legal inside a JSON string, and str.splitlines() would break there."""
     text = "a\u2028b\u2029c\u0085d\u00a0e"
-    path = write(tmp_path / "x.jsonl", json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "next"}\n')
+    path = write(
+        tmp_path / "x.jsonl",
+        json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "next"}\n',
+    )
     rows = read_rows(path)
     assert [row.data["text"] for row in rows] == [text, "next"]
     assert rows[1].origin == f"{path}:2"
@@ -82,7 +91,10 @@ def test_a_broken_line_is_named(tmp_path, line, words):
 
 def test_json_list(tmp_path):
     path = write(tmp_path / "x.json", '\ufeff[{"a": 1},\r\n {"a": "\u2028"}]')
-    assert [(row.data["a"], row.origin) for row in read_rows(path)] == [(1, f"{path}:row 1"), ("\u2028", f"{path}:row 2")]
+    assert [(row.data["a"], row.origin) for row in read_rows(path)] == [
+        (1, f"{path}:row 1"),
+        ("\u2028", f"{path}:row 2"),
+    ]
     for content, words in [
         ('{"a": 1}', "expected a JSON list of rows, found dict"),
         ('[{"a": 1},', "broken JSON"),
@@ -118,7 +130,9 @@ def test_damaged_parquet_is_named(tmp_path):
 
 def test_txt_is_one_row(tmp_path):
     path = write(tmp_path / "x.txt", "\ufeffOne.\n\n{not json\nTwo \u2028 three.\n")
-    assert [row[:2] for row in read_rows(path)] == [({"text": "One.\n\n{not json\nTwo \u2028 three.\n"}, path)]
+    assert [row[:2] for row in read_rows(path)] == [
+        ({"text": "One.\n\n{not json\nTwo \u2028 three.\n"}, path)
+    ]
 
 
 def test_folder_in_order_of_names(tmp_path):
@@ -132,17 +146,27 @@ def test_folder_in_order_of_names(tmp_path):
 
 def test_unreadable_sources(tmp_path):
     latin1 = write(tmp_path / "x.jsonl", '{"a": "é"}\n'.encode("latin-1"))
-    with pytest.raises(InputError, match=rf"{re.escape(latin1)}:1: not UTF-8 at column 8 \(byte 0xe9\)"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(latin1)}:1: not UTF-8 at column 8 \(byte 0xe9\)"
+    ):
         read_rows(latin1)
     for content in ("", "\n\n", "\ufeff"):
         empty = write(tmp_path / "empty.jsonl", content)
         with pytest.raises(InputError, match=rf"{re.escape(empty)}: no rows"):
             read_rows(empty)
     (tmp_path / "none").mkdir()
-    for path in (tmp_path / "none", tmp_path / "missing.jsonl", "no/such/file", "./x", "missing.parquet"):
+    for path in (
+        tmp_path / "none",
+        tmp_path / "missing.jsonl",
+        "no/such/file",
+        "./x",
+        "missing.parquet",
+    ):
         with pytest.raises(InputError, match=re.escape(str(path))):
             read_rows(str(path))
-    with pytest.raises(InputError, match="no-such-person/no-such-data"):  # offline: the Hub gives nothing
+    with pytest.raises(
+        InputError, match="no-such-person/no-such-data"
+    ):  # offline: the Hub gives nothing
         read_rows("no-such-person/no-such-data")
 
 
@@ -156,7 +180,8 @@ def test_packed_files_are_read_as_if_they_were_not(tmp_path, suffix):
 
     texts = [f"{n} \u2028 é👩 " * 40 + "\n" for n in range(900)]
     plain = {
-        "a.jsonl": "\ufeff" + "\r\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts),
+        "a.jsonl": "\ufeff"
+        + "\r\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts),
         "b.json": json.dumps([{"text": text} for text in texts]),
         "d.txt": "\ufeffOne.\r\nTwo\n",
     }
@@ -179,11 +204,15 @@ def test_damage_to_a_packed_file_is_named(tmp_path, suffix):
     import random
 
     noise = random.Random(0)
-    content = "".join(json.dumps({"text": noise.randbytes(300).hex()}) + "\n" for _ in range(1000)).encode()
+    content = "".join(
+        json.dumps({"text": noise.randbytes(300).hex()}) + "\n" for _ in range(1000)
+    ).encode()
     whole = pack(content, suffix)
     assert len(whole) > 250_000
     cut = write(tmp_path / f"cut.jsonl{suffix}", whole[:200_000])
-    with pytest.raises(InputError, match=rf"{re.escape(cut)}: its {suffix} data is cut off at byte 200000"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(cut)}: its {suffix} data is cut off at byte 200000"
+    ):
         read_rows(cut)
     good = list(itertools.islice(iter_rows(cut), 300))  # what lies before the damage can be read
     assert [row.data for row in good] == [json.loads(line) for line in content.split(b"\n")[:300]]
@@ -192,10 +221,14 @@ def test_damage_to_a_packed_file_is_named(tmp_path, suffix):
     path = write(tmp_path / f"hurt.jsonl{suffix}", bytes(hurt))
     with pytest.raises(InputError) as told:
         read_rows(path)
-    place = re.fullmatch(rf"{re.escape(path)}: damaged {suffix} data before byte (\d+) \(.*\)", str(told.value))
+    place = re.fullmatch(
+        rf"{re.escape(path)}: damaged {suffix} data before byte (\d+) \(.*\)", str(told.value)
+    )
     assert 100_000 < int(place[1]) <= len(whole)  # gzip may notice at its checksum alone
     path = write(tmp_path / f"none.jsonl{suffix}", content)
-    with pytest.raises(InputError, match=rf"{re.escape(path)}: damaged {suffix} data before byte 65536"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(path)}: damaged {suffix} data before byte 65536"
+    ):
         read_rows(path)
 
 
@@ -204,10 +237,14 @@ def test_the_line_that_is_no_utf8_is_found_far_into_a_packed_file(tmp_path):
     at = content.index(b"\xc3", 1_200_000)
     broken, line = content[: at + 1] + content[at + 2 :], 1 + content[:at].count(b"\n")
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(broken, 1))
-    with pytest.raises(InputError, match=rf"{re.escape(path)}:{line}: not UTF-8 at column 11 \(byte 0xc3\)"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(path)}:{line}: not UTF-8 at column 11 \(byte 0xc3\)"
+    ):
         read_rows(path)
     path = write(tmp_path / "cut.txt", "One.\nabcé".encode()[:-1])
-    with pytest.raises(InputError, match=rf"{re.escape(path)}: not UTF-8 at line 2, column 4 \(byte 0xc3\)"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(path)}: not UTF-8 at line 2, column 4 \(byte 0xc3\)"
+    ):
         read_rows(path)
 
 
@@ -243,7 +280,10 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(iter_rows("owner/name:en"))
-    assert [row[:2] for row in rows] == [({"text": "one"}, "owner/name:en:1"), ({"text": "two"}, "owner/name:en:2")]
+    assert [row[:2] for row in rows] == [
+        ({"text": "one"}, "owner/name:en:1"),
+        ({"text": "two"}, "owner/name:en:2"),
+    ]
     assert [row.data for row in read_rows("owner/name")] == [row.data for row in rows]
     assert asked == [("owner/name", "en", "train", True), ("owner/name", None, "train", False)]
 
@@ -252,7 +292,9 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
         raise ConnectionError("reset\nby peer")
 
     monkeypatch.setattr(datasets, "load_dataset", breaking)
-    with pytest.raises(InputError, match=r"owner/name: the Hub's stream broke behind row 1 \(reset\)"):
+    with pytest.raises(
+        InputError, match=r"owner/name: the Hub's stream broke behind row 1 \(reset\)"
+    ):
         list(iter_rows("owner/name"))
 
 
@@ -269,6 +311,7 @@ def test_content_is_told_by_bytes_and_names_within_a_folder(tmp_path):
     found = [content_of(str(tmp_path / folder)) for folder in ("one", "two", "three", "four")]
     assert found[0] == found[1]
     assert len(set(found)) == 3
-    digest = "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"  # echo -n text | sha256sum
+    # echo -n text | sha256sum
+    digest = "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"
     assert content_of(str(tmp_path / "one/a.txt")) == digest
     assert content_of("no-such-person/no-such-data") is None  # offline

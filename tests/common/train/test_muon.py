@@ -1,4 +1,5 @@
-"""Muon beside AdamW in one optimizer: PyTorch's own two are the yardstick, to the bit. Under ZeRO: test_placement.py."""
+"""Muon beside AdamW in one optimizer: PyTorch's own two are the yardstick, to the bit. Under ZeRO:
+test_placement.py."""
 
 import copy
 
@@ -12,9 +13,22 @@ LAYERS = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
 
 
 def test_muon_gets_the_matrices_of_the_blocks(tiny_gpt, tiny_reward):
-    for model, outer in ((tiny_gpt("llama", tie_embeddings=False), {"trunk.wte.weight", "trunk.norm.weight", "head.weight"}),
-                         (tiny_reward("gpt2"), {"trunk.wte.weight", "trunk.wpe.weight", "trunk.norm.weight", "trunk.norm.bias",
-                                                "score.weight"})):  # fmt: skip
+    for model, outer in (
+        (
+            tiny_gpt("llama", tie_embeddings=False),
+            {"trunk.wte.weight", "trunk.norm.weight", "head.weight"},
+        ),
+        (
+            tiny_reward("gpt2"),
+            {
+                "trunk.wte.weight",
+                "trunk.wpe.weight",
+                "trunk.norm.weight",
+                "trunk.norm.bias",
+                "score.weight",
+            },
+        ),
+    ):
         names = {id(p): name for name, p in model.named_parameters()}
         matrices, rest = set(), set()
         for group in muon(model, 0.02, 0.01, 0.0).param_groups:
@@ -33,13 +47,16 @@ def test_it_is_torch_s_muon_beside_torch_s_adamw(tiny_gpt, family):
     matrices = [p for name, p in named if ".blocks." in name and p.dim() == 2]
     rest = [p for _, p in named if not any(p is matrix for matrix in matrices)]
     theirs = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1), adamw(parameter_groups(rest, 1e-3, 0.1), beta2=0.95)
-    ]  # fmt: skip
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1),
+        adamw(parameter_groups(rest, 1e-3, 0.1), beta2=0.95),
+    ]
     for step in range(4):
         ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(step))
         for net in (model, yardstick):
             net.zero_grad()
-            torch.nn.functional.cross_entropy(net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+            torch.nn.functional.cross_entropy(
+                net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+            ).backward()
         for optimizer in (ours, *theirs):
             optimizer.step()
     moved = 0.0

@@ -1,4 +1,5 @@
-"""Schedule by hand, parameter groups, and update(): equal to a plain PyTorch step over the whole batch, row by row."""
+"""Schedule by hand, parameter groups, and update(): equal to a plain PyTorch step over the whole
+batch, row by row."""
 
 import math
 
@@ -13,7 +14,24 @@ from common.program.errors import InputError
 from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
 from common.train.update import NonFiniteError, update
 
-LENGTHS = [40, 2, 3, 2, 17, 5, 5, 31, 2, 2, 2, 2, 60, 9, 8, 7]  # ragged: means of micro-batch means would be far off
+LENGTHS = [
+    40,
+    2,
+    3,
+    2,
+    17,
+    5,
+    5,
+    31,
+    2,
+    2,
+    2,
+    2,
+    60,
+    9,
+    8,
+    7,
+]  # ragged: means of micro-batch means would be far off
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +51,32 @@ def accelerator() -> Accelerator:
         ("linear", 4, 0, 0.2, [1, 0.8, 0.6, 0.4]),
         ("linear", 6, 1, 0.0, [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
         ("cosine", 4, 0, 0.0, [1, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]),
-        ("cosine", 8, 2, 0.1, [1 / 3, 2 / 3, 1, 0.1 + 0.9 * (2 + math.sqrt(3)) / 4, 0.775, 0.55, 0.325,
-                               0.1 + 0.9 * (2 - math.sqrt(3)) / 4]),
+        (
+            "cosine",
+            8,
+            2,
+            0.1,
+            [
+                1 / 3,
+                2 / 3,
+                1,
+                0.1 + 0.9 * (2 + math.sqrt(3)) / 4,
+                0.775,
+                0.55,
+                0.325,
+                0.1 + 0.9 * (2 - math.sqrt(3)) / 4,
+            ],
+        ),
         ("warmup_stable_decay", 10, 0, 0.0, [1] * 9 + [0.5]),
         ("warmup_stable_decay", 21, 1, 0.1, [0.5] + [1] * 17 + [0.775, 0.55, 0.325]),
         ("cosine", 2, 5, 0.0, [1 / 6, 2 / 6]),  # a run that is all warm-up
         ("cosine", 1, 0, 0.0, [1]),
     ],
-)  # fmt: skip
+)
 def test_schedule_by_hand(kind, total, warmup, floor, expected):
-    assert [schedule(kind, step, total, warmup, floor) for step in range(total)] == pytest.approx(expected, abs=1e-9)
+    assert [schedule(kind, step, total, warmup, floor) for step in range(total)] == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 def test_steps_for():
@@ -67,8 +101,15 @@ def test_decay_is_for_matrices_only(tiny_gpt):
     block = {"attn.qkv.weight", "attn.out.weight", "mlp.up.weight", "mlp.down.weight"}
     expected = {"trunk.wte.weight"} | {f"trunk.blocks.{n}.{name}" for n in (0, 1) for name in block}
     assert {names[id(p)] for p in decayed["params"]} == expected
-    assert {names[id(p)] for p in plain["params"]} == set(names.values()) - expected - {"trunk.wpe.weight"}
-    assert (decayed["weight_decay"], plain["weight_decay"], decayed["lr"], plain["lr"]) == (0.1, 0.0, 0.3, 0.3)
+    assert {names[id(p)] for p in plain["params"]} == set(names.values()) - expected - {
+        "trunk.wpe.weight"
+    }
+    assert (decayed["weight_decay"], plain["weight_decay"], decayed["lr"], plain["lr"]) == (
+        0.1,
+        0.0,
+        0.3,
+        0.3,
+    )
 
 
 def test_no_empty_groups(tiny_gpt):
@@ -105,7 +146,9 @@ def padded_loss(model: GPT, rows: list[torch.Tensor]) -> torch.Tensor:
     """The same over a right-padded micro-batch: (1) summed."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
     targets = ids[:, 1:]
-    return F.cross_entropy(model(ids[:, :-1].clamp(min=0)).flatten(0, 1), targets.flatten(), reduction="sum")[None]
+    return F.cross_entropy(
+        model(ids[:, :-1].clamp(min=0)).flatten(0, 1), targets.flatten(), reduction="sum"
+    )[None]
 
 
 def optimizer_for(model: GPT, name: str) -> torch.optim.Optimizer:
@@ -115,7 +158,8 @@ def optimizer_for(model: GPT, name: str) -> torch.optim.Optimizer:
 
 
 def plain_steps(model: GPT, name: str, clip: float, steps: int) -> list[tuple[float, float]]:
-    """The yardstick: the whole batch, row by row, divided once by its number of tokens. [(loss, gradient norm)]"""
+    """The yardstick: the whole batch, row by row, divided once by its number of tokens. [(loss,
+    gradient norm)]"""
     optimizer, rows, log = optimizer_for(model, name), rows_of(), []
     tokens = sum(len(row) - 1 for row in rows)
     for _ in range(steps):
@@ -145,7 +189,15 @@ def test_batch_16_is_4_times_4_is_any_split(accelerator, tiny_gpt, family, name,
         for loss, norm in log:
             micro_batches = [list(part) for part in split(rows, sizes)]
             counts = torch.tensor([sum(len(row) - 1 for row in rows)])
-            done = update(accelerator, model, optimizer, micro_batches, lambda b, m=model: padded_loss(m, b), counts, clip)
+            done = update(
+                accelerator,
+                model,
+                optimizer,
+                micro_batches,
+                lambda b, m=model: padded_loss(m, b),
+                counts,
+                clip,
+            )
             assert done.losses == pytest.approx([loss], rel=1e-4)
             assert done.grad_norm == pytest.approx(norm, rel=1e-3)
         assert (flat(model) - flat(expected)).abs().max() < 1e-3 * moved
@@ -195,7 +247,9 @@ def test_clipping_is_by_the_norm_of_all_parameters(accelerator):
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     module = torch.nn.ParameterList([a, b])
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    done = update(accelerator, module, optimizer, [0], lambda _: 3 * a + 4 * b, torch.tensor([1]), 1.0)
+    done = update(
+        accelerator, module, optimizer, [0], lambda _: 3 * a + 4 * b, torch.tensor([1]), 1.0
+    )
     assert done.grad_norm == pytest.approx(5.0)
     assert (a.item(), b.item()) == pytest.approx((-0.6, -0.8), abs=1e-4)
 
@@ -216,7 +270,15 @@ def test_a_non_finite_loss_changes_nothing(accelerator, tiny_gpt, bad, at):
     # one that goes on after it is not misled by what the refused update had summed up
     fresh = tiny_gpt("llama")
     for net, opt in ((model, optimizer), (fresh, optimizer_for(fresh, "adamw"))):
-        update(accelerator, net, opt, micro_batches, lambda b, m=net: padded_loss(m, b), torch.tensor([100]), 1.0)
+        update(
+            accelerator,
+            net,
+            opt,
+            micro_batches,
+            lambda b, m=net: padded_loss(m, b),
+            torch.tensor([100]),
+            1.0,
+        )
     assert torch.equal(flat(model), flat(fresh))
 
 
@@ -225,31 +287,70 @@ def test_a_non_finite_gradient_changes_nothing(accelerator):
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[0.0, 1.0]]))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    with pytest.raises(NonFiniteError, match=r"gradient norm (nan|inf).*no update"):  # sqrt is finite at 0, its slope is not
-        update(accelerator, module, optimizer, [0], lambda _: module.weight.sqrt().sum()[None], torch.tensor([1]), 1.0)
+    with pytest.raises(
+        NonFiniteError, match=r"gradient norm (nan|inf).*no update"
+    ):  # sqrt is finite at 0, its slope is not
+        update(
+            accelerator,
+            module,
+            optimizer,
+            [0],
+            lambda _: module.weight.sqrt().sum()[None],
+            torch.tensor([1]),
+            1.0,
+        )
     assert module.weight.tolist() == [[0.0, 1.0]] and not optimizer.state
-    update(accelerator, module, optimizer, [0], lambda _: module.weight.sum()[None], torch.tensor([1]), 1.0)
+    update(
+        accelerator,
+        module,
+        optimizer,
+        [0],
+        lambda _: module.weight.sum()[None],
+        torch.tensor([1]),
+        1.0,
+    )
     assert torch.isfinite(module.weight).all()
 
 
 def test_fp16_lowers_its_loss_scale_and_goes_on():
-    """The scaler's own way out of an overflow: no update, half the scale; a loss that is not finite still ends it."""
+    """The scaler's own way out of an overflow: no update, half the scale; a loss that is not finite
+    still ends it."""
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     layer = torch.nn.Linear(1, 1, bias=False)
     layer, optimizer = accelerator.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.5))
-    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)  # on a GPU accelerate does it
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(
+        optimizer.optimizer
+    )  # on a GPU accelerate does it
     start, weights, norms = layer.weight.item(), [], []
     for _ in range(6):
-        done = update(accelerator, layer, optimizer, [8.0], lambda x: (layer.weight.sum() * x)[None], torch.tensor([1]), 1.0)
+        done = update(
+            accelerator,
+            layer,
+            optimizer,
+            [8.0],
+            lambda x: (layer.weight.sum() * x)[None],
+            torch.tensor([1]),
+            1.0,
+        )
         weights.append(layer.weight.item())
         norms.append(done.grad_norm)
     skipped = sum(not math.isfinite(norm) for norm in norms)
     assert 2 <= skipped <= 5  # 8 x 2^127 is too much, and so is 8 x 2^126
     assert weights[:skipped] == [start] * skipped
     assert norms[skipped:] == pytest.approx([8.0] * (6 - skipped))
-    assert weights[skipped:] == pytest.approx([start - 0.5 * n for n in range(1, 7 - skipped)], abs=1e-5)  # clipped to norm 1
+    assert weights[skipped:] == pytest.approx(
+        [start - 0.5 * n for n in range(1, 7 - skipped)], abs=1e-5
+    )  # clipped to norm 1
     with pytest.raises(NonFiniteError, match="loss"):
-        update(accelerator, layer, optimizer, [math.nan], lambda x: (layer.weight.sum() * x)[None], torch.tensor([1]), 1.0)
+        update(
+            accelerator,
+            layer,
+            optimizer,
+            [math.nan],
+            lambda x: (layer.weight.sum() * x)[None],
+            torch.tensor([1]),
+            1.0,
+        )
     AcceleratorState._reset_state(True)

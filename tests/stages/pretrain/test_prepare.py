@@ -1,4 +1,5 @@
-"""Documents -> shards: nothing added but one end-of-text each, nothing lost, nothing held out that is also trained on."""
+"""Documents -> shards: nothing added but one end-of-text each, nothing lost, nothing held out that
+is also trained on."""
 
 import hashlib
 import json
@@ -13,8 +14,26 @@ from common.program.files import verify
 from common.rows.shards import Shards
 from stages.pretrain.prepare import Config, main
 
-WORDS = ["the", "red", "fox", "and", "a", "blue", "bird", "went", "to", "town", "where", "rivers", "are", "cold"]
-DOCUMENTS = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 12)) + f". Number {n}, isn't it?\n" for n in range(40)]
+WORDS = [
+    "the",
+    "red",
+    "fox",
+    "and",
+    "a",
+    "blue",
+    "bird",
+    "went",
+    "to",
+    "town",
+    "where",
+    "rivers",
+    "are",
+    "cold",
+]
+DOCUMENTS = [
+    " ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 12)) + f". Number {n}, isn't it?\n"
+    for n in range(40)
+]
 DOCUMENTS[3] += "<|endoftext|> and <|pad|><|user|> stay text"
 DOCUMENTS[7] = "  two\n\n\nlines é👩 \t"
 
@@ -24,14 +43,21 @@ def setting(tmp_path):
     def make(documents=DOCUMENTS, **keys) -> Config:
         file = tmp_path / "documents.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-        defaults = {"train_data": [str(file)], "output_dir": str(tmp_path / "shards"), "vocab_size": 300, "eval_fraction": 0.1}
+        defaults = {
+            "train_data": [str(file)],
+            "output_dir": str(tmp_path / "shards"),
+            "vocab_size": 300,
+            "eval_fraction": 0.1,
+        }
         return Config(**defaults | keys)
 
     return make
 
 
 def shards(cfg: Config, split: str, dtype=np.uint16) -> list[np.ndarray]:
-    return [np.fromfile(file, dtype) for file in sorted(Path(cfg.output_dir).glob(f"{split}-*.bin"))]
+    return [
+        np.fromfile(file, dtype) for file in sorted(Path(cfg.output_dir).glob(f"{split}-*.bin"))
+    ]
 
 
 def documents_in(cfg: Config, split: str) -> list[str]:
@@ -53,11 +79,15 @@ def test_round_trip_and_split(setting):
     main(cfg)
     train, heldout = documents_in(cfg, "train"), documents_in(cfg, "eval")
     assert len(heldout) == 4
-    assert sorted(train + heldout) == sorted(DOCUMENTS)  # exactly one end-of-text behind each, or there were empty ones
+    assert sorted(train + heldout) == sorted(
+        DOCUMENTS
+    )  # exactly one end-of-text behind each, or there were empty ones
     assert [text for text in DOCUMENTS if text in train] == train  # in their order
     assert not set(train) & set(heldout)
     meta = json.loads(Path(cfg.output_dir, "shards.json").read_text())
-    assert meta["tokens"] == {split: sum(map(len, shards(cfg, split))) for split in ("train", "eval")}
+    assert meta["tokens"] == {
+        split: sum(map(len, shards(cfg, split))) for split in ("train", "eval")
+    }
     assert (meta["dtype"], meta["vocab_size"]) == ("uint16", 300)
     assert meta["bytes"] == sum(len(text.encode()) for text in train)
     verify(Path(cfg.output_dir))
@@ -69,7 +99,9 @@ def test_control_text_is_encoded_as_text(setting):
     ids = np.concatenate(shards(cfg, "train") + shards(cfg, "eval"))
     tokenizer = load_tokenizer(cfg.output_dir)
     assert (ids == tokenizer.eot_id).sum() == 32
-    assert ids.max() == tokenizer.eot_id  # the other four control ids come behind it and never occur
+    assert (
+        ids.max() == tokenizer.eot_id
+    )  # the other four control ids come behind it and never occur
 
 
 def test_split_and_tokenizer_follow_the_seed(setting, tmp_path):
@@ -78,7 +110,9 @@ def test_split_and_tokenizer_follow_the_seed(setting, tmp_path):
         cfg = setting(output_dir=str(tmp_path / name), seed=seed)
         main(cfg)
         files = [
-            file for file in sorted(Path(cfg.output_dir).iterdir()) if file.suffix == ".bin" or file.name == "tokenizer.json"
+            file
+            for file in sorted(Path(cfg.output_dir).iterdir())
+            if file.suffix == ".bin" or file.name == "tokenizer.json"
         ]
         assert len(files) == 3
         found.append([file.read_bytes() for file in files])
@@ -176,7 +210,9 @@ def test_a_hub_data_set_is_streamed(setting, monkeypatch):
     cfg = setting(train_data=["owner/name:en"])
     main(cfg)
     assert sorted(documents_in(cfg, "train") + documents_in(cfg, "eval")) == sorted(DOCUMENTS)
-    assert asked == [(("owner/name", "en"), "train", True)] * 3  # to count, to train the tokenizer, to tokenise
+    assert (
+        asked == [(("owner/name", "en"), "train", True)] * 3
+    )  # to count, to train the tokenizer, to tokenise
 
 
 def test_mistakes_are_told(setting, tmp_path):
@@ -196,7 +232,9 @@ def test_mistakes_are_told(setting, tmp_path):
     with pytest.raises(InputError, match=r"odd\.jsonl: too little text: all 2 documents are empty"):
         main(setting(train_data=[*cfg.train_data, str(file)]))
     main(setting(["ab" * 9] * 20, output_dir=str(tmp_path / "ab"), tokenizer="characters"))
-    with pytest.raises(InputError, match=r"documents\.jsonl:1: character 't' .* is none of this tokenizer's 2"):
+    with pytest.raises(
+        InputError, match=r"documents\.jsonl:1: character 't' .* is none of this tokenizer's 2"
+    ):
         main(setting(tokenizer=str(tmp_path / "ab")))
 
 
@@ -221,11 +259,15 @@ def several(tmp_path):
 
 
 def test_without_weights_shards_and_rows_are_those_of_earlier_releases(setting, several):
-    """Checkpoints that were published can be made again bit by bit. The digests are those of commit 4952a88."""
+    """Checkpoints that were published can be made again bit by bit. The digests are those of commit
+    4952a88."""
     cfg = setting(train_data=several, tokenizer="characters", shard_tokens=3000, seed=5)
     main(cfg)
     files = sorted(Path(cfg.output_dir).glob("*.bin"))
-    assert [file.name for file in files] == ["eval-00000.bin", *(f"train-0000{n}.bin" for n in range(3))]
+    assert [file.name for file in files] == [
+        "eval-00000.bin",
+        *(f"train-0000{n}.bin" for n in range(3)),
+    ]
     found = [digest(file.read_bytes()) for file in files]
     assert found == ["02df7c0313fa8d0c", "abb10e419118627f", "ecab6a9a5a5afa2d", "fbae31738327277d"]
     for split, expected in (("train", "bb891f0a9f19586b"), ("eval", "cf7d6412cf57e3b2")):
@@ -235,13 +277,21 @@ def test_without_weights_shards_and_rows_are_those_of_earlier_releases(setting, 
 
 def test_the_fingerprint_is_of_content_tokenizer_and_settings(setting, several, tmp_path):
     def meta(name: str, **keys) -> dict:
-        cfg = setting(**{"train_data": several, "output_dir": str(tmp_path / name), "tokenizer": "characters"} | keys)
+        cfg = setting(
+            **{"train_data": several, "output_dir": str(tmp_path / name), "tokenizer": "characters"}
+            | keys
+        )
         main(cfg)
         return json.loads(Path(cfg.output_dir, "shards.json").read_text())
 
     first = meta("first")
     assert [source["source"] for source in first["sources"]] == several
-    assert [(source["documents"], source["empty"]) for source in first["sources"]] == [(40, 1), (1, 0), (5, 0), (40, 0)]
+    assert [(source["documents"], source["empty"]) for source in first["sources"]] == [
+        (40, 1),
+        (1, 0),
+        (5, 0),
+        (40, 0),
+    ]
     for split in ("train", "eval"):
         assert sum(source["tokens"][split] for source in first["sources"]) == first["tokens"][split]
     book = first["sources"][1]
@@ -249,7 +299,12 @@ def test_the_fingerprint_is_of_content_tokenizer_and_settings(setting, several, 
     assert sum(book["bytes"].values()) == len("\n".join(DOCUMENTS).encode())
     moved = [str(Path(file).rename(tmp_path / f"x{Path(file).name}")) for file in several]
     assert meta("second", train_data=moved)["fingerprint"] == first["fingerprint"]
-    others = [meta("third", train_data=moved, **keys)["fingerprint"] for keys in ({"seed": 1}, {"eval_fraction": 0.2})]
-    Path(moved[0]).write_text(Path(moved[0]).read_text() + "\n")  # no other token, but another source
+    others = [
+        meta("third", train_data=moved, **keys)["fingerprint"]
+        for keys in ({"seed": 1}, {"eval_fraction": 0.2})
+    ]
+    Path(moved[0]).write_text(
+        Path(moved[0]).read_text() + "\n"
+    )  # no other token, but another source
     others.append(meta("fourth", train_data=moved)["fingerprint"])
     assert len({first["fingerprint"], *others}) == 4

@@ -1,4 +1,5 @@
-"""Shard files grow in order, and are the same however many processes made them and however often these were killed."""
+"""Shard files grow in order, and are the same however many processes made them and however often
+these were killed."""
 
 import json
 import re
@@ -20,14 +21,19 @@ from stages.pretrain.shards import ShardWriter
 from stages.pretrain.tokenise import Document, chunked, encode_all
 
 ROOT = Path(__file__).resolve().parents[3]
-TEXTS = [f"{n} foxes and {n * n} birds went to town {n} times, where it was cold. " * (1 + n % 4) for n in range(120)]
+TEXTS = [
+    f"{n} foxes and {n * n} birds went to town {n} times, where it was cold. " * (1 + n % 4)
+    for n in range(120)
+]
 
 
 @pytest.fixture
 def setting(tmp_path):
     """Three sources, the last a book; chunks of some documents, noted one by one."""
     for name, texts in (("a", TEXTS[:70]), ("b", TEXTS[70:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     (tmp_path / "book.txt").write_text("".join(TEXTS))
 
     def make(name: str, **keys) -> Config:
@@ -57,16 +63,29 @@ def made(cfg: Config) -> dict[str, bytes]:
 
 
 def test_processes_change_nothing(tokenizer):
-    chunks = list(chunked(4, [Document({"train" if n % 3 else "eval": text}, f"f:{n}") for n, text in enumerate(TEXTS * 60)]))
+    chunks = list(
+        chunked(
+            4,
+            [
+                Document({"train" if n % 3 else "eval": text}, f"f:{n}")
+                for n, text in enumerate(TEXTS * 60)
+            ],
+        )
+    )
     alone, together = (list(encode_all(tokenizer, iter(chunks), processes)) for processes in (1, 2))
     assert len(alone) == len(together) > 2
     for one, other in zip(alone, together, strict=True):
         assert one[:3] == other[:3]
         assert all(np.array_equal(one.ids[split], other.ids[split]) for split in ("train", "eval"))
-    expected = [token for text in (TEXTS * 60)[::3] for token in (*tokenizer.encode(text), tokenizer.eot_id)]
+    expected = [
+        token for text in (TEXTS * 60)[::3] for token in (*tokenizer.encode(text), tokenizer.eot_id)
+    ]
     assert np.concatenate([chunk.ids["eval"] for chunk in together]).tolist() == expected
     assert sum(chunk.documents for chunk in alone) == 7200
-    assert sum(chunk.bytes["train"] + chunk.bytes["eval"] for chunk in alone) == sum(map(len, TEXTS)) * 60
+    assert (
+        sum(chunk.bytes["train"] + chunk.bytes["eval"] for chunk in alone)
+        == sum(map(len, TEXTS)) * 60
+    )
 
 
 def test_a_refused_text_is_named(tokenizer):
@@ -106,7 +125,9 @@ def test_a_writer_refuses_files_that_are_not_its_own(tmp_path):
     writer.write(np.arange(250))
     writer.sync()
     assert not ShardWriter(tmp_path, "train", "uint16", 100).restore(250, writer.crc + 1)
-    assert not ShardWriter(tmp_path, "train", "uint16", 100).restore(251, writer.crc)  # shorter than was noted
+    assert not ShardWriter(tmp_path, "train", "uint16", 100).restore(
+        251, writer.crc
+    )  # shorter than was noted
     (tmp_path / "train-00001.bin").unlink()
     assert not ShardWriter(tmp_path, "train", "uint16", 100).restore(250, writer.crc)
 
@@ -140,7 +161,9 @@ def test_an_interruption_anywhere_changes_nothing(setting, fine, monkeypatch, ca
     capsys.readouterr()
     monkeypatch.setattr(tokenise.Shelf, "add", add)
     main(parts)
-    done = re.search(r"going on from .*progress\.json, (\d+) documents are done", capsys.readouterr().out)
+    done = re.search(
+        r"going on from .*progress\.json, (\d+) documents are done", capsys.readouterr().out
+    )
     assert 40 < int(done[1]) < 121
     assert made(parts) == made(whole)
 
@@ -168,7 +191,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
+@pytest.mark.parametrize(
+    ("kind", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 75)]
+)
 def test_a_killed_run_is_finished_by_the_next(kind, code, setting, fine, monkeypatch):
     whole, killed = setting("whole"), setting("killed", num_proc=2)
     main(whole)
@@ -190,7 +215,9 @@ def test_a_killed_run_is_finished_by_the_next(kind, code, setting, fine, monkeyp
         assert not [worker for worker in workers if Path(f"/proc/{worker}/cmdline").exists()]
     encoded = []
     encode = tokenise.encode
-    monkeypatch.setattr(tokenise, "encode", lambda *chunk: encoded.append(chunk[1]) or encode(*chunk))
+    monkeypatch.setattr(
+        tokenise, "encode", lambda *chunk: encoded.append(chunk[1]) or encode(*chunk)
+    )
     main(setting("killed"))  # by one process this time
     assert set(encoded) == {1, 2}  # nothing of the first source again
     assert made(killed) == made(whole)
@@ -208,7 +235,11 @@ def test_only_what_was_made_from_the_same_is_taken(setting, fine, monkeypatch, t
         begun = []
         begin = tokenise.Shelf.begin.__func__
         with monkeypatch.context() as patch:
-            patch.setattr(tokenise.Shelf, "begin", classmethod(lambda cls, *a, **k: begun.append(1) or begin(cls, *a, **k)))
+            patch.setattr(
+                tokenise.Shelf,
+                "begin",
+                classmethod(lambda cls, *a, **k: begun.append(1) or begin(cls, *a, **k)),
+            )
             main(cfg)
         return not begun
 
@@ -220,8 +251,16 @@ def test_only_what_was_made_from_the_same_is_taken(setting, fine, monkeypatch, t
 
     interrupt()
     assert goes_on(setting("x", num_proc=1))
-    assert not goes_on(setting("x"))  # a finished one starts over, as it may be run again for its code
-    for keys in ({"seed": 1}, {"eval_fraction": 0.2}, {"vocab_size": 310}, {"shard_tokens": 650}, {"weights": [1, 1, 1]}):
+    assert not goes_on(
+        setting("x")
+    )  # a finished one starts over, as it may be run again for its code
+    for keys in (
+        {"seed": 1},
+        {"eval_fraction": 0.2},
+        {"vocab_size": 310},
+        {"shard_tokens": 650},
+        {"weights": [1, 1, 1]},
+    ):
         interrupt()
         assert not goes_on(setting("x", **keys)), keys
     interrupt()
@@ -231,7 +270,9 @@ def test_only_what_was_made_from_the_same_is_taken(setting, fine, monkeypatch, t
     shard.write_bytes(content)
     assert not goes_on(setting("x"))
     interrupt()
-    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("foxes", "boxes", 1))
+    (tmp_path / "a.jsonl").write_text(
+        (tmp_path / "a.jsonl").read_text().replace("foxes", "boxes", 1)
+    )
     assert not goes_on(setting("x"))
     main(setting("fresh"))
     assert made(setting("x")) == made(setting("fresh"))
@@ -288,20 +329,34 @@ def test_a_long_text_has_the_ids_of_its_pieces(tokenizer, monkeypatch, pattern):
 def test_a_book_in_pieces_is_the_same_book(tmp_path, monkeypatch, number, fraction):
     """As .txt and as .jsonl, held out as a whole or giving its tail, cut into pieces or not."""
     rng = np.random.default_rng(1)
-    books = ["".join(rng.choice([*TEXTS, "\n\n", "   \n"]) for _ in range(20)) + "\n \n" * n for n in range(number)]
+    books = [
+        "".join(rng.choice([*TEXTS, "\n\n", "   \n"]) for _ in range(20)) + "\n \n" * n
+        for n in range(number)
+    ]
     (tmp_path / "txt").mkdir()
     for n, book in enumerate(books):
         (tmp_path / f"txt/{n:02d}.txt").write_text(book)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": book}) + "\n" for book in books))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": book}) + "\n" for book in books)
+    )
     files = []
-    for chunk, block, source in ((1 << 18, 1 << 20, "txt"), (100, 130, "txt"), (100, 1 << 20, "rows.jsonl")):
+    for chunk, block, source in (
+        (1 << 18, 1 << 20, "txt"),
+        (100, 130, "txt"),
+        (100, 1 << 20, "rows.jsonl"),
+    ):
         monkeypatch.setattr(tokenise, "CHUNK", chunk)
         monkeypatch.setattr(sources, "BLOCK", block)
         cfg = Config(
-            train_data=[str(tmp_path / source)], output_dir=str(tmp_path / "x"), vocab_size=300, eval_fraction=fraction
+            train_data=[str(tmp_path / source)],
+            output_dir=str(tmp_path / "x"),
+            vocab_size=300,
+            eval_fraction=fraction,
         )
         main(cfg)
-        files.append({name: content for name, content in made(cfg).items() if name != "shards.json"})
+        files.append(
+            {name: content for name, content in made(cfg).items() if name != "shards.json"}
+        )
     assert files[0] == files[1] == files[2]
 
 
@@ -313,10 +368,15 @@ def test_a_text_that_is_refused_is_named_with_its_place(tmp_path, monkeypatch):
     book.write_text("abc def\n" * 60)
     main(Config(tokenizer="characters", **keys))
     book.write_text("abc def\n" * 40 + "abc?def" + "abc def\n" * 40)
-    with pytest.raises(InputError, match=r"book\.txt from character \d+ on: character '\?' .* at position \d+ is none of"):
+    with pytest.raises(
+        InputError,
+        match=r"book\.txt from character \d+ on: character '\?' .* at position \d+ is none of",
+    ):
         main(Config(tokenizer=str(tmp_path / "x"), **keys | {"output_dir": str(tmp_path / "y")}))
     book.write_bytes(b"abc def\n" * 40 + b"abc \xff def")
-    with pytest.raises(InputError, match=r"book\.txt: not UTF-8 at line 41, column 5 \(byte 0xff\)"):
+    with pytest.raises(
+        InputError, match=r"book\.txt: not UTF-8 at line 41, column 5 \(byte 0xff\)"
+    ):
         main(Config(**keys))
     book.write_bytes(b"abc def " * 40 + b"abc \xff def")
     with pytest.raises(InputError, match=r"book\.txt: not UTF-8 at column 325 \(byte 0xff\)"):

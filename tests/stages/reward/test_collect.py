@@ -1,4 +1,5 @@
-"""Collecting comparisons: hooks, reference answers, people's pairs, and a held-out split by prompt."""
+"""Collecting comparisons: hooks, reference answers, people's pairs, and a held-out split by
+prompt."""
 
 import json
 import random
@@ -16,7 +17,8 @@ QUESTIONS = [f"Name an animal. {n}" for n in range(10)]
 
 @pytest.fixture
 def hooks(monkeypatch):
-    """A module "own_hooks" as a recipe would bring it: longest answer best; one off-task answer; calls are noted."""
+    """A module "own_hooks" as a recipe would bring it: longest answer best; one off-task answer;
+    calls are noted."""
     module = types.ModuleType("own_hooks")
     module.calls = []
 
@@ -27,7 +29,10 @@ def hooks(monkeypatch):
         return [order.index(len(answer)) for answer in answers]
 
     module.rank = rank
-    module.contrast = lambda prompt, rng: [("off_task", "no"), ("near_miss", f"{prompt} {rng.random():.3f}")]
+    module.contrast = lambda prompt, rng: [
+        ("off_task", "no"),
+        ("near_miss", f"{prompt} {rng.random():.3f}"),
+    ]
     monkeypatch.setitem(sys.modules, "own_hooks", module)
     return module
 
@@ -35,13 +40,22 @@ def hooks(monkeypatch):
 @pytest.fixture
 def setting(tmp_path, tiny_gpt, stage_dir):
     def make(rows=None, **keys) -> Config:
-        rows = [{"prompt": question, "completion": "The fox."} for question in QUESTIONS] if rows is None else rows
+        rows = (
+            [{"prompt": question, "completion": "The fox."} for question in QUESTIONS]
+            if rows is None
+            else rows
+        )
         file = tmp_path / "prompts.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         defaults = {
-            "parent": stage_dir(tiny_gpt(seed=1)), "train_data": str(file), "output_dir": str(tmp_path / "collect"),
-            "answers_per_prompt": 3, "max_new_tokens": 8, "max_prompt_length": 24, "eval_fraction": 0.2,
-        }  # fmt: skip
+            "parent": stage_dir(tiny_gpt(seed=1)),
+            "train_data": str(file),
+            "output_dir": str(tmp_path / "collect"),
+            "answers_per_prompt": 3,
+            "max_new_tokens": 8,
+            "max_prompt_length": 24,
+            "eval_fraction": 0.2,
+        }
         return Config(**defaults | keys)
 
     return make
@@ -64,7 +78,9 @@ def question(row: dict) -> str:
 
 
 def test_labeller_and_contrast(setting, hooks):
-    train, heldout, stage = collected(setting(labeller="own_hooks:rank", contrast="own_hooks:contrast"))
+    train, heldout, stage = collected(
+        setting(labeller="own_hooks:rank", contrast="own_hooks:contrast")
+    )
     assert (len(train), len(heldout)) == (8, 2)
     assert sorted(map(question, train + heldout)) == sorted(QUESTIONS)
     assert [prompt for prompt, _ in hooks.calls] == QUESTIONS  # asked once each
@@ -80,7 +96,9 @@ def test_labeller_and_contrast(setting, hooks):
                 assert (row["ranks"][i] < row["ranks"][j]) == (lengths[i] > lengths[j])
         assert len(row["stopped"]) == 5
         assert row["stopped"][3:] == [True, True]
-    assert len({answer for row in train for answer in row["answers"][:3]}) > 12  # samples at temperature 1 differ
+    assert (
+        len({answer for row in train for answer in row["answers"][:3]}) > 12
+    )  # samples at temperature 1 differ
     assert stage["gate"]["passed"]
     assert stage["metrics"] == {"answers": 50, "prompts": 10, "pairs": 0, "too_long": 0}
 
@@ -123,7 +141,9 @@ def test_stopped_says_whether_the_end_token_came(setting, tiny_gpt, stage_dir, t
 
 
 def test_people_s_pairs_are_merged_into_both_files(setting, hooks, tmp_path):
-    people = [{"prompt": f"Who is it? {n}", "chosen": "me", "rejected": f"you {n}"} for n in range(10)]
+    people = [
+        {"prompt": f"Who is it? {n}", "chosen": "me", "rejected": f"you {n}"} for n in range(10)
+    ]
     file = tmp_path / "people.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in people))
     train, heldout, stage = collected(setting(labeller="own_hooks:rank", pairs=[str(file)]))
@@ -137,18 +157,26 @@ def test_people_s_pairs_are_merged_into_both_files(setting, hooks, tmp_path):
 def test_held_out_prompts_are_in_no_training_row(setting, hooks, tmp_path):
     """Also where a prompt comes twice, among people's pairs, or in both kinds."""
     rows = [{"prompt": QUESTIONS[n // 2]} for n in range(20)]
-    people = [{"prompt": QUESTIONS[n // 3], "chosen": "me", "rejected": f"you {n}"} for n in range(30)]
+    people = [
+        {"prompt": QUESTIONS[n // 3], "chosen": "me", "rejected": f"you {n}"} for n in range(30)
+    ]
     file = tmp_path / "people.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in people))
     for seed in range(3):
-        train, heldout, _ = collected(setting(rows, labeller="own_hooks:rank", pairs=[str(file)], seed=seed))
+        train, heldout, _ = collected(
+            setting(rows, labeller="own_hooks:rank", pairs=[str(file)], seed=seed)
+        )
         assert len(train) + len(heldout) == 50
         assert heldout
         assert not {question(row) for row in train} & {question(row) for row in heldout}
 
 
 def test_long_prompts_are_counted_and_max_prompts_holds(setting, hooks):
-    rows = [{"prompt": "Hi"}, {"prompt": "The red fox and the blue bird. " * 4}, *({"prompt": f"Go on {n}"} for n in range(5))]
+    rows = [
+        {"prompt": "Hi"},
+        {"prompt": "The red fox and the blue bird. " * 4},
+        *({"prompt": f"Go on {n}"} for n in range(5)),
+    ]
     train, heldout, stage = collected(setting(rows, labeller="own_hooks:rank", max_prompts=4))
     assert sorted(map(question, train + heldout)) == ["Go on 0", "Go on 1", "Hi"]
     assert stage["metrics"]["too_long"] == 1

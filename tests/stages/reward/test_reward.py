@@ -1,4 +1,5 @@
-"""The reward stage: the comparison loss against plain Python, formats, the origin of the scale, and the hand-off."""
+"""The reward stage: the comparison loss against plain Python, formats, the origin of the scale, and
+the hand-off."""
 
 import json
 import math
@@ -36,7 +37,10 @@ def test_ranked_pairs():
     assert ranked_pairs([3, 3, 3]) == []
 
 
-PROMPTS = [([1.0, -0.5, 2.0, 0.25], [1, 2, 0, 1]), ([3.0, 1.0], [1, 0])]  # (scores, ranks); the second is misjudged
+PROMPTS = [
+    ([1.0, -0.5, 2.0, 0.25], [1, 2, 0, 1]),
+    ([3.0, 1.0], [1, 0]),
+]  # (scores, ranks); the second is misjudged
 
 
 @pytest.mark.parametrize(("margin", "centering"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.01), (0.3, 0.1)])
@@ -47,12 +51,15 @@ def test_k_wise_loss_equals_brute_force(tokenizer, margin, centering):
         for a in range(len(scores)):
             for b in range(a):
                 if ranks[a] != ranks[b]:
-                    good, bad = (scores[a], scores[b]) if ranks[a] < ranks[b] else (scores[b], scores[a])
+                    good, bad = (
+                        (scores[a], scores[b]) if ranks[a] < ranks[b] else (scores[b], scores[a])
+                    )
                     terms.append(surprise(good - bad - margin) + centering * (good + bad) ** 2)
         expected += sum(terms) / len(terms)  # every prompt counts once, however many answers it has
     answers = [[f"{n}" for n in range(len(scores))] for scores, _ in PROMPTS]
     rows = [
-        Row({"prompt": "Hi", "answers": texts, "ranks": ranks}, "x") for texts, (_, ranks) in zip(answers, PROMPTS, strict=True)
+        Row({"prompt": "Hi", "answers": texts, "ranks": ranks}, "x")
+        for texts, (_, ranks) in zip(answers, PROMPTS, strict=True)
     ]
     comparisons, counts = tokenize(rows, tokenizer, 50)
     assert (counts["comparisons"], counts["pairs"]) == (2, 6)
@@ -73,7 +80,11 @@ def test_ties_and_identical_answers_are_no_pairs_and_nothing_is_lost_silently(to
         Row({"prompt": "Hi", "chosen": long, "rejected": "b"}, "x:5"),
     ]
     comparisons, counts = tokenize(rows, tokenizer, 20)
-    assert [sorted(comparison.pairs) for comparison in comparisons] == [[(0, 2), (1, 2)], [(0, 2), (1, 2)], [(0, 1)]]
+    assert [sorted(comparison.pairs) for comparison in comparisons] == [
+        [(0, 2), (1, 2)],
+        [(0, 2), (1, 2)],
+        [(0, 1)],
+    ]
     assert counts["comparisons"] == 3
     assert counts["pairs"] == 5
     assert counts["identical"] == 1
@@ -83,7 +94,11 @@ def test_ties_and_identical_answers_are_no_pairs_and_nothing_is_lost_silently(to
         tokenize(rows[2:3], tokenizer, 20)
 
 
-SYSTEM, HUMAN, GPT = {"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}
+SYSTEM, HUMAN, GPT = (
+    {"from": "system", "value": "Be kind."},
+    {"from": "human", "value": "Hi"},
+    {"from": "gpt", "value": "Yes?"},
+)
 FORMATS = {
     "texts": ({"prompt": "Hi", "chosen": "good", "rejected": "bad"}, [("user", "Hi")]),
     "messages": (
@@ -97,20 +112,33 @@ FORMATS = {
     "implicit prompt": (
         {
             "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "good"}],
-            "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "bad"}],
+            "rejected": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "bad"},
+            ],
         },
         [("user", "Hi")],
     ),
     "null columns": (  # what a Parquet file with rows of several kinds gives
-        {"prompt": "Hi", "chosen": "good", "rejected": "bad"} | dict.fromkeys(("answers", "ranks", "sources", "stopped")),
+        {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+        | dict.fromkeys(("answers", "ranks", "sources", "stopped")),
         [("user", "Hi")],
     ),
     "null prompt": (
-        {"prompt": None, "conversations": [{"from": "human", "value": "Hi"}], "chosen": "good", "rejected": "bad"},
+        {
+            "prompt": None,
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": "good",
+            "rejected": "bad",
+        },
         [("user", "Hi")],
     ),
     "sharegpt": (
-        {"conversations": [HUMAN], "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+        {
+            "conversations": [HUMAN],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
         [("user", "Hi")],
     ),
     "sharegpt turns": (
@@ -129,7 +157,11 @@ def test_formats(name, tokenizer):
     data, prompt = FORMATS[name]
     start = []
     for role, text in prompt:
-        start += [tokenizer.role_ids[role], *tokenizer.encode(text), *([tokenizer.eot_id] if role == "assistant" else [])]
+        start += [
+            tokenizer.role_ids[role],
+            *tokenizer.encode(text),
+            *([tokenizer.eot_id] if role == "assistant" else []),
+        ]
     start.append(tokenizer.role_ids["assistant"])
     (comparison,), _ = tokenize([Row(data, "x:1")], tokenizer, 100)
     assert comparison.rows == [
@@ -140,8 +172,13 @@ def test_formats(name, tokenizer):
 
 
 def test_an_answer_that_was_cut_off_gets_no_end_token(tokenizer):
-    row = {"prompt": "Hi", "answers": ["good", "bad", "ok"], "ranks": [0, 1, 2], "stopped": [True, False, True],
-           "sources": ["reference", "policy", "policy"]}  # fmt: skip
+    row = {
+        "prompt": "Hi",
+        "answers": ["good", "bad", "ok"],
+        "ranks": [0, 1, 2],
+        "stopped": [True, False, True],
+        "sources": ["reference", "policy", "policy"],
+    }
     (comparison,), _ = tokenize([Row(row, "x:1")], tokenizer, 50)
     assert [answer[-1] == tokenizer.eot_id for answer in comparison.rows] == [True, False, True]
     assert comparison.policy == [1, 2]
@@ -152,7 +189,10 @@ def test_an_answer_that_was_cut_off_gets_no_end_token(tokenizer):
     [
         ({"prompt": "Hi", "chosen": "good"}, "rejected"),
         ({"prompt": "Hi", "answers": ["a", "b", "c"], "ranks": [0, 1]}, "3 answers, 2 ranks"),
-        ({"prompt": "Hi", "answers": ["a", "b"], "ranks": [0, 1], "sources": ["policy"]}, "sources"),
+        (
+            {"prompt": "Hi", "answers": ["a", "b"], "ranks": [0, 1], "sources": ["policy"]},
+            "sources",
+        ),
         ({"prompt": "Hi", "answers": ["a", "b"], "ranks": ["best", 1]}, "ranks"),
         ({"chosen": "good", "rejected": "bad"}, "prompt"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "bad"}, "text"),
@@ -177,7 +217,11 @@ def test_accuracy_and_its_interval():
 
 def test_accuracy_by_margin():
     rows = accuracy_by_margin(torch.tensor([0.1, -0.1, 0.6, 3.0, -4.0, 5.0, 0.0]))
-    assert [(bucket, pairs) for bucket, pairs, _, _ in rows] == [("0-0.25", 3), ("0.5-1", 1), ("2-inf", 3)]
+    assert [(bucket, pairs) for bucket, pairs, _, _ in rows] == [
+        ("0-0.25", 3),
+        ("0.5-1", 1),
+        ("2-inf", 3),
+    ]
     assert [right for _, _, right, _ in rows] == pytest.approx([0.5, 1.0, 2 / 3])
     claims = [[0.1, 0.1, 0.0], [0.6], [3, 4, 5]]
     expected = [sum(1 / (1 + math.exp(-gap)) for gap in part) / len(part) for part in claims]
@@ -198,7 +242,9 @@ def test_origin_is_the_mean_of_the_given_scores(tokenizer, tiny_reward, shift, n
     assert float(after.mean()) == pytest.approx(0, abs=1e-5)
     std = 1.0 if normalize else float(before.std(correction=0))
     assert float(after.std(correction=0)) == pytest.approx(std, rel=1e-5)
-    torch.testing.assert_close(after * float(before.std(correction=0)) / std, before - before.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        after * float(before.std(correction=0)) / std, before - before.mean(), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_score_is_read_at_the_last_real_token(tiny_reward, tokenizer):
@@ -219,7 +265,12 @@ def test_new_head_is_small():
     assert model.shift == 0
 
 
-ANSWERS = ["The river is cold.", "It is a good day.", "no", "No fox is blue."]  # people like rivers, then good days
+ANSWERS = [
+    "The river is cold.",
+    "It is a good day.",
+    "no",
+    "No fox is blue.",
+]  # people like rivers, then good days
 
 
 @pytest.fixture
@@ -228,30 +279,47 @@ def setting(tmp_path, tiny_gpt, stage_dir):
         choices = [[(k + n) % 4 for k in range(3)] for n in range(prompts)]
         rows = [
             {
-                "prompt": f"Hi {n}", "answers": [ANSWERS[k] for k in three], "ranks": three,
-                "sources": ["reference", "policy", "policy"], "stopped": [True, True, n % 3 > 0],
+                "prompt": f"Hi {n}",
+                "answers": [ANSWERS[k] for k in three],
+                "ranks": three,
+                "sources": ["reference", "policy", "policy"],
+                "stopped": [True, True, n % 3 > 0],
             }
             for n, three in enumerate(choices)
-        ]  # fmt: skip
+        ]
         file = tmp_path / "comparisons.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         defaults = {
-            "parent": stage_dir(tiny_gpt(family, seed=1)), "train_data": str(file), "output_dir": str(tmp_path / "reward"),
-            "mixed_precision": "no", "max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "max_length": 60,
-            "eval_fraction": 0.25, "logging_steps": 10,
-        }  # fmt: skip
+            "parent": stage_dir(tiny_gpt(family, seed=1)),
+            "train_data": str(file),
+            "output_dir": str(tmp_path / "reward"),
+            "mixed_precision": "no",
+            "max_steps": 30,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5e-3,
+            "max_length": 60,
+            "eval_fraction": 0.25,
+            "logging_steps": 10,
+        }
         return Config(**defaults | keys)
 
     return make
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_it_learns_the_ranking_and_what_was_saved_scores_the_same(family, setting, monkeypatch, capsys):
+def test_it_learns_the_ranking_and_what_was_saved_scores_the_same(
+    family, setting, monkeypatch, capsys
+):
     """Invariant 7, and that the SFT model's answers score 0 on average with a deviation of 1."""
     kept = {}
     real = train.publish
     monkeypatch.setattr(
-        train, "publish", lambda folder, model, *rest, **kw: (kept.update(model=model), real(folder, model, *rest, **kw))[1]
+        train,
+        "publish",
+        lambda folder, model, *rest, **kw: (
+            kept.update(model=model),
+            real(folder, model, *rest, **kw),
+        )[1],
     )
     cfg = setting(family)
     main(cfg)
@@ -270,20 +338,31 @@ def test_it_learns_the_ranking_and_what_was_saved_scores_the_same(family, settin
     comparisons, _ = tokenize(rows[:18], tokenizer, cfg.max_length)
     batch = collate(comparisons, tokenizer.pad_id, torch.device("cpu"))
     with torch.no_grad():
-        scores, memory = loaded(batch.ids, batch.lengths), kept["model"].eval()(batch.ids, batch.lengths)
+        scores, memory = (
+            loaded(batch.ids, batch.lengths),
+            kept["model"].eval()(batch.ids, batch.lengths),
+        )
     assert torch.equal(scores, memory)
     assert loaded.shift != 0
     policy = scores.view(18, 3)[:, 1:]
     assert float(policy.mean()) == pytest.approx(0, abs=1e-4)
     assert float(policy.std(correction=0)) == pytest.approx(1, abs=1e-4)
-    right = [scores[3 * n + i] > scores[3 * n + j] for n, c in enumerate(comparisons) for i, j in c.pairs]
+    right = [
+        scores[3 * n + i] > scores[3 * n + j] for n, c in enumerate(comparisons) for i, j in c.pairs
+    ]
     assert sum(right) / len(right) > 0.9
 
 
 @pytest.mark.parametrize("micro", [24, 6])
 def test_the_logged_loss_is_the_mean_over_prompts(setting, micro):
-    """Nothing is learned, so training loss = held-out loss on the same rows, all of which have three pairs."""
-    cfg = setting(learning_rate=0.0, max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=24 // micro)
+    """Nothing is learned, so training loss = held-out loss on the same rows, all of which have
+    three pairs."""
+    cfg = setting(
+        learning_rate=0.0,
+        max_steps=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=24 // micro,
+    )
     main(setting(**cfg.__dict__ | {"eval_data": cfg.train_data}))
     with open(f"{cfg.output_dir}/metrics.jsonl") as file:  # noqa: PTH123
         first, second, _ = (json.loads(line) for line in file)
@@ -296,7 +375,9 @@ def test_answers_by_people_do_not_move_the_origin(setting, tmp_path):
     cfg = setting(normalize=False)
     with open(cfg.train_data) as file:  # noqa: PTH123
         machine = [json.loads(line) for line in file]
-    people = [{"prompt": f"Ho {n}", "chosen": ANSWERS[0], "rejected": ANSWERS[1]} for n in range(12)]
+    people = [
+        {"prompt": f"Ho {n}", "chosen": ANSWERS[0], "rejected": ANSWERS[1]} for n in range(12)
+    ]
     merged = tmp_path / "merged.jsonl"
     merged.write_text("".join(json.dumps(row) + "\n" for row in machine + people))
     cfg = setting(normalize=False, train_data=str(merged), eval_data=cfg.train_data)
@@ -324,20 +405,29 @@ def test_the_critic_is_the_reward_model(setting, tokenizer):
 
 def test_accumulation_changes_nothing_but_memory(setting, tmp_path):
     runs = [
-        setting(output_dir=str(tmp_path / f"{micro}"), per_device_train_batch_size=micro, max_steps=2, normalize=False,
-                gradient_accumulation_steps=6 // micro)
+        setting(
+            output_dir=str(tmp_path / f"{micro}"),
+            per_device_train_batch_size=micro,
+            max_steps=2,
+            normalize=False,
+            gradient_accumulation_steps=6 // micro,
+        )
         for micro in (6, 2)
-    ]  # fmt: skip
+    ]
     for cfg in runs:
         main(cfg)
     whole, parts = (load_file(f"{cfg.output_dir}/model.safetensors") for cfg in runs)
     start = load_file(f"{runs[0].parent}/model.safetensors")
-    assert max(float((whole[name] - start[name]).abs().max()) for name in start if name in whole) > 5e-3
+    assert (
+        max(float((whole[name] - start[name]).abs().max()) for name in start if name in whole)
+        > 5e-3
+    )
     assert max(float((whole[name] - parts[name]).abs().max()) for name in whole) < 1e-4
 
 
 def test_a_prompt_is_never_on_both_sides_of_the_split(setting, tmp_path, monkeypatch):
-    """A file of people's pairs has several rows for a prompt; held-out accuracy must not be measured on known ones."""
+    """A file of people's pairs has several rows for a prompt; held-out accuracy must not be
+    measured on known ones."""
     cfg = setting(max_steps=1)
     rows = [{"prompt": f"Hi {n // 3}", "chosen": "good", "rejected": f"bad {n}"} for n in range(24)]
     file = tmp_path / "people.jsonl"
@@ -345,7 +435,11 @@ def test_a_prompt_is_never_on_both_sides_of_the_split(setting, tmp_path, monkeyp
     sides = []
     real = train.paired
     monkeypatch.setattr(
-        train, "paired", lambda rows, *rest: (sides.append({row.data["prompt"] for row in rows}), real(rows, *rest))[1]
+        train,
+        "paired",
+        lambda rows, *rest: (sides.append({row.data["prompt"] for row in rows}), real(rows, *rest))[
+            1
+        ],
     )
     main(setting(max_steps=1, train_data=str(file), eval_fraction=0.2))
     assert len(sides) == 2
@@ -356,8 +450,15 @@ def test_a_prompt_is_never_on_both_sides_of_the_split(setting, tmp_path, monkeyp
 def test_lora_through_main(setting):
     cfg = setting(lora_r=2, lora_targets=["qkv", "down"], max_steps=20, learning_rate=1e-2)
     main(cfg)
-    start, end = load_file(f"{cfg.parent}/model.safetensors"), load_file(f"{cfg.output_dir}/model.safetensors")
-    changed = {name.split(".")[-2] for name in end if name in start and not torch.equal(start[name], end[name])}
+    start, end = (
+        load_file(f"{cfg.parent}/model.safetensors"),
+        load_file(f"{cfg.output_dir}/model.safetensors"),
+    )
+    changed = {
+        name.split(".")[-2]
+        for name in end
+        if name in start and not torch.equal(start[name], end[name])
+    }
     assert changed == {"q_proj", "k_proj", "v_proj", "down_proj"}
     assert load_model(cfg.output_dir, "reward").score.weight.shape == (1, 32)
     adapter = load_file(f"{cfg.output_dir}/adapter/adapter_model.safetensors")

@@ -1,4 +1,5 @@
-"""The PPO stage: RLHF.md's invariants on the real main() with tiny random models, and on learn() alone."""
+"""The PPO stage: RLHF.md's invariants on the real main() with tiny random models, and on learn()
+alone."""
 
 import copy
 import json
@@ -27,7 +28,16 @@ from stages.rl.rollout import ActorCritic, Trajectory, rollout
 from stages.rl.train import Config, main, parse, short_enough
 
 EOT = 7  # an id that separates the documents in these tests' pretraining rows
-QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "The red fox and the blue bird", "Is it?", "Go on", "ok", "a"]
+QUESTIONS = [
+    "Name an animal.",
+    "What is two plus three?",
+    "Hi",
+    "The red fox and the blue bird",
+    "Is it?",
+    "Go on",
+    "ok",
+    "a",
+]
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -35,7 +45,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 @pytest.fixture
 def talkative(tiny_gpt, tokenizer):
-    """talkative(family, ...) -> a policy that ends some answers at once and others never, so that lengths are ragged."""
+    """talkative(family, ...) -> a policy that ends some answers at once and others never, so that
+    lengths are ragged."""
 
     def make(family="llama", **settings):
         model = tiny_gpt(family, tie_embeddings=False, **settings)
@@ -48,7 +59,8 @@ def talkative(tiny_gpt, tokenizer):
 
 @pytest.fixture
 def setting(tmp_path, talkative, tiny_reward, stage_dir):
-    """setting(family, **keys) -> a Config of tiny models and 24 prompts: 8 episodes a rollout, in 2 x 2 x 2."""
+    """setting(family, **keys) -> a Config of tiny models and 24 prompts: 8 episodes a rollout, in 2
+    x 2 x 2."""
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"{question} {n}"} for n in range(3) for question in QUESTIONS]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,10 +69,20 @@ def setting(tmp_path, talkative, tiny_reward, stage_dir):
         defaults = {
             "parent": stage_dir(talkative(family, seed=1, dropout=dropout)),
             "reward_model": stage_dir(tiny_reward(family, seed=2, shift=0.5, dropout=dropout)),
-            "train_data": str(prompts), "output_dir": str(tmp_path / "rl"), "mixed_precision": "no", "max_steps": 3,
-            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_minibatches": 2, "num_ppo_epochs": 2,
-            "max_prompt_length": 32, "max_new_tokens": 10, "temperature": 0.7, "learning_rate": 2e-3, "samples": 2,
-        }  # fmt: skip
+            "train_data": str(prompts),
+            "output_dir": str(tmp_path / "rl"),
+            "mixed_precision": "no",
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "num_minibatches": 2,
+            "num_ppo_epochs": 2,
+            "max_prompt_length": 32,
+            "max_new_tokens": 10,
+            "temperature": 0.7,
+            "learning_rate": 2e-3,
+            "samples": 2,
+        }
         return Config(**defaults | keys)
 
     return make
@@ -78,8 +100,15 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def spy(monkeypatch, name: str, note) -> None:
-    """Let <name> run as it is where main(), Run or learn() calls it, and note(args, result) of each call."""
-    module = train if name in ("rollout", "load_models") else run_module if name == "update" else learning
+    """Let <name> run as it is where main(), Run or learn() calls it, and note(args, result) of each
+    call."""
+    module = (
+        train
+        if name in ("rollout", "load_models")
+        else run_module
+        if name == "update"
+        else learning
+    )
     real = getattr(module, name)
 
     def watched(*args, **kwargs):
@@ -91,22 +120,35 @@ def spy(monkeypatch, name: str, note) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dropout", "precision"), [("llama", 0.0, "no"), ("gpt2", 0.3, "no"), ("llama", 0.0, "bf16")]
+    ("family", "dropout", "precision"),
+    [("llama", 0.0, "no"), ("gpt2", 0.3, "no"), ("llama", 0.0, "bf16")],
 )
-def test_first_minibatch_of_every_rollout_has_ratio_one(family, dropout, precision, setting, monkeypatch):
-    """Invariant 1, at temperature .7, with a parent that was trained with dropout, and in bf16: old log-probs are to be
-    taken in the numerics of training, whatever those are."""
+def test_first_minibatch_of_every_rollout_has_ratio_one(
+    family, dropout, precision, setting, monkeypatch
+):
+    """Invariant 1, at temperature .7, with a parent that was trained with dropout, and in bf16: old
+    log-probs are to be taken in the numerics of training, whatever those are."""
     rollouts: list[list] = []  # of each, [log-ratios, result] by micro-batch
     spy(monkeypatch, "rollout", lambda args, result, kwargs: rollouts.append([]))
-    spy(monkeypatch, "policy_loss", lambda args, result, kwargs: rollouts[-1].append(((args[0] - args[1]).detach(), result)))
+    spy(
+        monkeypatch,
+        "policy_loss",
+        lambda args, result, kwargs: rollouts[-1].append(((args[0] - args[1]).detach(), result)),
+    )
     main(setting(family, dropout, mixed_precision=precision))
-    assert [len(micro_batches) for micro_batches in rollouts] == [8, 8, 8]  # 2 epochs x 2 minibatches x 2 micro-batches
+    assert [len(micro_batches) for micro_batches in rollouts] == [
+        8,
+        8,
+        8,
+    ]  # 2 epochs x 2 minibatches x 2 micro-batches
     for micro_batches in rollouts:
         for log_ratio, result in micro_batches[:2]:
             assert log_ratio.exp().tolist() == pytest.approx([1.0] * len(log_ratio), abs=1e-5)
             assert float(result.approx_kl) == pytest.approx(0, abs=1e-6)
             assert int(result.clipped) == 0
-    assert max(float(log_ratio.abs().max()) for log_ratio, _ in rollouts[0][2:]) > 1e-2  # and then it learns
+    assert (
+        max(float(log_ratio.abs().max()) for log_ratio, _ in rollouts[0][2:]) > 1e-2
+    )  # and then it learns
 
 
 def test_without_learning_rate_nothing_moves(setting):
@@ -152,13 +194,21 @@ def test_critic_starts_from_the_reward_model(setting):
     assert critic.keys() == stored.keys()
     assert all(torch.equal(critic[name], stored[name]) for name in stored)
     assert any(not torch.equal(critic[name], policy[name]) for name in critic if name in policy)
-    shared = [{p.data_ptr() for p in m.parameters()} for m in (model.policy, model.critic, reference, reward_model)]
-    assert sum(map(len, shared)) == len(set.union(*shared)), "two of the four networks share a tensor"
+    shared = [
+        {p.data_ptr() for p in m.parameters()}
+        for m in (model.policy, model.critic, reference, reward_model)
+    ]
+    assert sum(map(len, shared)) == len(set.union(*shared)), (
+        "two of the four networks share a tensor"
+    )
     assert not any(p.requires_grad for m in (reference, reward_model) for p in m.parameters())
 
 
 def test_same_seed_same_weights(setting, tmp_path):
-    cfgs = [setting(output_dir=str(tmp_path / name), max_steps=2, seed=seed) for name, seed in (("a", 4), ("b", 4), ("c", 5))]
+    cfgs = [
+        setting(output_dir=str(tmp_path / name), max_steps=2, seed=seed)
+        for name, seed in (("a", 4), ("b", 4), ("c", 5))
+    ]
     for cfg in cfgs:
         main(cfg)
     assert same_weights(cfgs[0].output_dir, cfgs[1].output_dir)
@@ -175,9 +225,19 @@ def test_learning_rate_counts_rollouts(setting, monkeypatch):
     spy(monkeypatch, "update", note)
     main(setting(max_steps=5, warmup_steps=1, learning_rate=0.02, critic_learning_rate=0.04))
     updates = 4  # 2 epochs x 2 minibatches
-    factors = [0.5, 1.0, 0.75, 0.5, 0.25]  # half-way up, then linear towards 0 at the sixth rollout that never comes
-    assert [policy for policy, _ in rates] == pytest.approx([0.02 * f for f in factors for _ in range(updates)])
-    assert [critic for _, critic in rates] == pytest.approx([0.04 * f for f in factors for _ in range(updates)])
+    factors = [
+        0.5,
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+    ]  # half-way up, then linear towards 0 at the sixth rollout that never comes
+    assert [policy for policy, _ in rates] == pytest.approx(
+        [0.02 * f for f in factors for _ in range(updates)]
+    )
+    assert [critic for _, critic in rates] == pytest.approx(
+        [0.04 * f for f in factors for _ in range(updates)]
+    )
 
 
 def test_critic_warm_up_leaves_the_policy_alone(setting):
@@ -198,7 +258,9 @@ def test_adaptive_coefficient_moves_once_a_rollout(setting, monkeypatch):
     rows = metrics(cfg)
     assert [row["kl_coef"] for row in rows] == used
     assert used[0] == 0.2
-    assert used[1] == pytest.approx(0.2 * (1 - 0.2 * 8 / 80))  # KL starts at 0, 8 episodes a rollout
+    assert used[1] == pytest.approx(
+        0.2 * (1 - 0.2 * 8 / 80)
+    )  # KL starts at 0, 8 episodes a rollout
     for row, now, later in zip(rows, used, used[1:], strict=False):
         error = min(0.2, max(-0.2, row["kl"] / 0.5 - 1))
         assert later == pytest.approx(now * (1 + error * 8 / 80))
@@ -210,20 +272,44 @@ def episodes(talkative, tiny_reward, tiny_gpt, tokenizer):
     model = ActorCritic(talkative(seed=1), tiny_reward(seed=2))
     prompts = [tokenizer.encode(f"{question} {n}") for n in range(2) for question in QUESTIONS]
     batch = rollout(
-        model, tiny_gpt(seed=3), tiny_reward(seed=4), prompts, max_new_tokens=12, temperature=1.0,
-        stop_ids=[tokenizer.eot_id], pad_id=tokenizer.pad_id, seed=1, kl_coef=0.1, gamma=1.0, gae_lambda=0.95,
-        score_clip=None, missing_stop_penalty=0.0, batch_size=16, score_batch_size=16,
-    )  # fmt: skip
-    assert len(set(batch.mask_BT.sum(1).tolist())) > 3, "lengths must be ragged for these tests to mean anything"
+        model,
+        tiny_gpt(seed=3),
+        tiny_reward(seed=4),
+        prompts,
+        max_new_tokens=12,
+        temperature=1.0,
+        stop_ids=[tokenizer.eot_id],
+        pad_id=tokenizer.pad_id,
+        seed=1,
+        kl_coef=0.1,
+        gamma=1.0,
+        gae_lambda=0.95,
+        score_clip=None,
+        missing_stop_penalty=0.0,
+        batch_size=16,
+        score_batch_size=16,
+    )
+    assert len(set(batch.mask_BT.sum(1).tolist())) > 3, (
+        "lengths must be ragged for these tests to mean anything"
+    )
     return model, batch
 
 
 def taught(setting, episodes, ptx=None, optimizer=None, **keys) -> tuple[ActorCritic, dict]:
-    """A copy of the model after learn() on the episodes by gradient descent, and what learn() returned."""
-    defaults = {"temperature": 1.0, "num_minibatches": 1, "num_ppo_epochs": 1, "max_grad_norm": 1e9, "vf_coef": 0.5}
+    """A copy of the model after learn() on the episodes by gradient descent, and what learn()
+    returned."""
+    defaults = {
+        "temperature": 1.0,
+        "num_minibatches": 1,
+        "num_ppo_epochs": 1,
+        "max_grad_norm": 1e9,
+        "vf_coef": 0.5,
+    }
     cfg = setting(**defaults | keys)
     model, batch = copy.deepcopy(episodes[0]), episodes[1]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer(model)
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer(model)
+    )
     return model, learn(Run(cfg, "rl", "lm"), model, optimizer, batch, ptx, EOT, cfg, step=0)
 
 
@@ -235,13 +321,22 @@ def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[float]:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_sixteen_episodes_equal_four_times_four(setting, episodes, kind):
     """Invariant 4: the same weights, though the micro-batches hold different numbers of tokens."""
-    make = {"sgd": None, "adamw": lambda model: adamw(parameter_groups(model.parameters(), 1e-3, 0.0), eps=1e-5)}[kind]
+    make = {
+        "sgd": None,
+        "adamw": lambda model: adamw(parameter_groups(model.parameters(), 1e-3, 0.0), eps=1e-5),
+    }[kind]
     keys = {"num_ppo_epochs": 2, "optimizer": make}
-    whole, said = taught(setting, episodes, per_device_train_batch_size=16, gradient_accumulation_steps=1, **keys)
-    parts, said_too = taught(setting, episodes, per_device_train_batch_size=4, gradient_accumulation_steps=4, **keys)
+    whole, said = taught(
+        setting, episodes, per_device_train_batch_size=16, gradient_accumulation_steps=1, **keys
+    )
+    parts, said_too = taught(
+        setting, episodes, per_device_train_batch_size=4, gradient_accumulation_steps=4, **keys
+    )
     moved = differences(whole, episodes[0])
     assert max(moved) > 1e-3
-    assert max(differences(whole, parts)) < 5e-3 * max(moved)  # AdamW makes much of a gradient's last bits
+    assert max(differences(whole, parts)) < 5e-3 * max(
+        moved
+    )  # AdamW makes much of a gradient's last bits
     assert said == pytest.approx(said_too, rel=1e-3, abs=1e-5)
 
 
@@ -250,7 +345,9 @@ def test_first_update_of_learn(setting, episodes):
     _, said = taught(setting, episodes)
     assert said["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert said["clip_fraction"] == 0
-    assert said["policy_loss"] == pytest.approx(0, abs=1e-5)  # ratio 1: minus the mean of whitened advantages
+    assert said["policy_loss"] == pytest.approx(
+        0, abs=1e-5
+    )  # ratio 1: minus the mean of whitened advantages
     mask = episodes[1].mask_BT
     assert said["entropy"] == pytest.approx(float(episodes[1].entropy_BT[mask].mean()), abs=1e-4)
     errors = (episodes[1].returns_BT - episodes[1].values_BT)[mask]
@@ -258,7 +355,8 @@ def test_first_update_of_learn(setting, episodes):
 
 
 def test_one_update_is_the_gradient_of_the_mean_over_all_tokens(setting, episodes):
-    """The objective written again, unpadded, one episode at a time: (-A ratio + .5 * half squared error) / tokens."""
+    """The objective written again, unpadded, one episode at a time: (-A ratio + .5 * half squared
+    error) / tokens."""
     model, batch = episodes
     moved, _ = taught(setting, episodes, per_device_train_batch_size=4)
     raw = batch.advantages_BT[batch.mask_BT].double()
@@ -280,7 +378,9 @@ def test_one_update_is_the_gradient_of_the_mean_over_all_tokens(setting, episode
     assert max(differences(moved, expected)) < 1e-5
 
 
-def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(setting, episodes, monkeypatch):
+def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(
+    setting, episodes, monkeypatch
+):
     """Invariant 8; and returns = raw advantages + values."""
     model, batch = episodes
     batch = batch._replace(advantages_BT=(batch.advantages_BT * 3 + 40) * batch.mask_BT)
@@ -295,11 +395,15 @@ def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(setting, e
     assert float(used.mean()) == pytest.approx(0, abs=1e-4)
     assert float(used.std(correction=0)) == pytest.approx(1, abs=1e-3)
     raw = torch.cat([returns - values for values, returns in value])
-    assert float(raw.mean()) == pytest.approx(float(batch.advantages_BT[batch.mask_BT].mean()), rel=1e-4)
+    assert float(raw.mean()) == pytest.approx(
+        float(batch.advantages_BT[batch.mask_BT].mean()), rel=1e-4
+    )
     assert float(raw.mean()) > 30
     kept = batch.advantages_BT[batch.mask_BT]
     expected = (kept - kept.mean()) / kept.std(correction=0)
-    torch.testing.assert_close(used.float().sort().values, expected.sort().values, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(
+        used.float().sort().values, expected.sort().values, atol=2e-3, rtol=2e-3
+    )
 
 
 def test_padding_is_invisible_to_learning(setting, episodes):
@@ -308,9 +412,16 @@ def test_padding_is_invisible_to_learning(setting, episodes):
     hidden, nan = ~batch.mask_BT, float("nan")
     dirty = {
         name: getattr(batch, name).masked_fill(hidden, value)
-        for name, value in (("logprobs_BT", nan), ("values_BT", 1e6), ("advantages_BT", nan), ("returns_BT", -1e6))
+        for name, value in (
+            ("logprobs_BT", nan),
+            ("values_BT", 1e6),
+            ("advantages_BT", nan),
+            ("returns_BT", -1e6),
+        )
     }
-    other, said_too = taught(setting, (model, batch._replace(**dirty)), num_ppo_epochs=2, num_minibatches=2)
+    other, said_too = taught(
+        setting, (model, batch._replace(**dirty)), num_ppo_epochs=2, num_minibatches=2
+    )
     assert max(differences(plain, other)) == 0
     assert said == said_too
 
@@ -319,8 +430,14 @@ def test_epochs_see_every_episode_once_in_new_company(setting, episodes, monkeyp
     model, batch = episodes
     marked = batch._replace(scores_B=torch.arange(16.0))
     parts = []
-    spy(monkeypatch, "terms", lambda args, result, kwargs: parts.append(args[1].episodes.scores_B.tolist()))
-    taught(setting, (model, marked), num_ppo_epochs=3, num_minibatches=2, per_device_train_batch_size=4)
+    spy(
+        monkeypatch,
+        "terms",
+        lambda args, result, kwargs: parts.append(args[1].episodes.scores_B.tolist()),
+    )
+    taught(
+        setting, (model, marked), num_ppo_epochs=3, num_minibatches=2, per_device_train_batch_size=4
+    )
     assert len(parts) == 12
     epochs = [parts[i : i + 4] for i in (0, 4, 8)]
     for epoch in epochs:
@@ -329,7 +446,9 @@ def test_epochs_see_every_episode_once_in_new_company(setting, episodes, monkeyp
 
 
 @pytest.mark.parametrize(("approx_kl", "updates", "epochs"), [(0.014, 8, 4), (0.016, 1, 1)])
-def test_early_stop_at_one_and_a_half_times_the_target(setting, episodes, monkeypatch, approx_kl, updates, epochs):
+def test_early_stop_at_one_and_a_half_times_the_target(
+    setting, episodes, monkeypatch, approx_kl, updates, epochs
+):
     real, count = learning.policy_loss, []
 
     def pretend(new, old, advantages, clip_range):
@@ -348,7 +467,8 @@ def test_early_stop_at_one_and_a_half_times_the_target(setting, episodes, monkey
 
 @pytest.mark.parametrize("ptx_rows", [8, 6, 5, 3, 1])
 def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_rows):
-    """With flat advantages and no value loss, one step of plain descent is -lr * coef * gradient of the mean loss."""
+    """With flat advantages and no value loss, one step of plain descent is -lr * coef * gradient of
+    the mean loss."""
     model, batch = episodes
     flat = batch._replace(advantages_BT=torch.zeros_like(batch.advantages_BT))
     tokens = torch.randint(8, 300, (ptx_rows, 13), generator=torch.Generator().manual_seed(0))
@@ -357,7 +477,9 @@ def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_r
     moved, said = taught(setting, (model, flat), ptx=lambda n: tokens, **keys)
 
     expected = copy.deepcopy(model.policy)
-    logits = torch.cat([expected(tokens[:, :5]), expected(tokens[:, 5:-1])], dim=1)  # each document alone
+    logits = torch.cat(
+        [expected(tokens[:, :5]), expected(tokens[:, 5:-1])], dim=1
+    )  # each document alone
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert said["ptx_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     (0.3 * loss).backward()
@@ -372,10 +494,18 @@ def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_r
 def test_ptx_through_main(setting, tokenizer, tmp_path, monkeypatch):
     shards = tmp_path / "shards"
     shards.mkdir()
-    np.random.default_rng(0).integers(0, 300, 400).astype(np.uint16).tofile(shards / "train-00000.bin")
+    np.random.default_rng(0).integers(0, 300, 400).astype(np.uint16).tofile(
+        shards / "train-00000.bin"
+    )
     (shards / "shards.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 300}))
     plain, mixed = (
-        setting(output_dir=str(tmp_path / name), max_steps=1, max_length=16, ptx_data=data, ptx_coef=coef)
+        setting(
+            output_dir=str(tmp_path / name),
+            max_steps=1,
+            max_length=16,
+            ptx_data=data,
+            ptx_coef=coef,
+        )
         for name, data, coef in (("plain", None, 0.0), ("mixed", str(shards), 1.0))
     )
     for half in ({"ptx_data": str(shards)}, {"ptx_coef": 1.0}):
@@ -409,9 +539,19 @@ def test_describe_counts_episodes_and_real_tokens(setting):
     ids, ones = torch.zeros(2, 5, dtype=torch.long), torch.tensor([2, 2])
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
     batch = Trajectory(
-        ids, ones, mask, logprobs, reference, entropy, values, torch.tensor([3.0, 6.0]), torch.tensor([True, False]), rewards,
-        rewards, values + 1,
-    )  # fmt: skip
+        ids,
+        ones,
+        mask,
+        logprobs,
+        reference,
+        entropy,
+        values,
+        torch.tensor([3.0, 6.0]),
+        torch.tensor([True, False]),
+        rewards,
+        rewards,
+        values + 1,
+    )
     said = describe(batch)
     assert said["score"] == 4.5
     assert said["reward"] == 3.5
@@ -429,8 +569,22 @@ def test_published_directory_and_logs(setting, tokenizer):
     assert (stage["stage"], stage["kind"], stage["step"], stage["episodes"]) == ("rl", "lm", 3, 24)
     assert stage["parent"] == cfg.parent
     row = metrics(cfg)[-1]
-    wanted = {"score", "reward", "kl", "kl_coef", "entropy", "clip_fraction", "approx_kl", "explained_variance", "length",
-              "stop_rate", "policy_loss", "value_loss", "grad_norm", "lr"}  # fmt: skip
+    wanted = {
+        "score",
+        "reward",
+        "kl",
+        "kl_coef",
+        "entropy",
+        "clip_fraction",
+        "approx_kl",
+        "explained_variance",
+        "length",
+        "stop_rate",
+        "policy_loss",
+        "value_loss",
+        "grad_norm",
+        "lr",
+    }
     assert wanted <= row.keys()
     assert all(math.isfinite(value) for value in row.values())
     with open(f"{cfg.output_dir}/samples.jsonl") as file:  # noqa: PTH123
@@ -443,7 +597,10 @@ def test_lora_trains_adapters_and_publishes_the_sum(setting):
     cfg = setting(lora_r=2, max_steps=2, learning_rate=0.05)
     main(cfg)
     adapter = load_file(f"{cfg.output_dir}/adapter/adapter_model.safetensors")
-    a, b = load_file(f"{cfg.parent}/model.safetensors"), load_file(f"{cfg.output_dir}/model.safetensors")
+    a, b = (
+        load_file(f"{cfg.parent}/model.safetensors"),
+        load_file(f"{cfg.output_dir}/model.safetensors"),
+    )
     assert a.keys() == b.keys()
     changed = {name.split(".")[-2] for name in a if not torch.equal(a[name], b[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -454,12 +611,19 @@ def test_lora_trains_adapters_and_publishes_the_sum(setting):
 
 
 def test_long_prompts_are_counted(tokenizer):
-    rows = [Row({"prompt": "Hi"}, "p.jsonl:1"), Row({"prompt": "Name an animal. " * 9}, "p.jsonl:2")]
+    rows = [
+        Row({"prompt": "Hi"}, "p.jsonl:1"),
+        Row({"prompt": "Name an animal. " * 9}, "p.jsonl:2"),
+    ]
     rows = [row._replace(parsed=parse(tokenizer, row.data)) for row in rows]
     kept, left_out = short_enough(rows, 20)
-    assert kept == [[tokenizer.role_ids["user"], *tokenizer.encode("Hi"), tokenizer.role_ids["assistant"]]]
+    assert kept == [
+        [tokenizer.role_ids["user"], *tokenizer.encode("Hi"), tokenizer.role_ids["assistant"]]
+    ]
     assert left_out == 1
-    with pytest.raises(InputError, match=r"p\.jsonl:1: this and all 2 prompts are longer than max_prompt_length 2"):
+    with pytest.raises(
+        InputError, match=r"p\.jsonl:1: this and all 2 prompts are longer than max_prompt_length 2"
+    ):
         short_enough(rows, 2)
 
 
@@ -481,8 +645,21 @@ def test_mistakes_are_told_before_anything_is_trained(setting, stage_dir, tiny_g
 def test_defaults_are_those_of_the_literature():
     cfg = Config(parent="a", reward_model="b", train_data="c", output_dir="d")
     expected = {
-        "gamma": 1.0, "gae_lambda": 0.95, "clip_range": 0.2, "clip_range_value": 0.2, "vf_coef": 0.1, "adam_eps": 1e-5,
-        "score_clip": 5.0, "missing_stop_penalty": 1.0, "num_ppo_epochs": 4, "target_kl": None, "kl_horizon": 10_000,
-        "early_stop_kl": None, "ptx_coef": 0.0, "temperature": 1.0, "lr_scheduler_type": "linear", "kl_coef": 0.05,
-    }  # fmt: skip
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "clip_range": 0.2,
+        "clip_range_value": 0.2,
+        "vf_coef": 0.1,
+        "adam_eps": 1e-5,
+        "score_clip": 5.0,
+        "missing_stop_penalty": 1.0,
+        "num_ppo_epochs": 4,
+        "target_kl": None,
+        "kl_horizon": 10_000,
+        "early_stop_kl": None,
+        "ptx_coef": 0.0,
+        "temperature": 1.0,
+        "lr_scheduler_type": "linear",
+        "kl_coef": 0.05,
+    }
     assert {name: getattr(cfg, name) for name in expected} == expected

@@ -1,4 +1,5 @@
-"""A rollout against the slow way: one unpadded row and one token at a time, in float64 where it is ours to choose."""
+"""A rollout against the slow way: one unpadded row and one token at a time, in float64 where it is
+ours to choose."""
 
 import math
 
@@ -10,28 +11,54 @@ from stages.rl.rollout import ActorCritic, Trajectory, evaluate, rollout
 
 FAMILIES = ("gpt2", "llama")
 TEMPERATURE = 0.7
-STOPS = list(range(60))  # a fifth of the vocabulary, so that random models end their answers early and late
+STOPS = list(
+    range(60)
+)  # a fifth of the vocabulary, so that random models end their answers early and late
 
 
 @pytest.fixture(params=FAMILIES)
 def players(request, tiny_gpt, tiny_reward):
     """(policy and critic, reference, reward model), all different."""
-    actor_critic = ActorCritic(tiny_gpt(request.param, seed=1), tiny_reward(request.param, seed=2, shift=0.25))
-    return actor_critic, tiny_gpt(request.param, seed=3), tiny_reward(request.param, seed=4, shift=1.5)
+    actor_critic = ActorCritic(
+        tiny_gpt(request.param, seed=1), tiny_reward(request.param, seed=2, shift=0.25)
+    )
+    return (
+        actor_critic,
+        tiny_gpt(request.param, seed=3),
+        tiny_reward(request.param, seed=4, shift=1.5),
+    )
 
 
 @pytest.fixture
 def prompts(tokenizer):
-    texts = ["Name an animal.", "What is two plus three?", "Hi", "The red fox and the blue bird", "Is it?", "a", "Go on", "ok"]
+    texts = [
+        "Name an animal.",
+        "What is two plus three?",
+        "Hi",
+        "The red fox and the blue bird",
+        "Is it?",
+        "a",
+        "Go on",
+        "ok",
+    ]
     return [tokenizer.encode(text) for text in texts]
 
 
 def roll(players, prompts, tokenizer, **changes) -> Trajectory:
     settings = {
-        "max_new_tokens": 9, "temperature": TEMPERATURE, "stop_ids": STOPS, "pad_id": tokenizer.pad_id, "seed": 5,
-        "kl_coef": 0.3, "gamma": 0.9, "gae_lambda": 0.8, "score_clip": None, "missing_stop_penalty": 0.0, "batch_size": 3,
+        "max_new_tokens": 9,
+        "temperature": TEMPERATURE,
+        "stop_ids": STOPS,
+        "pad_id": tokenizer.pad_id,
+        "seed": 5,
+        "kl_coef": 0.3,
+        "gamma": 0.9,
+        "gae_lambda": 0.8,
+        "score_clip": None,
+        "missing_stop_penalty": 0.0,
+        "batch_size": 3,
         "score_batch_size": 3,
-    }  # fmt: skip
+    }
     return rollout(*players, prompts, **settings | changes)
 
 
@@ -44,25 +71,39 @@ def real(field: torch.Tensor, batch: Trajectory, row: int) -> list[float]:
 
 @torch.no_grad()
 def slow_logprobs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """log p(token | everything left of it) at the temperature, the whole vocabulary: (tokens, V)."""
+    """log p(token | everything left of it) at the temperature, the whole vocabulary: (tokens,
+    V)."""
     rows = []
     for t in range(len(answer)):
-        logits = model(torch.tensor([prompt + answer[:t]]))[0, -1]  # a forward pass that cannot see the token
+        logits = model(torch.tensor([prompt + answer[:t]]))[
+            0, -1
+        ]  # a forward pass that cannot see the token
         rows.append(torch.log_softmax(logits.double() / TEMPERATURE, -1))
     return torch.stack(rows)
 
 
 def test_ids_are_the_sampled_ones(players, prompts, tokenizer):
     batch = roll(players, prompts, tokenizer)
-    answers = sample(players[0].policy, prompts, max_new_tokens=9, temperature=TEMPERATURE, seed=5, stop_ids=STOPS)
-    assert len({len(answer.ids) for answer in answers}) > 2, "lengths must be ragged for this to mean anything"
+    answers = sample(
+        players[0].policy,
+        prompts,
+        max_new_tokens=9,
+        temperature=TEMPERATURE,
+        seed=5,
+        stop_ids=STOPS,
+    )
+    assert len({len(answer.ids) for answer in answers}) > 2, (
+        "lengths must be ragged for this to mean anything"
+    )
     assert {answer.stopped for answer in answers} == {True, False}
     size = batch.ids_BS.shape[1]
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = prompt + answer.ids
         assert batch.ids_BS[row].tolist() == ids + [tokenizer.pad_id] * (size - len(ids))
         assert int(batch.prompt_lengths_B[row]) == len(prompt)
-        assert batch.mask_BT[row].tolist() == [t < len(answer.ids) for t in range(batch.mask_BT.shape[1])]
+        assert batch.mask_BT[row].tolist() == [
+            t < len(answer.ids) for t in range(batch.mask_BT.shape[1])
+        ]
         assert bool(batch.stopped_B[row]) == answer.stopped
         # Plain sampling: what was drawn from and what PPO evaluates is one distribution.
         assert real(batch.logprobs_BT, batch, row) == pytest.approx(answer.logprobs, abs=1e-4)
@@ -72,30 +113,49 @@ def test_logprobs_entropy_values_and_scores_are_the_slow_ones(players, prompts, 
     model, reference, reward_model = players
     batch = roll(players, prompts, tokenizer)
     for row, prompt in enumerate(prompts):
-        answer = batch.ids_BS[row, len(prompt) : len(prompt) + int(batch.mask_BT[row].sum())].tolist()
-        mine, theirs = slow_logprobs(model.policy, prompt, answer), slow_logprobs(reference, prompt, answer)
+        answer = batch.ids_BS[
+            row, len(prompt) : len(prompt) + int(batch.mask_BT[row].sum())
+        ].tolist()
+        mine, theirs = (
+            slow_logprobs(model.policy, prompt, answer),
+            slow_logprobs(reference, prompt, answer),
+        )
         chosen = torch.tensor(answer)[:, None]
-        assert real(batch.logprobs_BT, batch, row) == pytest.approx(mine.gather(1, chosen)[:, 0].tolist(), abs=1e-4)
-        assert real(batch.ref_logprobs_BT, batch, row) == pytest.approx(theirs.gather(1, chosen)[:, 0].tolist(), abs=1e-4)
-        assert real(batch.entropy_BT, batch, row) == pytest.approx((-mine.exp() * mine).sum(1).tolist(), abs=1e-4)
+        assert real(batch.logprobs_BT, batch, row) == pytest.approx(
+            mine.gather(1, chosen)[:, 0].tolist(), abs=1e-4
+        )
+        assert real(batch.ref_logprobs_BT, batch, row) == pytest.approx(
+            theirs.gather(1, chosen)[:, 0].tolist(), abs=1e-4
+        )
+        assert real(batch.entropy_BT, batch, row) == pytest.approx(
+            (-mine.exp() * mine).sum(1).tolist(), abs=1e-4
+        )
         with torch.no_grad():
             # The value of token t is what the critic says before it is written.
             parts = [torch.tensor([prompt + answer[:t]]) for t in range(len(answer))]
             heads = [model.critic.score(model.critic.trunk(part))[0, -1] for part in parts]
             last = reward_model.score(reward_model.trunk(torch.tensor([prompt + answer])))[0, -1]
-        assert real(batch.values_BT, batch, row) == pytest.approx([float(v) - 0.25 for v in heads], abs=1e-4)
+        assert real(batch.values_BT, batch, row) == pytest.approx(
+            [float(v) - 0.25 for v in heads], abs=1e-4
+        )
         assert float(batch.scores_B[row]) == pytest.approx(float(last) - 1.5, abs=1e-4)
 
 
 def test_rewards_advantages_and_returns(players, prompts, tokenizer):
     batch = roll(players, prompts, tokenizer, missing_stop_penalty=2.0)
     for row in range(len(prompts)):
-        logprobs, reference = real(batch.logprobs_BT, batch, row), real(batch.ref_logprobs_BT, batch, row)
+        logprobs, reference = (
+            real(batch.logprobs_BT, batch, row),
+            real(batch.ref_logprobs_BT, batch, row),
+        )
         expected = [-0.3 * (a - b) for a, b in zip(logprobs, reference, strict=True)]
         expected[-1] += float(batch.scores_B[row]) - (0 if batch.stopped_B[row] else 2)
         assert real(batch.rewards_BT, batch, row) == pytest.approx(expected, abs=1e-5)
         values = real(batch.values_BT, batch, row)
-        deltas = [r + 0.9 * after - v for r, v, after in zip(expected, values, [*values[1:], 0], strict=True)]
+        deltas = [
+            r + 0.9 * after - v
+            for r, v, after in zip(expected, values, [*values[1:], 0], strict=True)
+        ]
         size = len(deltas)
         advantages = [sum(0.72 ** (i - t) * deltas[i] for i in range(t, size)) for t in range(size)]
         assert real(batch.advantages_BT, batch, row) == pytest.approx(advantages, abs=1e-4)
@@ -109,7 +169,9 @@ def test_scores_are_clipped_after_the_shift(players, prompts, tokenizer):
     with torch.no_grad():
         reward_model.score.weight.mul_(0.01)
     plain = roll(players, prompts, tokenizer, kl_coef=0.0)
-    assert float(plain.scores_B.max()) < -90  # the head says about 0: clipped before the shift it would stay there
+    assert (
+        float(plain.scores_B.max()) < -90
+    )  # the head says about 0: clipped before the shift it would stay there
     clipped = roll(players, prompts, tokenizer, kl_coef=0.0, score_clip=5.0)
     torch.testing.assert_close(clipped.scores_B, plain.scores_B)  # logged as the model gave them
     assert clipped.rewards_BT.sum(1).tolist() == [-5.0] * len(prompts)
@@ -135,22 +197,46 @@ def test_what_stands_on_padding_is_never_read(players, prompts, tokenizer):
 
 
 def test_batch_size_makes_no_difference(players, prompts, tokenizer):
-    one, all_at_once = (roll(players, prompts, tokenizer, batch_size=b, score_batch_size=b) for b in (1, 8))
+    one, all_at_once = (
+        roll(players, prompts, tokenizer, batch_size=b, score_batch_size=b) for b in (1, 8)
+    )
     assert torch.equal(one.ids_BS, all_at_once.ids_BS)
-    for name in ("logprobs_BT", "ref_logprobs_BT", "values_BT", "scores_B", "advantages_BT", "returns_BT"):
-        torch.testing.assert_close(getattr(one, name), getattr(all_at_once, name), atol=1e-4, rtol=1e-4)
+    for name in (
+        "logprobs_BT",
+        "ref_logprobs_BT",
+        "values_BT",
+        "scores_B",
+        "advantages_BT",
+        "returns_BT",
+    ):
+        torch.testing.assert_close(
+            getattr(one, name), getattr(all_at_once, name), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_chosen_rows_are_trimmed_and_predict_one_to_the_left():
     pad = 99
-    ids = torch.tensor([[1, 2, 3, 10, 11, pad, pad], [4, 20, 21, 22, 23, pad, pad], [5, 6, 7, 8, 9, 30, 31]])
+    ids = torch.tensor(
+        [[1, 2, 3, 10, 11, pad, pad], [4, 20, 21, 22, 23, pad, pad], [5, 6, 7, 8, 9, 30, 31]]
+    )
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     grid = torch.arange(12.0).view(3, 4)
     per_row = torch.arange(3.0)
     lengths = torch.tensor([3, 1, 5])
-    batch = Trajectory(ids, lengths, mask, grid, grid, grid, grid, per_row, mask[:, 0], grid, grid, grid)
+    batch = Trajectory(
+        ids, lengths, mask, grid, grid, grid, grid, per_row, mask[:, 0], grid, grid, grid
+    )
     assert batch.targets_N().tolist() == [10, 11, 20, 21, 22, 23, 30, 31]
-    assert batch.predicts_BS().nonzero().tolist() == [[0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3], [2, 4], [2, 5]]
+    assert batch.predicts_BS().nonzero().tolist() == [
+        [0, 2],
+        [0, 3],
+        [1, 0],
+        [1, 1],
+        [1, 2],
+        [1, 3],
+        [2, 4],
+        [2, 5],
+    ]
     part = batch.rows([0])
     assert part.ids_BS.tolist() == [[1, 2, 3, 10, 11]]
     assert part.mask_BT.tolist() == [[True, True]]
@@ -163,9 +249,12 @@ def test_chosen_rows_are_trimmed_and_predict_one_to_the_left():
 
 
 def test_sampling_follows_the_policy_at_the_temperature(players, tokenizer):
-    """1500 first tokens to one prompt: the most likely id comes as often as softmax(logits / T) says."""
+    """1500 first tokens to one prompt: the most likely id comes as often as softmax(logits / T)
+    says."""
     prompt = tokenizer.encode("Name an animal.")
-    batch = roll(players, [prompt] * 1500, tokenizer, max_new_tokens=1, batch_size=500, score_batch_size=500)
+    batch = roll(
+        players, [prompt] * 1500, tokenizer, max_new_tokens=1, batch_size=500, score_batch_size=500
+    )
     probabilities = slow_logprobs(players[0].policy, prompt, [0])[0].exp()
     best = int(probabilities.argmax())
     expected = float(probabilities[best])

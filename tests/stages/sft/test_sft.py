@@ -1,4 +1,5 @@
-"""The SFT stage: exactly the assistant's text and its end token are learned, and no row is lost in silence."""
+"""The SFT stage: exactly the assistant's text and its end token are learned, and no row is lost in
+silence."""
 
 import json
 from functools import partial
@@ -38,10 +39,18 @@ def demonstrations(tmp_path):
 def setting(tmp_path, tiny_gpt, stage_dir, demonstrations):
     def make(family="llama", **keys) -> Config:
         defaults = {
-            "parent": stage_dir(tiny_gpt(family, seed=1)), "train_data": demonstrations, "eval_data": demonstrations,
-            "output_dir": str(tmp_path / "sft"), "mixed_precision": "no", "max_steps": 2, "per_device_train_batch_size": 4,
-            "max_length": 60, "learning_rate": 1e-2, "samples": 2, "sample_tokens": 12,
-        }  # fmt: skip
+            "parent": stage_dir(tiny_gpt(family, seed=1)),
+            "train_data": demonstrations,
+            "eval_data": demonstrations,
+            "output_dir": str(tmp_path / "sft"),
+            "mixed_precision": "no",
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "max_length": 60,
+            "learning_rate": 1e-2,
+            "samples": 2,
+            "sample_tokens": 12,
+        }
         return Config(**defaults | keys)
 
     return make
@@ -60,7 +69,11 @@ def test_supervised_ids_are_the_answer_and_its_end_token(tokenizer):
     examples, counts = tokenize(rows, tokenizer, 200)
     for (prompt, answer), example in zip(PAIRS, examples, strict=True):
         assert supervised(example) == [*tokenizer.encode(answer), tokenizer.eot_id]
-        start = [tokenizer.role_ids["user"], *tokenizer.encode(prompt), tokenizer.role_ids["assistant"]]
+        start = [
+            tokenizer.role_ids["user"],
+            *tokenizer.encode(prompt),
+            tokenizer.role_ids["assistant"],
+        ]
         assert example.ids == start + supervised(example)
         assert example.ids.count(tokenizer.eot_id) == 1  # the one that the renderer wrote
     total = sum(len(tokenizer.encode(answer)) + 1 for _, answer in PAIRS)
@@ -82,7 +95,10 @@ def test_every_answer_of_a_conversation_and_alpaca_columns(tokenizer):
     ]
     (first, second, third), _ = tokenize(rows, tokenizer, 200)
     eot = [tokenizer.eot_id]
-    assert supervised(first) == tokenizer.encode("Yes?") + eot + tokenizer.encode("The wide one.") + eot
+    assert (
+        supervised(first)
+        == tokenizer.encode("Yes?") + eot + tokenizer.encode("The wide one.") + eot
+    )
     assert supervised(second) == tokenizer.encode("five") + eot
     assert tokenizer.decode(second.ids) == "Add them.\n\ntwo, threefive"
     assert tokenizer.decode(third.ids) == "Go onok"
@@ -100,7 +116,9 @@ def test_truncated_and_dropped_rows_are_counted(tokenizer):
     assert (counts["rows"], counts["truncated"], counts["dropped"]) == (2, 2, 1)
     assert len(examples[1].ids) == len(examples[1].mask) == 20
     front = 2 + len(tokenizer.encode("Hi"))
-    assert supervised(examples[1]) == tokenizer.encode(long)[: 20 - front]  # cut: no end token is made up
+    assert (
+        supervised(examples[1]) == tokenizer.encode(long)[: 20 - front]
+    )  # cut: no end token is made up
     assert counts["supervised_tokens"] == len(tokenizer.encode("Yes")) + 1 + 20 - front
     with pytest.raises(InputError, match="max_length"):
         tokenize(rows[2:], tokenizer, 20)
@@ -109,7 +127,10 @@ def test_truncated_and_dropped_rows_are_counted(tokenizer):
 def test_a_bad_row_is_named_by_file_and_line(tokenizer, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text(
-        json.dumps({"prompt": "Hi", "completion": "Yes"}) + "\n\n" + json.dumps({"prompt": "Hi", "answer": "x"}) + "\n"
+        json.dumps({"prompt": "Hi", "completion": "Yes"})
+        + "\n\n"
+        + json.dumps({"prompt": "Hi", "answer": "x"})
+        + "\n"
     )
     with pytest.raises(InputError, match=r"bad\.jsonl:3: .*answer, prompt"):
         read_rows(str(file), partial(parse, tokenizer))
@@ -118,13 +139,21 @@ def test_a_bad_row_is_named_by_file_and_line(tokenizer, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_loss_equals_brute_force_on_ragged_rows(family, tokenizer, tiny_gpt):
     model = tiny_gpt(family)
-    examples = [Example([7, 8, 9, 10], [0, 0, 1, 1]), Example([5, 6], [0, 1]), Example([1, 2, 3, 4, 5, 6], [0, 1, 1, 0, 0, 1])]
+    examples = [
+        Example([7, 8, 9, 10], [0, 0, 1, 1]),
+        Example([5, 6], [0, 1]),
+        Example([1, 2, 3, 4, 5, 6], [0, 1, 1, 0, 0, 1]),
+    ]
     expected, count = 0.0, 0
     with torch.no_grad():
         for ids, mask in examples:
             for t in range(1, len(ids)):
                 if mask[t]:
-                    expected -= float(torch.log_softmax(model(torch.tensor([ids[:t]]))[0, -1].double(), -1)[ids[t]])
+                    expected -= float(
+                        torch.log_softmax(model(torch.tensor([ids[:t]]))[0, -1].double(), -1)[
+                            ids[t]
+                        ]
+                    )
                     count += 1
         found, tokens = loss(model, examples, tokenizer.pad_id, torch.device("cpu"))
         shown, _ = loss(model, examples, 0, torch.device("cpu"))
@@ -135,7 +164,9 @@ def test_loss_equals_brute_force_on_ragged_rows(family, tokenizer, tiny_gpt):
 
 def test_evaluation_is_a_mean_over_tokens_whatever_the_batch(tokenizer, tiny_gpt, setting):
     model = tiny_gpt()
-    examples = [Example(list(range(n)), [0] * (n // 2) + [1] * (n - n // 2)) for n in (4, 30, 5, 12, 6)]
+    examples = [
+        Example(list(range(n)), [0] * (n // 2) + [1] * (n - n // 2)) for n in (4, 30, 5, 12, 6)
+    ]
     cfg = setting()
     run = Run(cfg, "sft", "lm")
     found = [evaluate(run, model, examples, size, tokenizer.pad_id) for size in (1, 2, 5)]
@@ -173,14 +204,20 @@ def weights(cfg: Config) -> dict[str, torch.Tensor]:
 
 def test_accumulation_changes_nothing_but_memory(setting, tmp_path):
     runs = [
-        setting(output_dir=str(tmp_path / f"{micro}"), per_device_train_batch_size=micro, logging_steps=1,
-                gradient_accumulation_steps=4 // micro)
+        setting(
+            output_dir=str(tmp_path / f"{micro}"),
+            per_device_train_batch_size=micro,
+            logging_steps=1,
+            gradient_accumulation_steps=4 // micro,
+        )
         for micro in (4, 1)
-    ]  # fmt: skip
+    ]
     for cfg in runs:
         main(cfg)
         before, first, *_ = log(cfg)
-        assert first["loss"] == pytest.approx(before["eval_loss"], rel=1e-5)  # the same rows, and nothing learned yet
+        assert first["loss"] == pytest.approx(
+            before["eval_loss"], rel=1e-5
+        )  # the same rows, and nothing learned yet
     assert log(runs[0])[1]["grad_norm"] == pytest.approx(log(runs[1])[1]["grad_norm"], rel=1e-4)
     whole, parts = map(weights, runs)
     start = load_file(f"{runs[0].parent}/model.safetensors")
@@ -194,7 +231,12 @@ def test_held_out_tail_is_not_trained_on(setting, demonstrations, monkeypatch):
     seen = []
     real = train.loss
     monkeypatch.setattr(
-        train, "loss", lambda model, rows, *rest: (seen.append((torch.is_grad_enabled(), rows)), real(model, rows, *rest))[1]
+        train,
+        "loss",
+        lambda model, rows, *rest: (
+            seen.append((torch.is_grad_enabled(), rows)),
+            real(model, rows, *rest),
+        )[1],
     )
     cfg = setting(eval_data=None, eval_fraction=0.25, per_device_train_batch_size=3, max_steps=1)
     main(cfg)
@@ -214,22 +256,36 @@ def test_lora_is_published_merged_with_the_adapter_beside(setting):
     changed = {name.split(".")[-2] for name in start if not torch.equal(start[name], end[name])}
     assert changed == {"q_proj", "k_proj", "v_proj"}
     adapter = load_file(f"{cfg.output_dir}/adapter/adapter_model.safetensors")
-    assert adapter["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (2, 32)
+    assert adapter["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (
+        2,
+        32,
+    )
 
 
 def test_a_new_model_learns_to_answer_exactly(setting, tmp_path, tokenizer, capsys):
-    """The rows are answered to the letter; one row whose answer nobody can guess is the one mistake that is listed."""
+    """The rows are answered to the letter; one row whose answer nobody can guess is the one mistake
+    that is listed."""
     tokenizer.save(tmp_path / "tokenizer")
     rows = [{"prompt": f"{n}?", "completion": "xyz"[n % 3] * 2} for n in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "eval.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "8?", "completion": "no"}])
     )
-    keys = {"train_data": str(tmp_path / "rows.jsonl"), "eval_data": str(tmp_path / "eval.jsonl"), "eval_exact_match": True}
+    keys = {
+        "train_data": str(tmp_path / "rows.jsonl"),
+        "eval_data": str(tmp_path / "eval.jsonl"),
+        "eval_exact_match": True,
+    }
     cfg = setting(
-        parent=None, tokenizer=str(tmp_path / "tokenizer"), preset="gpt-nano", n_layer=1, max_steps=150, eval_steps=75,
-        per_device_train_batch_size=9, **keys,
-    )  # fmt: skip
+        parent=None,
+        tokenizer=str(tmp_path / "tokenizer"),
+        preset="gpt-nano",
+        n_layer=1,
+        max_steps=150,
+        eval_steps=75,
+        per_device_train_batch_size=9,
+        **keys,
+    )
     main(cfg)
     rows = [json.loads(line) for line in open(f"{cfg.output_dir}/metrics.jsonl")]  # noqa: PTH123, SIM115
     assert [row["exact_match"] for row in rows if "exact_match" in row][-1] == pytest.approx(0.9)

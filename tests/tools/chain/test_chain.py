@@ -1,4 +1,5 @@
-"""The baby GPT from its sequence to its picture: 12 656 parameters, what 50 steps teach it, and what the counts say."""
+"""The baby GPT from its sequence to its picture: 12 656 parameters, what 50 steps teach it, and
+what the counts say."""
 
 import itertools
 import json
@@ -44,7 +45,15 @@ def make(tmp_path_factory):
         if steps not in made:
             AcceleratorState._reset_state(True)
             made[steps] = root / str(steps)
-            train.main(config(train, output_dir=made[steps], train_data=root / "prepare", max_steps=steps, eval_steps="null"))
+            train.main(
+                config(
+                    train,
+                    output_dir=made[steps],
+                    train_data=root / "prepare",
+                    max_steps=steps,
+                    eval_steps="null",
+                )
+            )
             AcceleratorState._reset_state(True)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(markov, "has_graphviz", lambda: False)
@@ -71,21 +80,36 @@ def test_fifty_steps(make):
     for state in ("000", "001", "010", "100"):  # never seen, and yet the model has an opinion
         assert max(after[f"{state}->{state[1:]}{token}"] for token in "01") > 0.65
     for column in (before, after):
-        assert all(column[f"{s}->{s[1:]}0"] + column[f"{s}->{s[1:]}1"] == pytest.approx(1, abs=1e-5) for s in COUNTS)
-    assert {(row["state"], row["token"]): row["count"] for row in result["arrows"] if row["state"] in COUNTS} == {
-        (state, str(token)): count for state, pair in COUNTS.items() for token, count in enumerate(pair)
+        assert all(
+            column[f"{s}->{s[1:]}0"] + column[f"{s}->{s[1:]}1"] == pytest.approx(1, abs=1e-5)
+            for s in COUNTS
+        )
+    assert {
+        (row["state"], row["token"]): row["count"]
+        for row in result["arrows"]
+        if row["state"] in COUNTS
+    } == {
+        (state, str(token)): count
+        for state, pair in COUNTS.items()
+        for token, count in enumerate(pair)
     }
     assert json.loads((folder / "chain" / "stage.json").read_text())["gate"]["passed"]
 
 
 def test_before_is_what_the_run_began_with(make):
-    """Cross-entropy of the 12 windows under the arrows `before` and `after` = the losses that the run logged itself."""
+    """Cross-entropy of the 12 windows under the arrows `before` and `after` = the losses that the
+    run logged itself."""
     folder = make(50)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [row["eval_loss"] for row in logged if "eval_loss" in row]
     for column, loss in (("before", logged[0]), ("after", logged[-1])):
         found = arrows(folder, column)
-        terms = [n * math.log(found[f"{s}->{s[1:]}{token}"]) for s, pair in COUNTS.items() for token, n in enumerate(pair) if n]
+        terms = [
+            n * math.log(found[f"{s}->{s[1:]}{token}"])
+            for s, pair in COUNTS.items()
+            for token, n in enumerate(pair)
+            if n
+        ]
         assert -sum(terms) / 12 == pytest.approx(loss, abs=1e-5)
 
 
@@ -99,18 +123,30 @@ def test_transformers_opens_a_model_of_two_tokens(make):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = make(50)
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer("1101")["input_ids"], len(tokenizer), tokenizer.eos_token) == ([1, 1, 0, 1], 2, None)
+    theirs, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert (tokenizer("1101")["input_ids"], len(tokenizer), tokenizer.eos_token) == (
+        [1, 1, 0, 1],
+        2,
+        None,
+    )
     with torch.no_grad():
         logits = theirs(torch.tensor([[1, 0, 1]])).logits[0, -1]
-    assert float(logits.softmax(-1)[1]) == pytest.approx(arrows(folder, "after")["101->011"], abs=1e-5)
+    assert float(logits.softmax(-1)[1]) == pytest.approx(
+        arrows(folder, "after")["101->011"], abs=1e-5
+    )
     with pytest.raises(InputError, match="bare characters can only go on with text"):
         load_tokenizer(str(folder)).with_chat()
 
 
 def texts(svg: Path) -> str:
     root = ET.fromstring(svg.read_text())  # well-formed
-    return " ".join(" ".join("".join(node.itertext()).split()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    return " ".join(
+        " ".join("".join(node.itertext()).split())
+        for node in root.iter("{http://www.w3.org/2000/svg}text")
+    )
 
 
 def test_pictures_without_graphviz(make):
@@ -125,22 +161,31 @@ def test_pictures_without_graphviz(make):
 @pytest.mark.skipif(not shutil.which("circo"), reason="Graphviz is not installed")
 def test_pictures_of_graphviz(tmp_path):
     values = np.array([[0.25, 0.75], [1.0, 0.0]])
-    markov.draw(markov.Chain("<t> & t", ["\\n", '"<'], ["\\n", '"<'], values, np.array([True, False])), tmp_path / "x")
+    markov.draw(
+        markov.Chain("<t> & t", ["\\n", '"<'], ["\\n", '"<'], values, np.array([True, False])),
+        tmp_path / "x",
+    )
     shown = texts(tmp_path / "x.svg")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert all(word in shown for word in ("<t> & t", "\\n 25%", '"< 75%', "\\n 100%")) and "0%" not in shown.replace("100%", "")
+    assert all(
+        word in shown for word in ("<t> & t", "\\n 25%", '"< 75%', "\\n 100%")
+    ) and "0%" not in shown.replace("100%", "")
 
 
 @pytest.mark.parametrize(("V", "context"), [(2, 1), (2, 3), (2, 4), (3, 2), (5, 1)])
 def test_on_the_circle_each_state_leads_to_the_next(V, context):
     order = markov.round_order(V**context, V)
     assert sorted(order) == list(range(V**context))
-    assert all(after // V == before % V ** (context - 1) for before, after in itertools.pairwise(order))
+    assert all(
+        after // V == before % V ** (context - 1) for before, after in itertools.pairwise(order)
+    )
 
 
 def test_errors_name_the_fix(make, tmp_path, tiny_gpt, tokenizer, stage_dir):
     folder = stage_dir(tiny_gpt())
-    with pytest.raises(InputError, match=r"295 tokens and a context of 64 make 295\^65 arrows, 32 can be drawn$"):
+    with pytest.raises(
+        InputError, match=r"295 tokens and a context of 64 make 295\^65 arrows, 32 can be drawn$"
+    ):
         chain.main(config(chain, model=folder, output_dir=tmp_path / "x"))
     with pytest.raises(InputError, match="context 4: the model's is 3"):
         chain.main(config(chain, model=make(50), output_dir=tmp_path / "x", context=4))
@@ -151,7 +196,11 @@ def test_a_directory_of_other_makers(make, tmp_path, monkeypatch):
     """No stage.json: nothing is known of how it began, nor of its text."""
     monkeypatch.setattr(markov, "has_graphviz", lambda: False)
     folder = tmp_path / "bare"
-    shutil.copytree(make(50), folder, ignore=shutil.ignore_patterns("stage.json", "manifest.json", "chain"))
+    shutil.copytree(
+        make(50), folder, ignore=shutil.ignore_patterns("stage.json", "manifest.json", "chain")
+    )
     chain.main(config(chain, model=folder, output_dir=tmp_path / "out"))
     result = json.loads((tmp_path / "out" / "chain.json").read_text())
-    assert set(result["arrows"][0]) == {"state", "token", "next", "after"} and result["distance"] == {}
+    assert (
+        set(result["arrows"][0]) == {"state", "token", "next", "after"} and result["distance"] == {}
+    )

@@ -1,4 +1,5 @@
-"""tools.compare: structure, seeds, KL, gate, page and chat on tiny random models and a made-up ground truth."""
+"""tools.compare: structure, seeds, KL, gate, page and chat on tiny random models and a made-up
+ground truth."""
 
 import json
 import re
@@ -36,7 +37,8 @@ class Verdict(NamedTuple):
 
 
 def judge(prompt: str, answer: str, stopped: bool) -> Verdict:
-    """Made up: the share of e's, an answer of even length is right; prompts start with their family."""
+    """Made up: the share of e's, an answer of even length is right; prompts start with their
+    family."""
     if prompt.split()[0] not in ("red", "blue"):
         raise ValueError("unknown colour")
     return Verdict(answer.count("e") / max(1, len(answer)), len(answer) % 2 == 0, prompt.split()[0])
@@ -63,9 +65,19 @@ def runs(tokenizer, tmp_path_factory) -> Path:
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    rows = [{"prompt": a, "answers": ["eee", "xe", "", "x"], "sources": ["policy"] * 2 + ["bad"] * 2,
-             "stopped": [True, False, True, True], "ranks": [0, 1, 2, 3]} for a in asked]  # fmt: skip
-    rows.append({"prompt": asked[0], "chosen": "a", "rejected": "b"})  # people's: gold is not asked about it
+    rows = [
+        {
+            "prompt": a,
+            "answers": ["eee", "xe", "", "x"],
+            "sources": ["policy"] * 2 + ["bad"] * 2,
+            "stopped": [True, False, True, True],
+            "ranks": [0, 1, 2, 3],
+        }
+        for a in asked
+    ]
+    rows.append(
+        {"prompt": asked[0], "chosen": "a", "rejected": "b"}
+    )  # people's: gold is not asked about it
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -89,10 +101,30 @@ def full(runs, tmp_path_factory):
     module.judge = judge
     sys.modules["fake_gold"] = module
     run(
-        runs / "base", runs / "sft", runs / "rl", "--prompts", runs / "prompts.jsonl", "--reward", runs / "reward",
-        "--reference", runs / "sft", "--gold", "fake_gold", "--comparisons", runs / "eval.jsonl", "--best_of", 4,
-        "--best_of_prompts", 3, "--max_new_tokens", 8, "--shown", 4, "--output_dir", folder,
-    )  # fmt: skip
+        runs / "base",
+        runs / "sft",
+        runs / "rl",
+        "--prompts",
+        runs / "prompts.jsonl",
+        "--reward",
+        runs / "reward",
+        "--reference",
+        runs / "sft",
+        "--gold",
+        "fake_gold",
+        "--comparisons",
+        runs / "eval.jsonl",
+        "--best_of",
+        4,
+        "--best_of_prompts",
+        3,
+        "--max_new_tokens",
+        8,
+        "--shown",
+        4,
+        "--output_dir",
+        folder,
+    )
     return json.loads((folder / "compare.json").read_text()), folder
 
 
@@ -105,7 +137,10 @@ def test_report_structure(full):
                 low, high = row[kind]["ci95"]
                 assert low <= row[kind]["mean"] <= high and row[kind]["n"] == 5
             assert {"kl", "stop_rate", "length"} <= set(row)
-            assert {name: kind["n"] for name, kind in row["families"].items()} == {"blue": 2, "red": 3}
+            assert {name: kind["n"] for name, kind in row["families"].items()} == {
+                "blue": 2,
+                "red": 3,
+            }
             # means over families, weighted, are the mean over all
             parts = sum(kind["gold"] * kind["n"] for kind in row["families"].values()) / 5
             assert parts == pytest.approx(row["gold"]["mean"], abs=1e-5)
@@ -113,18 +148,39 @@ def test_report_structure(full):
     assert result["sampled"]["rl"]["kl"] != 0
     assert set(result["best_of_n"]) == {"1", "2", "4"} and result["best_of_prompts"] == 3
     assert result["best_of_n"]["4"]["reward"]["mean"] > result["best_of_n"]["1"]["reward"]["mean"]
-    assert result["best_of_n"]["1"]["kl"] == 0 and result["best_of_n"]["4"]["kl"] == pytest.approx(0.636294, abs=1e-6)
-    # The rows of the 3 prompts that best-of answered: golds 1, .5, 0, 0 and four samples of the reference, all of gold 0.
-    assert result["reward_model"]["all"]["n"] == 3 * (1 + 6 + 6) and result["reward_model"]["prompts"] == 3
+    assert result["best_of_n"]["1"]["kl"] == 0 and result["best_of_n"]["4"]["kl"] == pytest.approx(
+        0.636294, abs=1e-6
+    )
+    # The rows of the 3 prompts that best-of answered: golds 1, .5, 0, 0 and four samples of the
+    # reference, all of gold 0.
+    assert (
+        result["reward_model"]["all"]["n"] == 3 * (1 + 6 + 6)
+        and result["reward_model"]["prompts"] == 3
+    )
     assert result["reward_model"]["by_source"]["bad / policy"]["n"] == 3 * 4
-    assert [row["family"] for row in result["samples"]] == ["blue", "red", "blue", "red"]  # families in turn
+    assert [row["family"] for row in result["samples"]] == [
+        "blue",
+        "red",
+        "blue",
+        "red",
+    ]  # families in turn
     stage = json.loads((folder / "stage.json").read_text())
     assert stage["gate"]["passed"] is False and "sampled gold of sft is" in stage["gate"]["text"]
     assert "\n" not in stage["gate"]["text"]
 
 
 def test_same_prompt_same_seed_same_stream(runs, capsys):
-    words = (runs / "rl", runs / "twin", "--prompts", runs / "prompts.jsonl", "--seed", 5, "--max_new_tokens", 8, "--json")
+    words = (
+        runs / "rl",
+        runs / "twin",
+        "--prompts",
+        runs / "prompts.jsonl",
+        "--seed",
+        5,
+        "--max_new_tokens",
+        8,
+        "--json",
+    )
     run(*words)
     result = json.loads(capsys.readouterr().out)  # nothing but JSON on stdout
     model, tokenizer = load_model(str(runs / "rl")), load_tokenizer(str(runs / "rl"))
@@ -138,39 +194,81 @@ def test_same_prompt_same_seed_same_stream(runs, capsys):
 
 
 def test_several_answers_to_each_prompt(runs, capsys):
-    """All of them count, whole prompts are drawn for the interval, the first is shown; greedy there is only one."""
-    words = (runs / "rl", "--prompts", runs / "prompts.jsonl", "--gold", "fake_gold", "--max_new_tokens", 8, "--json")
+    """All of them count, whole prompts are drawn for the interval, the first is shown; greedy there
+    is only one."""
+    words = (
+        runs / "rl",
+        "--prompts",
+        runs / "prompts.jsonl",
+        "--gold",
+        "fake_gold",
+        "--max_new_tokens",
+        8,
+        "--json",
+    )
     run(*words, "--answers_per_prompt", 3)
     result = json.loads(capsys.readouterr().out)
     model, tokenizer = load_model(str(runs / "rl")), load_tokenizer(str(runs / "rl"))
-    ids = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS for _ in range(3)]
-    texts = [tokenizer.decode(a.ids) for a in sample(model, ids, max_new_tokens=8, seed=0, stop_ids=[tokenizer.eot_id])]
+    ids = [
+        prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
+        for prompt in PROMPTS
+        for _ in range(3)
+    ]
+    texts = [
+        tokenizer.decode(a.ids)
+        for a in sample(model, ids, max_new_tokens=8, seed=0, stop_ids=[tokenizer.eot_id])
+    ]
     assert len({*texts[:3]}) > 1
     golds = [judge("red", text, True).score for text in texts]
     figures = result["sampled"]["rl"]
-    assert figures["gold"]["n"] == 15 and figures["gold"]["mean"] == pytest.approx(sum(golds) / 15, abs=1e-6)
-    assert figures["gold"]["ci95"] == interval([sum(golds[i : i + 3]) for i in range(0, 15, 3)], [3] * 5)["ci95"]
-    blue = [len(text) % 2 == 0 for text in texts[3:6] + texts[9:12]]
-    assert figures["families"]["blue"]["n"] == 6 and figures["families"]["blue"]["correct"] == pytest.approx(
-        sum(blue) / 6, abs=1e-6
+    assert figures["gold"]["n"] == 15 and figures["gold"]["mean"] == pytest.approx(
+        sum(golds) / 15, abs=1e-6
     )
-    assert [row["answers"]["rl"]["sampled"]["text"] for row in result["samples"]] == [texts[i] for i in (3, 0, 9, 6, 12)]
+    assert (
+        figures["gold"]["ci95"]
+        == interval([sum(golds[i : i + 3]) for i in range(0, 15, 3)], [3] * 5)["ci95"]
+    )
+    blue = [len(text) % 2 == 0 for text in texts[3:6] + texts[9:12]]
+    assert figures["families"]["blue"]["n"] == 6 and figures["families"]["blue"][
+        "correct"
+    ] == pytest.approx(sum(blue) / 6, abs=1e-6)
+    assert [row["answers"]["rl"]["sampled"]["text"] for row in result["samples"]] == [
+        texts[i] for i in (3, 0, 9, 6, 12)
+    ]
     run(*words, "--answers_per_prompt", 3, "--temperature", 0)
     assert json.loads(capsys.readouterr().out)["greedy"]["rl"]["gold"]["n"] == 5
 
 
 def test_kl_against_a_full_forward(runs, tokenizer, capsys):
-    """log pi(answer | plain prompt) - log ref(answer | chat prompt), token by token without batches."""
-    run(runs / "base", "--prompt", "red one", "--reference", runs / "sft", "--max_new_tokens", 6, "--json")
+    """log pi(answer | plain prompt) - log ref(answer | chat prompt), token by token without
+    batches."""
+    run(
+        runs / "base",
+        "--prompt",
+        "red one",
+        "--reference",
+        runs / "sft",
+        "--max_new_tokens",
+        6,
+        "--json",
+    )
     result = json.loads(capsys.readouterr().out)
     messages = [{"role": "user", "content": "red one"}]
     own = prompt_ids(tokenizer, messages)
     theirs = prompt_ids(tokenizer.with_chat(), messages)
-    answer = sample(load_model(str(runs / "base")), [own], max_new_tokens=6, stop_ids=[tokenizer.eot_id])[0].ids
+    answer = sample(
+        load_model(str(runs / "base")), [own], max_new_tokens=6, stop_ids=[tokenizer.eot_id]
+    )[0].ids
     totals = []
     for name, prompt in (("base", own), ("sft", theirs)):
-        logprobs = load_model(str(runs / name))(torch.tensor([prompt + answer])).detach().log_softmax(-1)[0]
-        totals.append(sum(float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)))
+        logprobs = (
+            load_model(str(runs / name))(torch.tensor([prompt + answer]))
+            .detach()
+            .log_softmax(-1)[0]
+        )
+        totals.append(
+            sum(float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(answer))
+        )
     assert result["sampled"]["base"]["kl"] == pytest.approx(totals[0] - totals[1], abs=1e-3)
 
 
@@ -185,12 +283,26 @@ def test_page_needs_nothing_else(full):
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     for name in ("base", "sft", "rl"):
         assert result["models"][name]["path"] in text
-    assert sorted(file.name for file in folder.glob("*.png")) == ["compare-best-of-n.png", "compare-families.png"]
+    assert sorted(file.name for file in folder.glob("*.png")) == [
+        "compare-best-of-n.png",
+        "compare-families.png",
+    ]
 
 
 def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
     page = tmp_path / "page.html"
-    run(runs / "base", runs / "sft", "--prompt", "red one", "--temperature", 0, "--html", page, "--max_new_tokens", 4)
+    run(
+        runs / "base",
+        runs / "sft",
+        "--prompt",
+        "red one",
+        "--temperature",
+        0,
+        "--html",
+        page,
+        "--max_new_tokens",
+        4,
+    )
     out = capsys.readouterr().out
     assert "red one" in out and "base" in out and "sft" in out
     assert "<h1>Side by side: base / sft</h1>" in page.read_text()
@@ -198,13 +310,18 @@ def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
 
 def test_budget_is_that_of_the_smallest_context(runs, capsys):
     run(runs / "sft", "--prompt", "red one", "--max_new_tokens", 900, "--json")
-    assert "max_new_tokens 900 -> 4" in capsys.readouterr().err  # context 48 less a prompt of a few tokens
+    assert (
+        "max_new_tokens 900 -> 4" in capsys.readouterr().err
+    )  # context 48 less a prompt of a few tokens
 
 
 def test_prompts_from_a_text_file(runs, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("red one\n\nblue two\n")
     run(runs / "sft", "--prompts", tmp_path / "p.txt", "--max_new_tokens", 2, "--json")
-    assert [row["prompt"] for row in json.loads(capsys.readouterr().out)["samples"]] == ["red one", "blue two"]
+    assert [row["prompt"] for row in json.loads(capsys.readouterr().out)["samples"]] == [
+        "red one",
+        "blue two",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -233,15 +350,31 @@ def test_errors(runs, monkeypatch, words, message):
 
 def test_command_line(runs):
     start = [sys.executable, "-m", "tools.compare"]
-    found = subprocess.run([*start, str(runs / "sft"), "--promt", "x"], capture_output=True, text=True)
-    assert found.returncode == 2 and found.stderr == "error: command line: unknown key --promt; did you mean `prompt`?\n"
+    found = subprocess.run(
+        [*start, str(runs / "sft"), "--promt", "x"], capture_output=True, text=True
+    )
+    assert (
+        found.returncode == 2
+        and found.stderr == "error: command line: unknown key --promt; did you mean `prompt`?\n"
+    )
 
 
 def test_arguments():
     assert compare.arguments(["a", "--json", "b", "--prompt", "p", "c"]) == [
-        "--json=true", "--prompt", "p", "--models", "a", "b", "c"
-    ]  # fmt: skip
-    assert compare.arguments(["--models", "a", "b", "--chat", "false"]) == ["--chat=false", "--models", "a", "b"]
+        "--json=true",
+        "--prompt",
+        "p",
+        "--models",
+        "a",
+        "b",
+        "c",
+    ]
+    assert compare.arguments(["--models", "a", "b", "--chat", "false"]) == [
+        "--chat=false",
+        "--models",
+        "a",
+        "b",
+    ]
     assert compare.names_of(["runs/x/rl", "runs/x/sft/"]) == ["rl", "sft"]
     assert compare.names_of(["runs/x/sft", "runs/y/sft/"]) == ["x/sft", "y/sft"]
 
@@ -253,7 +386,11 @@ def figures(gold: float, half: float, **correct: float) -> dict:
 
 def test_gate():
     names = ["b", "s", "r"]
-    rows = {"b": figures(0.08, 0.01, sum=0.0), "s": figures(0.54, 0.02, sum=0.97), "r": figures(0.69, 0.02, sum=0.94)}
+    rows = {
+        "b": figures(0.08, 0.01, sum=0.0),
+        "s": figures(0.54, 0.02, sum=0.97),
+        "r": figures(0.69, 0.02, sum=0.94),
+    }
     result = {"sampled": rows, "greedy": dict(rows), "reward_model": {"accuracy": 0.75}}
     result["checks"] = checks(result, names)
     assert len(result["checks"]) == 8 and verdict(result, names)[0]  # every bound is met exactly
@@ -262,15 +399,20 @@ def test_gate():
     result["checks"] = checks(result, names)
     passed, text = verdict(result, names)
     assert not passed and "5 of 8 checks hold" in text
-    for part in ("greedy gold, r's interval above s's is -0.010, not > 0", "greedy correct sum, r - s is -0.070",
-                 "accuracy against gold is 0.700, not >= 0.75"):  # fmt: skip
+    for part in (
+        "greedy gold, r's interval above s's is -0.010, not > 0",
+        "greedy correct sum, r - s is -0.070",
+        "accuracy against gold is 0.700, not >= 0.75",
+    ):
         assert part in text
 
 
 def test_pieces_hold_back_half_a_character(tokenizer):
     ids = [*tokenizer.encode("a"), *(i for i in range(290) if tokenizer.token_bytes(i) == b"\xc3")]
     second = next(i for i in range(290) if tokenizer.token_bytes(i) == b"\xa9")
-    assert list(terminal.pieces(tokenizer, iter([*ids, second, tokenizer.role_ids["user"], ids[0]]))) == ["a", "é", "a"]
+    assert list(
+        terminal.pieces(tokenizer, iter([*ids, second, tokenizer.role_ids["user"], ids[0]]))
+    ) == ["a", "é", "a"]
     assert list(terminal.pieces(tokenizer, iter(ids))) == ["a", "\ufffd"]
     assert terminal.printable("a\x1b[2Jé\n") == "a\\x1b[2Jé\n"
 

@@ -42,7 +42,9 @@ def test_logprobs_equal_unpadded_rows(temperature):
     for prompt, response, values in zip(prompts, responses, found, strict=True):
         logits = model(torch.tensor([prompt + response])).detach()[0].double() / temperature
         wanted = [
-            float(logits[len(prompt) - 1 + t, token] - logits[len(prompt) - 1 + t].exp().sum().log())
+            float(
+                logits[len(prompt) - 1 + t, token] - logits[len(prompt) - 1 + t].exp().sum().log()
+            )
             for t, token in enumerate(response)
         ]
         assert values == pytest.approx(wanted, abs=1e-5)
@@ -63,14 +65,23 @@ def test_best_of_n_against_every_choice(n):
     rng = np.random.default_rng(n)
     rewards, values = rng.normal(size=(4, 5)), rng.normal(size=(4, 5))
     for row, estimate in enumerate(best_of_n(rewards, values, n)):
-        chosen = [max(choice, key=lambda k: rewards[row, k]) for choice in combinations(range(5), n)]
+        chosen = [
+            max(choice, key=lambda k: rewards[row, k]) for choice in combinations(range(5), n)
+        ]
         assert estimate == pytest.approx(np.mean([values[row, k] for k in chosen]))
 
 
 def test_best_of_table():
-    answers = [A("", 1, True, 0.0, reward, gold, True) for reward, gold in ((1, 0.0), (2, 1.0), (3, 0.5), (0, 0.25))]
+    answers = [
+        A("", 1, True, 0.0, reward, gold, True)
+        for reward, gold in ((1, 0.0), (2, 1.0), (3, 0.5), (0, 0.25))
+    ]
     table = best_of_table(answers, 2)  # two prompts of two answers
-    assert table["1"]["reward"]["mean"] == 1.5 and table["1"]["gold"]["mean"] == 0.4375 and table["1"]["kl"] == 0
+    assert (
+        table["1"]["reward"]["mean"] == 1.5
+        and table["1"]["gold"]["mean"] == 0.4375
+        and table["1"]["kl"] == 0
+    )
     assert table["2"]["reward"]["mean"] == 2.5 and table["2"]["gold"]["mean"] == 0.75
     assert table["2"]["kl"] == pytest.approx(math.log(2) - 0.5, abs=1e-6)
     assert list(best_of_table(answers * 3, 6)) == ["1", "2", "4", "6"]
@@ -96,14 +107,30 @@ def test_interval_of_groups_is_wider_than_of_independent_items():
 
 
 def test_accuracy_by_hand():
-    row = {"gold": [0.9, 0.5, 0.48, 0.1], "sources": ["policy", "policy", "near_miss", "policy"], "family": "sum"}
+    row = {
+        "gold": [0.9, 0.5, 0.48, 0.1],
+        "sources": ["policy", "policy", "near_miss", "policy"],
+        "family": "sum",
+    }
     # pairs: 0>1 right, 0>2 right, 0>3 right, 1>2 (gap .02) left out, 1>3 equal, 2>3 wrong
-    found = order_statistics([(row, [2.0, 1.0, 0.5, 1.0]), ({**row, "gold": [0.3, 0.3, 0.3, 0.3]}, [1.0, 2.0, 3.0, 4.0])])
-    assert found["accuracy"] == pytest.approx(2.5 / 3, abs=1e-6) and found["n"] == 3  # the policy's own
-    assert found["all"]["accuracy"] == pytest.approx((1 + 1 + 1 + 0.5 + 0) / 5, abs=1e-6) and found["all"]["n"] == 5
+    found = order_statistics(
+        [(row, [2.0, 1.0, 0.5, 1.0]), ({**row, "gold": [0.3, 0.3, 0.3, 0.3]}, [1.0, 2.0, 3.0, 4.0])]
+    )
+    assert (
+        found["accuracy"] == pytest.approx(2.5 / 3, abs=1e-6) and found["n"] == 3
+    )  # the policy's own
+    assert (
+        found["all"]["accuracy"] == pytest.approx((1 + 1 + 1 + 0.5 + 0) / 5, abs=1e-6)
+        and found["all"]["n"] == 5
+    )
     others = order_statistics([({**row, "sources": ["answer"] * 4}, [2.0, 1.0, 0.5, 1.0])])
-    assert {key: others[key] for key in ("accuracy", "ci95", "n")} == others["all"] and others["n"] == 5
-    assert {name: kind["n"] for name, kind in found["by_source"].items()} == {"near_miss / policy": 2, "policy / policy": 3}
+    assert {key: others[key] for key in ("accuracy", "ci95", "n")} == others["all"] and others[
+        "n"
+    ] == 5
+    assert {name: kind["n"] for name, kind in found["by_source"].items()} == {
+        "near_miss / policy": 2,
+        "policy / policy": 3,
+    }
     assert found["by_family"]["sum"]["n"] == 5
 
 
@@ -112,19 +139,35 @@ def test_accuracy_of_a_model_uses_prompt_answer_and_end_token():
     tokenizer = Tokenizer.train_bpe(["ab ab ab"], 262).with_chat()
     torch.manual_seed(3)
     model = RewardModel(CONFIG)
-    gold = lambda prompt, answer, stopped: type("V", (), {"score": len(answer) / 9, "family": prompt})  # noqa: E731
-    rows = [Row({"prompt": "ab", "answers": ["a", "abab", "abababa"], "stopped": [True, False, True]}, "f:1")]
+    gold = lambda prompt, answer, stopped: type(
+        "V", (), {"score": len(answer) / 9, "family": prompt}
+    )  # noqa: E731
+    rows = [
+        Row(
+            {"prompt": "ab", "answers": ["a", "abab", "abababa"], "stopped": [True, False, True]},
+            "f:1",
+        )
+    ]
     user, assistant = (tokenizer.role_ids[role] for role in ("user", "assistant"))
-    ids = [[user, *tokenizer.encode("ab"), assistant, *tokenizer.encode(text)] for text in ("a", "abab", "abababa")]
+    ids = [
+        [user, *tokenizer.encode("ab"), assistant, *tokenizer.encode(text)]
+        for text in ("a", "abab", "abababa")
+    ]
     ids[0].append(tokenizer.eot_id)
     ids[2].append(tokenizer.eot_id)
     r = [float(model(torch.tensor([row]), torch.tensor([len(row)])).detach()) for row in ids]
     wanted = [r[1] > r[0], r[2] > r[0], r[2] > r[1]]
-    assert reward_accuracy((model, tokenizer), gold, rows)["accuracy"] == pytest.approx(sum(wanted) / 3, abs=1e-6)
+    assert reward_accuracy((model, tokenizer), gold, rows)["accuracy"] == pytest.approx(
+        sum(wanted) / 3, abs=1e-6
+    )
     with pytest.raises(InputError, match="no row has `answers`"):
-        reward_accuracy((model, tokenizer), gold, [Row({"prompt": "ab", "chosen": "a", "rejected": "b"}, "f:1")])
+        reward_accuracy(
+            (model, tokenizer), gold, [Row({"prompt": "ab", "chosen": "a", "rejected": "b"}, "f:1")]
+        )
     with pytest.raises(InputError, match=r"f:7: .* context is 32"):
-        reward_accuracy((model, tokenizer), gold, [Row({"prompt": "ab", "answers": ["b" * 40]}, "f:7")])
+        reward_accuracy(
+            (model, tokenizer), gold, [Row({"prompt": "ab", "answers": ["b" * 40]}, "f:7")]
+        )
 
 
 def test_prompt_files(tmp_path):

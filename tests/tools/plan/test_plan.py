@@ -43,7 +43,12 @@ def by_step(found: dict) -> dict[str, dict]:
 
 def test_demo_before_anything_ran(tmp_path, capsys):
     found = report(
-        capsys, copy_recipe(tmp_path), "--sft.rows=16000", "--collect.rows=3000", "--sft.length=42", "--reward.answers=6"
+        capsys,
+        copy_recipe(tmp_path),
+        "--sft.rows=16000",
+        "--collect.rows=3000",
+        "--sft.length=42",
+        "--reward.answers=6",
     )
     steps = by_step(found)
     assert list(steps) == ["pretrain", "sft", "collect", "reward", "rl"]
@@ -51,7 +56,9 @@ def test_demo_before_anything_ran(tmp_path, capsys):
     assert steps["pretrain"]["tokens"] == 1500 * 16 * 128
     assert steps["sft"]["steps"] == 1000 and steps["sft"]["tokens"] == 16000 * 42
     assert steps["reward"]["steps"] == 360 and steps["reward"]["tokens"] == 2160 * 6 * 128
-    assert steps["rl"]["parameters"] == 2_041_536 + 2_041_536 + 192  # policy and critic, its scalar head
+    assert (
+        steps["rl"]["parameters"] == 2_041_536 + 2_041_536 + 192
+    )  # policy and critic, its scalar head
     assert steps["rl"]["tokens"] == 28 * 128 * (32 + 96)
     assert all(step["fits"] for step in found["steps"]) and found["does_not_fit"] == []
     assert any("2,160 comparisons" in line for line in found["assumed"])
@@ -73,18 +80,35 @@ def test_files_that_exist_are_counted(tmp_path, capsys, tokenizer):
     folder = copy_recipe(tmp_path)
     data, made = tmp_path / "runs/demo/data", tmp_path / "runs/demo/prepare"
     data.mkdir(parents=True)
-    rows = [{"prompt": "Name an animal.", "completion": "The fox."}, {"prompt": SENTENCES[0], "completion": SENTENCES[1]}]
+    rows = [
+        {"prompt": "Name an animal.", "completion": "The fox."},
+        {"prompt": SENTENCES[0], "completion": SENTENCES[1]},
+    ]
     (data / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 50))
-    assert by_step(report(capsys, folder))["sft"]["tokens"] == 100 * 128  # no tokenizer yet: the longest
+    assert (
+        by_step(report(capsys, folder))["sft"]["tokens"] == 100 * 128
+    )  # no tokenizer yet: the longest
     tokenizer.save(made)
     examples, _ = sft.cut(read_rows(str(data / "sft.jsonl"), partial(sft.parse, tokenizer)), 128)
-    assert by_step(report(capsys, folder))["sft"]["tokens"] == pytest.approx(sum(len(e.ids) for e in examples))
+    assert by_step(report(capsys, folder))["sft"]["tokens"] == pytest.approx(
+        sum(len(e.ids) for e in examples)
+    )
 
 
 def llama_65b(tmp_path: Path, **keys) -> Path:
-    config = {"output_dir": "x", "train_data": "nowhere", "family": "llama", "n_layer": 80, "n_head": 64, "n_embd": 8192,
-              "n_inner": 22016, "tie_embeddings": False, "max_length": 2048, "per_device_train_batch_size": 1,
-              "max_steps": 333_786}  # fmt: skip
+    config = {
+        "output_dir": "x",
+        "train_data": "nowhere",
+        "family": "llama",
+        "n_layer": 80,
+        "n_head": 64,
+        "n_embd": 8192,
+        "n_inner": 22016,
+        "tie_embeddings": False,
+        "max_length": 2048,
+        "per_device_train_batch_size": 1,
+        "max_steps": 333_786,
+    }
     (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(config | keys))
     return tmp_path / "pretrain.yaml"
 
@@ -94,11 +118,16 @@ def test_llama_65b(tmp_path, capsys):
     given = ("--vocab_size", 32000, "--gpus", 2048, "--gpu", "a100-80", "--mfu", 0.5, "--price", 2)
     found = report(capsys, llama_65b(tmp_path), *given)
     (step,) = found["steps"]
-    assert step["parameters"] == pytest.approx(65.2e9, rel=0.005) and step["tokens"] == pytest.approx(1.4e12, rel=0.001)
+    assert step["parameters"] == pytest.approx(65.2e9, rel=0.005) and step[
+        "tokens"
+    ] == pytest.approx(1.4e12, rel=0.001)
     assert step["seconds"] / 86400 == pytest.approx(21, rel=0.05)
     assert step["tokens_per_second_per_gpu"] == pytest.approx(380, rel=0.05)
     assert step["dollars"] == pytest.approx(step["seconds"] / 3600 * 2048 * 2)
-    assert step["fits"] == [3] or step["fits"] == [2, 3]  # 65 GB of bf16 weights and gradients each do not fit whole
+    assert step["fits"] == [3] or step["fits"] == [
+        2,
+        3,
+    ]  # 65 GB of bf16 weights and gradients each do not fit whole
 
 
 def llama_7b(tmp_path: Path, **keys) -> Path:
@@ -109,7 +138,11 @@ def test_what_does_not_fit_and_the_smallest_change(tmp_path, capsys):
     file = llama_7b(tmp_path, per_device_train_batch_size=8)
     common = (file, "--vocab_size", 32000, "--gpu", "h100")
     (line,) = report(capsys, *common, "--gpus", 8)["does_not_fit"] or [""]
-    assert "ZeRO stage" in line and "per_device_train_batch_size" in line and "Smallest change that fits" in line
+    assert (
+        "ZeRO stage" in line
+        and "per_device_train_batch_size" in line
+        and "Smallest change that fits" in line
+    )
     (alone,) = report(capsys, *common)["does_not_fit"]
     assert "GPUs and ZeRO stage" in alone
     plan.main([str(file), "--vocab_size", "32000"])
@@ -118,9 +151,16 @@ def test_what_does_not_fit_and_the_smallest_change(tmp_path, capsys):
 
 def test_the_advice_fits_when_followed(tmp_path, capsys):
     file = llama_7b(tmp_path, per_device_train_batch_size=16)
-    (line,) = report(capsys, file, "--vocab_size", 32000, "--gpus", 8, "--gpu", "a100-80")["does_not_fit"]
-    micro, accumulation = re.search(r"per_device_train_batch_size (\d+), gradient_accumulation_steps (\d+)", line).groups()
-    changes = (f"--pretrain.per_device_train_batch_size={micro}", f"--pretrain.gradient_accumulation_steps={accumulation}")
+    (line,) = report(capsys, file, "--vocab_size", 32000, "--gpus", 8, "--gpu", "a100-80")[
+        "does_not_fit"
+    ]
+    micro, accumulation = re.search(
+        r"per_device_train_batch_size (\d+), gradient_accumulation_steps (\d+)", line
+    ).groups()
+    changes = (
+        f"--pretrain.per_device_train_batch_size={micro}",
+        f"--pretrain.gradient_accumulation_steps={accumulation}",
+    )
     found = report(capsys, file, "--vocab_size", 32000, "--gpus", 8, "--gpu", "a100-80", *changes)
     assert int(re.search(r"ZeRO stage (\d)", line)[1]) == found["steps"][0]["fits"][0]
 
@@ -130,35 +170,70 @@ def test_the_changed_batch_is_the_same_batch(tmp_path):
     (work,) = Plan(file, 8, vocab_size=32000).works
     for factor in (1, 2, 4, 16):
         found = plan.alternatives(work, factor)
-        assert all(changed.micro * changed.accumulation * changed.gpus == 8 * 2 * 8 for changed, _, _ in found)
+        assert all(
+            changed.micro * changed.accumulation * changed.gpus == 8 * 2 * 8
+            for changed, _, _ in found
+        )
         assert [len(words) for _, _, words in found] == sorted(len(words) for _, _, words in found)
 
 
 def test_four_whole_models_are_too_much(tmp_path, capsys):
     llama_7b(tmp_path)
-    keys = {"output_dir": "x", "parent": "y", "reward_model": "z", "train_data": "p", "per_device_train_batch_size": 1}
+    keys = {
+        "output_dir": "x",
+        "parent": "y",
+        "reward_model": "z",
+        "train_data": "p",
+        "per_device_train_batch_size": 1,
+    }
     (tmp_path / "rl.yaml").write_text(yaml.safe_dump(keys))
-    (line,) = report(capsys, tmp_path / "rl.yaml", "--vocab_size", 32000, "--gpu", "a100-40")["does_not_fit"]
-    assert "No number of GPUs helps" in line and "Reference and reward model lie whole on every GPU" in line
+    (line,) = report(capsys, tmp_path / "rl.yaml", "--vocab_size", 32000, "--gpu", "a100-40")[
+        "does_not_fit"
+    ]
+    assert (
+        "No number of GPUs helps" in line
+        and "Reference and reward model lie whole on every GPU" in line
+    )
 
 
 def test_critic_and_reward_model_have_each_their_own_shape(tmp_path, capsys):
-    """A critic is learned and published, a reward model only scores: neither's size is that of the other."""
+    """A critic is learned and published, a reward model only scores: neither's size is that of the
+    other."""
 
     def planned(**keys) -> dict:
         common = {"output_dir": "x", "parent": "nowhere", "train_data": "p"}
         (tmp_path / "rl.yaml").write_text(yaml.safe_dump(common | keys))
         return by_step(report(capsys, tmp_path / "rl.yaml", "--model", "gpt2"))["rl"]
 
-    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_layer": 2, "n_head": 4}
+    config = {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_layer": 2,
+        "n_head": 4,
+    }
     for name, width in (("small", 64), ("large", 2048)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | {"n_embd": width}))
     small, large = str(tmp_path / "small"), str(tmp_path / "large")
-    plain, critic, judge = planned(reward_model=small), planned(reward_model=small, critic=large), planned(reward_model=large)
-    assert critic["memory"]["0"]["frozen"] == plain["memory"]["0"]["frozen"] < judge["memory"]["0"]["frozen"]
-    assert critic["parameters"] == judge["parameters"] > plain["parameters"]  # null = the reward model
-    assert plain["flops_by_kind"]["scoring"] < critic["flops_by_kind"]["scoring"] < judge["flops_by_kind"]["scoring"]
+    plain, critic, judge = (
+        planned(reward_model=small),
+        planned(reward_model=small, critic=large),
+        planned(reward_model=large),
+    )
+    assert (
+        critic["memory"]["0"]["frozen"]
+        == plain["memory"]["0"]["frozen"]
+        < judge["memory"]["0"]["frozen"]
+    )
+    assert (
+        critic["parameters"] == judge["parameters"] > plain["parameters"]
+    )  # null = the reward model
+    assert (
+        plain["flops_by_kind"]["scoring"]
+        < critic["flops_by_kind"]["scoring"]
+        < judge["flops_by_kind"]["scoring"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,13 +262,22 @@ def test_mistakes_are_one_line(argv, words, monkeypatch):
 
 
 def test_a_config_that_could_not_start_is_named(tmp_path, capsys):
-    found = report(capsys, copy_recipe(tmp_path), "--sft.max_length=500", "--rl.max_new_tokens=400", "--rl.rows=100")
+    found = report(
+        capsys,
+        copy_recipe(tmp_path),
+        "--sft.max_length=500",
+        "--rl.max_new_tokens=400",
+        "--rl.rows=100",
+    )
     assert [line.split(":")[0] for line in found["problems"]] == ["sft", "rl", "rl"]
     assert "max_length = 500, but the model's context is 192" in found["problems"][0]
 
 
 def test_gradient_checkpointing_trades_memory_for_a_third_more_time(tmp_path, capsys):
-    file, given = llama_7b(tmp_path, per_device_train_batch_size=8), ("--vocab_size", 32000, "--gpus", 8)
+    file, given = (
+        llama_7b(tmp_path, per_device_train_batch_size=8),
+        ("--vocab_size", 32000, "--gpus", 8),
+    )
     plain = report(capsys, file, *given)["steps"][0]
     found = report(capsys, file, *given, "--pretrain.gradient_checkpointing=true")
     (step,) = found["steps"]
@@ -202,14 +286,22 @@ def test_gradient_checkpointing_trades_memory_for_a_third_more_time(tmp_path, ca
     assert step["memory"]["1"]["activations"] < 0.2 * plain["memory"]["1"]["activations"]
     assert step["memory"]["1"]["logits"] == plain["memory"]["1"]["logits"]
     for total in ("flops", "seconds"):  # 4/3 less the head, which is computed twice in either
-        assert step[total] == pytest.approx(4 / 3 * plain[total], rel=0.01) and step[total] < 4 / 3 * plain[total]
+        assert (
+            step[total] == pytest.approx(4 / 3 * plain[total], rel=0.01)
+            and step[total] < 4 / 3 * plain[total]
+        )
 
 
 def test_what_compiling_saves_is_said_to_be_unknown(tmp_path, capsys):
     file = llama_7b(tmp_path)
-    plain, compiled = (report(capsys, file, "--vocab_size", 300, f"--pretrain.torch_compile={on}") for on in ("false", "true"))
+    plain, compiled = (
+        report(capsys, file, "--vocab_size", 300, f"--pretrain.torch_compile={on}")
+        for on in ("false", "true")
+    )
     assert compiled["steps"] == plain["steps"]
-    assert [line for line in compiled["assumed"] if line not in plain["assumed"]] == [f"pretrain: {COMPILED}"]
+    assert [line for line in compiled["assumed"] if line not in plain["assumed"]] == [
+        f"pretrain: {COMPILED}"
+    ]
 
 
 def test_pretraining_refuses_lora_in_the_stage_s_words(tmp_path, capsys):
@@ -225,10 +317,16 @@ def test_pretraining_refuses_lora_in_the_stage_s_words(tmp_path, capsys):
     assert "lora_r" not in plain["does_not_fit"][0]
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("configs/*/pipeline.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.parent.name for path in ROOT.glob("configs/*/pipeline.yaml"))
+)
 def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path, capsys):
-    if not any(step.get("module", "").endswith(("train", "collect"))
-               for step in yaml.safe_load((ROOT / f"configs/{name}/pipeline.yaml").read_text())["steps"].values()):  # fmt: skip
+    if not any(
+        step.get("module", "").endswith(("train", "collect"))
+        for step in yaml.safe_load((ROOT / f"configs/{name}/pipeline.yaml").read_text())[
+            "steps"
+        ].values()
+    ):
         pytest.skip("trains nothing")
     found = report(capsys, copy_recipe(tmp_path, name), "--model", "gpt2", "--vocab_size", "300")
     assert found["steps"] and all(step["memory"]["0"]["peak"] > 0 for step in found["steps"])
@@ -236,9 +334,21 @@ def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("stage", "config"),
-    [("prepare", prepare), ("pretrain", train), ("sft", sft), ("collect", collect), ("reward", reward), ("rl", rl)],
+    [
+        ("prepare", prepare),
+        ("pretrain", train),
+        ("sft", sft),
+        ("collect", collect),
+        ("reward", reward),
+        ("rl", rl),
+    ],
 )
 def test_defaults_are_those_of_the_stages(stage, config):
     """All keys, as the planner reads them from the text of the stages."""
-    fields = {key: field.get_default(call_default_factory=True) for key, field in config.Config.__pydantic_fields__.items()}
-    assert defaults(MODULES[stage]) == {key: None if value is PydanticUndefined else value for key, value in fields.items()}
+    fields = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in config.Config.__pydantic_fields__.items()
+    }
+    assert defaults(MODULES[stage]) == {
+        key: None if value is PydanticUndefined else value for key, value in fields.items()
+    }

@@ -1,4 +1,5 @@
-"""Costs of the stages' own code at the demo's size: counted FLOPs, and the peak memory of real runs, against the plan."""
+"""Costs of the stages' own code at the demo's size: counted FLOPs, and the peak memory of real
+runs, against the plan."""
 
 import json
 import os
@@ -47,7 +48,10 @@ def demo(step: str, **changes) -> Work:
 
 
 def counted(body) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's fused kernel is not counted
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # the CPU's fused kernel is not counted
         body()
     return counter.get_total_flops()
 
@@ -63,16 +67,25 @@ def recompute(*models: GPT | RewardModel) -> None:
 def test_flops_of_a_pretraining_step(family, checkpointing):
     work = demo("pretrain", steps=1, rows=2, optimizer="muon", checkpointing=checkpointing)
     if family == "gpt2":
-        work = replace(work, shape=replace(work.shape, family="gpt2", n_inner=None, attention_bias=None, mlp_bias=None))
+        work = replace(
+            work,
+            shape=replace(
+                work.shape, family="gpt2", n_inner=None, attention_bias=None, mlp_bias=None
+            ),
+        )
     model = GPT(work.shape)
     recompute(*[model] * checkpointing)
-    optimizer, ids = muon(model, 0.01, 0.01, 0.0), torch.randint(0, work.shape.vocab_size, (2, work.length + 1))
+    optimizer, ids = (
+        muon(model, 0.01, 0.01, 0.0),
+        torch.randint(0, work.shape.vocab_size, (2, work.length + 1)),
+    )
 
     def body():
         train.next_token_loss(model, ids, eot_id=3).backward()
         optimizer.step()
 
-    # What recomputing blocks adds is 8 % beside Muon; PyTorch leaves the last product of a block out of it.
+    # What recomputing blocks adds is 8 % beside Muon; PyTorch leaves the last product of a block
+    # out of it.
     assert sum(flops(work)) == pytest.approx(counted(body), rel=0.03 if checkpointing else 0.001)
 
 
@@ -84,15 +97,30 @@ def test_flops_of_finetuning_and_of_the_reward_model():
     assert sum(flops(work)) == pytest.approx(found, rel=0.1)
     work = demo("reward", steps=1, rows=2, mean_length=100, answers=3)
     model = RewardModel(work.shape)
-    found = counted(lambda: model(torch.ones(6, 100, dtype=torch.long), torch.full((6,), 100)).sum().backward())
+    found = counted(
+        lambda: model(torch.ones(6, 100, dtype=torch.long), torch.full((6,), 100)).sum().backward()
+    )
     assert sum(flops(work)) == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_of_a_ppo_rollout_and_its_updates(checkpointing):
     """Sampling, scoring by four models, and PPO's epochs with pretraining rows beside them."""
-    work = demo("rl", steps=1, rows=4, micro=2, minibatches=2, epochs=2, prompt=10, response=30, mean_length=40,
-                logits=0.75, ptx_tokens=2 * 128, ptx_length=128, checkpointing=checkpointing)  # fmt: skip
+    work = demo(
+        "rl",
+        steps=1,
+        rows=4,
+        micro=2,
+        minibatches=2,
+        epochs=2,
+        prompt=10,
+        response=30,
+        mean_length=40,
+        logits=0.75,
+        ptx_tokens=2 * 128,
+        ptx_length=128,
+        checkpointing=checkpointing,
+    )
     work = replace(work, critic=replace(work.shape, n_layer=1, attention_pattern=("full",)))
     policy, reference = GPT(work.shape), GPT(work.shape)
     model, judge = ActorCritic(policy, RewardModel(work.critic)), RewardModel(work.shape)
@@ -102,14 +130,33 @@ def test_flops_of_a_ppo_rollout_and_its_updates(checkpointing):
 
     def sampled():
         made.append(
-            rollout(model, reference, judge, [[1] * 10] * 4, max_new_tokens=30, temperature=1.0, stop_ids=[], pad_id=0, seed=0,
-                    kl_coef=0.1, gamma=1.0, gae_lambda=0.95, score_clip=None, missing_stop_penalty=0.0, batch_size=256,
-                    score_batch_size=2)
-        )  # fmt: skip
+            rollout(
+                model,
+                reference,
+                judge,
+                [[1] * 10] * 4,
+                max_new_tokens=30,
+                temperature=1.0,
+                stop_ids=[],
+                pad_id=0,
+                seed=0,
+                kl_coef=0.1,
+                gamma=1.0,
+                gae_lambda=0.95,
+                score_clip=None,
+                missing_stop_penalty=0.0,
+                batch_size=256,
+                score_batch_size=2,
+            )
+        )
 
     def learned():
         for _ in range(2 * 2):  # epochs x minibatches
-            batch = MicroBatch(made[0].rows([0, 1]), made[0].advantages_BT[:2], torch.ones(2, 129, dtype=torch.long))
+            batch = MicroBatch(
+                made[0].rows([0, 1]),
+                made[0].advantages_BT[:2],
+                torch.ones(2, 129, dtype=torch.long),
+            )
             terms(model, batch, cfg, [], eot_id=3).sum().backward()
 
     predicted = flops(work)
@@ -121,8 +168,12 @@ def allocated(body) -> int:
     """Most bytes that `body` has alive at once."""
     with torch.profiler.profile(profile_memory=True) as profile:
         body()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return max(
+        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -133,12 +184,27 @@ def test_logits_take_no_more_than_planned(temperature, dtype, language, monkeypa
     if language == "PyTorch":
         monkeypatch.setattr(native, "library", lambda: None)
     V, C, N = 8192, 16, 3 * 256
-    hidden, weight = torch.zeros(N, C, dtype=dtype, requires_grad=True), torch.zeros(V, C, requires_grad=True)
+    hidden, weight = (
+        torch.zeros(N, C, dtype=dtype, requires_grad=True),
+        torch.zeros(V, C, requires_grad=True),
+    )
     made = []
-    forward = allocated(lambda: made.append(linear_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), temperature)))
+    forward = allocated(
+        lambda: made.append(
+            linear_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), temperature)
+        )
+    )
     backward = allocated(lambda: made[0][0].sum().backward())
     shape = GPTConfig(vocab_size=V, n_layer=1, n_head=1, n_embd=C, max_length=N)
-    work = Work("x", "sft", shape, gpus=1, micro=1, length=N, precision="no" if dtype == torch.float32 else "bf16")
+    work = Work(
+        "x",
+        "sft",
+        shape,
+        gpus=1,
+        micro=1,
+        length=N,
+        precision="no" if dtype == torch.float32 else "bf16",
+    )
     found = max(forward, backward) / memory(work, on_cpu=True).logits
     assert found < 1.02 and (language == "C" or found > 0.6)
 
@@ -162,10 +228,19 @@ print("peak", int(peak) * 1024 - before)
 
 
 def measured(stage: str, keys: dict, small: dict) -> float:
-    """Bytes by which the process of a stage grows at its highest, after a run with the `small` keys."""
-    argvs = [[word for key, value in {**keys, **more}.items() for word in (f"--{key}", str(value))] for more in (small, {})]
-    # Every tensor in a mapping of its own, which goes back when it is freed: else the heap's holes would count too.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    """Bytes by which the process of a stage grows at its highest, after a run with the `small`
+    keys."""
+    argvs = [
+        [word for key, value in {**keys, **more}.items() for word in (f"--{key}", str(value))]
+        for more in (small, {})
+    ]
+    # Every tensor in a mapping of its own, which goes back when it is freed: else the heap's holes
+    # would count too.
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [sys.executable, "-c", MEASURE.format(stage=stage), json.dumps(argvs)]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -183,12 +258,24 @@ def planned(stage: str, keys: dict, folder: Path) -> float:
 def test_peak_memory_of_pretraining(tmp_path, tokenizer, checkpointing):
     tokenizer.save(tmp_path / "shards")
     for split in ("train", "eval"):
-        torch.randint(0, 290, (20_000,)).numpy().astype("uint16").tofile(tmp_path / f"shards/{split}-00000.bin")
+        torch.randint(0, 290, (20_000,)).numpy().astype("uint16").tofile(
+            tmp_path / f"shards/{split}-00000.bin"
+        )
     meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "fingerprint": "x"}
     (tmp_path / "shards/shards.json").write_text(json.dumps(meta))
-    keys = {"train_data": str(tmp_path / "shards"), "output_dir": str(tmp_path / "out"), "n_layer": 4,
-            "n_head": 8, "n_embd": 384, "max_length": 256, "per_device_train_batch_size": 4, "max_steps": 2, "eval_rows": 1,
-            "mixed_precision": "no", "gradient_checkpointing": checkpointing}  # fmt: skip
+    keys = {
+        "train_data": str(tmp_path / "shards"),
+        "output_dir": str(tmp_path / "out"),
+        "n_layer": 4,
+        "n_head": 8,
+        "n_embd": 384,
+        "max_length": 256,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "eval_rows": 1,
+        "mixed_precision": "no",
+        "gradient_checkpointing": checkpointing,
+    }
     found = measured("pretrain", keys, {"output_dir": tmp_path / "small", "n_embd": 32})
     assert planned("pretrain", keys, tmp_path) == pytest.approx(found, rel=0.25)
 
@@ -196,15 +283,32 @@ def test_peak_memory_of_pretraining(tmp_path, tokenizer, checkpointing):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and steers glibc's malloc")
 def test_peak_memory_of_ppo(tmp_path, tokenizer):
     """Four models, sampling and PPO updates."""
-    config = shape("gpt2", tokenizer.vocab_size, n_embd=384, n_head=8, n_layer=4, n_inner=None, max_length=160)
+    config = shape(
+        "gpt2", tokenizer.vocab_size, n_embd=384, n_head=8, n_layer=4, n_inner=None, max_length=160
+    )
     stage = {"stage": "test", "parent": None, "gate": {"passed": True, "text": ""}, "metrics": {}}
     publish(tmp_path / "sft", GPT(config), tokenizer, stage | {"kind": "lm"})
     publish(tmp_path / "reward", RewardModel(config), tokenizer, stage | {"kind": "reward"})
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": s}) + "\n" for s in [SENTENCES[0]] * 8))
-    length = len(prompt_ids(tokenizer, [{"role": "user", "content": SENTENCES[0]}]))  # all rows as long as the plan takes them
-    keys = {"parent": str(tmp_path / "sft"), "reward_model": str(tmp_path / "reward"), "max_steps": 1,
-            "train_data": str(tmp_path / "prompts.jsonl"), "output_dir": str(tmp_path / "out"), "num_minibatches": 1,
-            "per_device_train_batch_size": 8, "num_ppo_epochs": 2, "max_prompt_length": length, "max_new_tokens": 96,
-            "mixed_precision": "no"}  # fmt: skip
-    found = measured("rl", keys, {"output_dir": tmp_path / "small", "per_device_train_batch_size": 1})
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": s}) + "\n" for s in [SENTENCES[0]] * 8)
+    )
+    length = len(
+        prompt_ids(tokenizer, [{"role": "user", "content": SENTENCES[0]}])
+    )  # all rows as long as the plan takes them
+    keys = {
+        "parent": str(tmp_path / "sft"),
+        "reward_model": str(tmp_path / "reward"),
+        "max_steps": 1,
+        "train_data": str(tmp_path / "prompts.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "num_minibatches": 1,
+        "per_device_train_batch_size": 8,
+        "num_ppo_epochs": 2,
+        "max_prompt_length": length,
+        "max_new_tokens": 96,
+        "mixed_precision": "no",
+    }
+    found = measured(
+        "rl", keys, {"output_dir": tmp_path / "small", "per_device_train_batch_size": 1}
+    )
     assert planned("rl", keys, tmp_path) == pytest.approx(found, rel=0.25)

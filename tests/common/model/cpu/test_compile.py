@@ -42,7 +42,10 @@ def test_it_is_compiled_once_and_again_when_a_source_changes(folder):
     assert native.compiled() == first and first.stat().st_mtime_ns == made
     (folder / "native.h").write_text((folder / "native.h").read_text() + "// changed\n")
     assert native.compiled() != first
-    assert sorted(p.suffix for p in (folder / "__pycache__").iterdir()) == [".so", ".so"]  # nothing else is left behind
+    assert sorted(p.suffix for p in (folder / "__pycache__").iterdir()) == [
+        ".so",
+        ".so",
+    ]  # nothing else is left behind
 
 
 @needs_compiler
@@ -80,7 +83,9 @@ def test_without_them_pytorch_computes_the_same(why, folder, monkeypatch, tiny_g
 def test_a_processor_that_tells_no_flags_is_no_obstacle(folder, monkeypatch):
     real = Path.read_text
     monkeypatch.setattr(
-        Path, "read_text", lambda self, *a, **k: "cpu : POWER9" if "cpuinfo" in self.name else real(self, *a, **k)
+        Path,
+        "read_text",
+        lambda self, *a, **k: "cpu : POWER9" if "cpuinfo" in self.name else real(self, *a, **k),
     )
     assert native.compiled().exists()
 
@@ -94,7 +99,9 @@ def test_openmp_is_the_one_of_torch():
         "maps = open('/proc/self/maps').read();"
         "print(len({row.split()[-1] for row in maps.splitlines() if 'omp' in row.split('/')[-1]}))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "1", done.stderr
 
 
@@ -107,7 +114,9 @@ def test_what_they_do_not_take_goes_to_pytorch():
 # Packed matrices
 
 
-can_pack = pytest.mark.skipif(not packed.can_pack(nn.Linear(32, 32, dtype=BF16)), reason="no matrix units (AMX)")
+can_pack = pytest.mark.skipif(
+    not packed.can_pack(nn.Linear(32, 32, dtype=BF16)), reason="no matrix units (AMX)"
+)
 
 
 @can_pack
@@ -116,7 +125,10 @@ can_pack = pytest.mark.skipif(not packed.can_pack(nn.Linear(32, 32, dtype=BF16))
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_product_equals_the_plain_one(rows, outputs, inputs, bias):
     generator = torch.Generator().manual_seed(rows)
-    layer, x = nn.Linear(inputs, outputs, bias=bias, dtype=BF16), torch.randn(3, rows, inputs, generator=generator).to(BF16)[1]
+    layer, x = (
+        nn.Linear(inputs, outputs, bias=bias, dtype=BF16),
+        torch.randn(3, rows, inputs, generator=generator).to(BF16)[1],
+    )
     true = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     with packed.packed(layer), torch.no_grad():
         found = layer(x)
