@@ -1,69 +1,95 @@
-"""What a stage says of itself: its origin and what made it."""
+"""What a stage says of itself when it ends: its gate, its stage.json, the manifest over its files.
+
+Imports no torch, so that preparing text does not wait for it.
+"""
 
 import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.program.files import write_manifest
+from common.config.schema import to_dict
+from common.program.files import dump, write_atomically, write_manifest
 
+STAGE = "stage.json"
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "tiktoken",
-    "peft",
-    "trl",
-    "deepspeed",
-    "datasets",
+    *("torch", "transformers", "accelerate", "tokenizers", "tiktoken"),
+    *("peft", "trl", "deepspeed", "datasets"),
 )
+# What a hand-off may consist of, beside *.bin shards and an adapter/.
+PUBLISHED = (
+    *("config.json", "generation_config.json", "model.safetensors", STAGE, "shards.json"),
+    *("chat_template.jinja", "tokenizer*.json", "*.bin", "adapter/*"),
+)
+
+
+class Gate(NamedTuple):
+    """Whether a stage did what it should, and in one line what it did."""
+
+    passed: bool
+    text: str
+
+    def line(self, stage: str) -> str:
+        """The line that ends a stage on the terminal."""
+        return f"gate {stage}: {'PASS' if self.passed else 'FAIL'}  {self.text}"
+
+
+def stage_report(stage: str, cfg: Any, gate: Gate, seconds: float, **facts: Any) -> dict[str, Any]:
+    """The content of stage.json: config, seed, gate, seconds of wall time, and where it was made.
+
+    `facts` are the stage's own: kind, step, parent, metrics, data, ...
+    """
+    config = to_dict(cfg)
+    return {
+        "stage": stage,
+        **facts,
+        "config": config,
+        **({"seed": config["seed"]} if "seed" in config else {}),
+        "gate": {"passed": bool(gate.passed), "text": gate.text},
+        "wall_time": round(seconds, 2),
+        **provenance(),
+    }
+
+
+def write_stage_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write stage.json of a folder that holds no model; `publish` writes that of one that does."""
+    write_atomically(folder / STAGE, dump(report))
 
 
 def provenance() -> dict[str, Any]:
     """Git commit, library versions, machine: what a figure needs to be repeated."""
     root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root)]
-    commit = (
-        subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        or None
-    )
-    dirty = bool(
-        subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        ).stdout.strip()
-    )
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    device = None  # of those alone that compute: reading text needs no torch
-    if torch := sys.modules.get("torch"):
-        device = (
-            torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"cpu x {torch.get_num_threads()}"
-        )
-    return {"commit": commit, "dirty": dirty, "versions": versions, "device": device}
+    return {
+        "commit": git("rev-parse", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain", "-uno")),
+        "versions": versions,
+        "device": device_name(),
+    }
+
+
+def device_name() -> str | None:
+    """The GPU, or the threads of the CPU; None where torch is not imported, as nothing computes."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu x {torch.get_num_threads()}"
 
 
 def vouch(folder: Path) -> None:
-    """Write the manifest over every file that a hand-off consists of; from here on the directory
-    counts."""
-    names = {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "stage.json",
-        "shards.json",
-        "chat_template.jinja",
-    }
-    names |= {
-        file.name for pattern in ("tokenizer*.json", "*.bin") for file in folder.glob(pattern)
-    }
-    names |= {f"adapter/{f.name}" for f in folder.glob("adapter/*")}
-    write_manifest(folder, [folder / name for name in sorted(names) if (folder / name).exists()])
+    """Write the manifest over every published file; from here on the directory counts."""
+    write_manifest(folder, sorted(file for name in PUBLISHED for file in folder.glob(name)))

@@ -42,3 +42,10 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """1 for the first lengths[b] positions of row b: (B) -> bool (B, size)."""
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, size: int) -> Tensor:
+    """Positions whose logits predict a response token, one to its left: (B), (B) -> (B, size)."""
+    positions = torch.arange(size, device=prompt_lengths.device)
+    first = prompt_lengths.unsqueeze(-1) - 1
+    return (positions >= first) & (positions < first + response_lengths.unsqueeze(-1))

@@ -1,9 +1,13 @@
-"""What goes to the terminal: one place that keeps control characters out of it."""
+"""What may reach the terminal: text from data, models and files must neither drive it nor break it."""
 
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """`text` with control characters as escapes, line ends and tabs as they are."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text: Any) -> str:
-    """Fit for a terminal: what is quoted from data must neither drive it nor be more than it can
-    encode."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+    """`text` on one line, with control characters as escapes: for messages that quote data."""
+    return printable(" ".join(str(text).split()))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from common.model.gpt import GPT, RewardModel
+from common.model.ops import response_mask
 from common.rows.batches import pad
 
 
@@ -49,12 +50,11 @@ def logprobs_of(
         [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size
     ):
         ids = pad([[*prompts[i], *responses[i]][:-1] for i in batch], 0).to(device)
-        first = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)[:, None]
-        length = torch.tensor([len(responses[i]) for i in batch], device=device)[:, None]
-        positions = torch.arange(ids.shape[1], device=device)
-        keep = (positions >= first) & (
-            positions < first + length
-        )  # logits there predict the response
+        starts, lengths = (
+            torch.tensor([len(rows[i]) for i in batch], device=device)
+            for rows in (prompts, responses)
+        )
+        keep = response_mask(starts, lengths, ids.shape[1])
         targets = torch.tensor(
             [token for i in batch for token in responses[i]], dtype=torch.long, device=device
         )

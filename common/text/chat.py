@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.text import Text
 
 from common.program.errors import InputError
+from common.program.terminal import printable
 
 if TYPE_CHECKING:  # tokenizer.py needs CHAT_TEMPLATE to store it
     from common.text.tokenizer import Tokenizer
@@ -196,8 +197,7 @@ def colour_preview(tokenizer: "Tokenizer", ids: Sequence[int], mask: Sequence[in
     for end in range(1, len(ids) + 1):
         if end == len(ids) or mask[end] != mask[start]:
             text = tokenizer.decode(ids[start:end], skip_control=False)
-            shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-            preview.append(shown, style="green" if mask[start] else "dim")
+            preview.append(printable(text), style="green" if mask[start] else "dim")
             start = end
     return preview
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.model.gpt import GPT, RewardModel
-from common.model.ops import length_mask
+from common.model.ops import length_mask, response_mask
 from common.model.sample import sample
 from common.rows.batches import pad
 from stages.rl.algorithms.ppo import gae, kl_estimates, shape_scores, token_rewards
@@ -81,9 +81,7 @@ class Trajectory(NamedTuple):
 
     def predicts_BS(self) -> Tensor:
         """bool (B, S): positions whose logits predict a response token (one to its left)."""
-        positions = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device)
-        first = self.prompt_lengths_B[:, None] - 1
-        return (positions >= first) & (positions < first + self.mask_BT.sum(1, keepdim=True))
+        return response_mask(self.prompt_lengths_B, self.mask_BT.sum(1), self.ids_BS.shape[1])
 
     def targets_N(self) -> Tensor:
         """The response ids that those positions predict."""

@@ -12,15 +12,11 @@ from rich.text import Text
 from common.model.gpt import GPT
 from common.model.sample import stream
 from common.program.errors import InputError
+from common.program.terminal import printable
 from common.text.chat import Message, prompt_ids, stop_ids
 from common.text.tokenizer import Tokenizer
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short"
-
-
-def printable(text: str) -> str:
-    """`text` with control characters as escapes: a model's bytes must not drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def marks(answer: dict[str, Any]) -> str:
