@@ -1,33 +1,35 @@
-"""Trajectory -> updated policy and critic: PPO epochs over one rollout, and what the log says of
-it.
+"""Experience -> updated policy and critic: a few epochs of minibatches over one rollout, whatever
+the algorithm.
 
-Shape legend: B episodes, T response tokens.
+Shape legend: B episodes, T response tokens, N response tokens of a micro-batch, row by row; R rows
+of pretraining text, L tokens in each.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config.schema import stage_config
-from common.config.training import NonNegative, Positive, TrainConfig
-from common.model.ops import masked_mean, whiten
+from common.config.training import NonNegative, Positive
+from common.model.ops import whiten
 from common.rows.batches import share
-from common.text.tokenizer import Tokenizer
 from common.train.run import Run
-from common.train.update import NonFiniteError, Update
-from stages.rl.algorithms.ppo import explained_variance, kl_estimates, policy_loss, value_loss
-from stages.rl.rollout import ActorCritic, Trajectory
+from common.train.update import Update
+from stages.rl.algorithms import ALGORITHMS, AlgorithmConfig
+from stages.rl.experience import Experience
+
+Sums = dict[str, Tensor]  # statistics by name, each summed over the response tokens ("tokens")
 
 
 @stage_config
-class PPOConfig(TrainConfig):
-    """Keys of the PPO update."""
+class LearnConfig(AlgorithmConfig):
+    """Keys of the updates."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; policy and reference log-probs are taken at the same one."""
@@ -39,12 +41,6 @@ class PPOConfig(TrainConfig):
     episodes."""
     num_ppo_epochs: Positive = 4
     """Epochs over each rollout."""
-    clip_range: Annotated[float, Field(gt=0)] = 0.2
-    """Clip of the policy's ratio."""
-    clip_range_value: Annotated[float, Field(gt=0)] = 0.2
-    """Clip of the critic's change."""
-    vf_coef: NonNegative = 0.1
-    """Weight of the value loss."""
     early_stop_kl: Annotated[float, Field(gt=0)] | None = None
     """End a rollout's epochs when approx_kl passes 1.5 times this; null = off."""
     ptx_coef: NonNegative = 0.0
@@ -53,176 +49,155 @@ class PPOConfig(TrainConfig):
     """Rows of ptx_data, of max_length tokens, in each update on one process."""
 
 
+class Texts(NamedTuple):
+    """Rows of pretraining text, whose loss PTX adds."""
+
+    ids_RL: Tensor
+    documents_RL: (
+        Tensor  # the document each token is of: attention stays inside it, as in pretraining
+    )
+    targets_RL: Tensor  # the token behind each
+
+    def split(self, parts: int) -> list["Texts | None"]:
+        """The rows in so many parts; None for one that gets no row."""
+        pieces = zip(*(field.tensor_split(parts) for field in self), strict=True)
+        return [Texts(*piece) if len(piece[0]) else None for piece in pieces]
+
+
 class MicroBatch(NamedTuple):
-    episodes: Trajectory
-    advantages_BT: Tensor  # whitened over the rollout
-    texts: Tensor | None  # (rows, length + 1) pretraining tokens
+    """What goes through the models at once."""
+
+    experience: Experience  # its advantages are those to train on, whitened if the algorithm asks
+    texts: Texts | None
 
 
-def terms(
-    model: ActorCritic, batch: MicroBatch, cfg: PPOConfig, stats: list[Tensor], eot_id: int
-) -> Tensor:
-    """(summed PPO loss over response tokens, summed PTX loss) of a micro-batch; its sums for the
-    log go to `stats`."""
-    episodes = batch.episodes
-    mask_BT = episodes.mask_BT
-    texts = None if batch.texts is None else batch.texts[:, :-1]
-    documents = (
-        None if texts is None else (texts == eot_id).cumsum(1)
-    )  # attention stays inside each, as in pretraining
-    text_targets = None if texts is None else batch.texts[:, 1:]
-    logprobs, entropies, values, text_logprobs = model(
-        episodes.ids_BS,
-        episodes.predicts_BS(),
-        episodes.targets_N(),
-        cfg.temperature,
-        texts,
-        documents,
-        text_targets,
-    )
-    policy = policy_loss(
-        logprobs, episodes.logprobs_BT[mask_BT], batch.advantages_BT[mask_BT], cfg.clip_range
-    )
-    value = value_loss(
-        values.float(),
-        episodes.values_BT[mask_BT],
-        episodes.returns_BT[mask_BT],
-        cfg.clip_range_value,
-    )
-    with torch.no_grad():
-        stats.append(
-            torch.stack(
-                [
-                    mask_BT.sum(),
-                    policy.loss,
-                    value,
-                    policy.clipped,
-                    policy.approx_kl,
-                    entropies.sum(),
-                ]
-            )
-        )
-    ptx = torch.zeros((), device=logprobs.device) if text_logprobs is None else -text_logprobs.sum()
-    return torch.stack([policy.loss + cfg.vf_coef * value, cfg.ptx_coef * ptx])
+class Tokens(NamedTuple):
+    """The response tokens of a micro-batch: what an algorithm's loss reads."""
+
+    logprobs_N: Tensor  # of the policy as it is now, with gradient
+    values_N: Tensor  # of the critic as it is now, with gradient; 0 without a critic
+    old_logprobs_N: Tensor  # of the policy that sampled them
+    ref_logprobs_N: Tensor  # of the reference
+    old_values_N: Tensor  # of the critic at the time of the rollout
+    advantages_N: Tensor
+    returns_N: Tensor
 
 
 def learn(
     run: Run,
-    model: ActorCritic,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: Trajectory,
-    texts: Callable[[int], Tensor] | None,
-    eot_id: int,
-    cfg: PPOConfig,
+    experience: Experience,
+    texts: Callable[[int], Texts] | None,
+    cfg: LearnConfig,
     step: int,
 ) -> dict[str, float]:
-    """PPO epochs over one rollout (of all processes); returns means over all response tokens of all
+    """Epochs over the experience of all processes; returns means over the response tokens of all
     updates.
 
-    texts(n): pretraining rows (rows, length + 1) for the rollout's update number n, whose loss PTX
-    adds.
+    model is the ActorCritic as it was prepared; texts(n) is the pretraining text of this process
+    for the rollout's update number n, None without PTX.
     """
-    advantages_BT = whiten(batch.advantages_BT, batch.mask_BT)
-    lengths = (batch.prompt_lengths_B + batch.mask_BT.sum(1)).tolist()
-    per_minibatch = math.ceil(len(lengths) / cfg.num_minibatches)
-    stats: list[Tensor] = []  # of each update, over all processes
+    if ALGORITHMS[cfg.algorithm].WHITENS_ADVANTAGES:
+        whitened_BT = whiten(experience.advantages_BT, experience.rollout.mask_BT)
+        experience = experience._replace(advantages_BT=whitened_BT)
+    lengths = experience.rollout.lengths_B().tolist()
     updates: list[Update] = []
+    statistics: list[Sums] = []  # of each update, over all processes
     for epoch in range(cfg.num_ppo_epochs):
-        # The order is that of a shuffled deck: which episodes share a minibatch is new in every
-        # epoch.
-        order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(lengths)).tolist()
-        for number, start in enumerate(range(0, len(order), per_minibatch)):
-            rows = sorted(order[start : start + per_minibatch], key=lambda row: lengths[row])
-            parts = list(share(rows, run.rank, run.processes, cfg.per_device_train_batch_size))
-            ptx = None if texts is None else texts(epoch * cfg.num_minibatches + number)
-            ptx_parts = (
-                [None] * len(parts)
-                if ptx is None
-                else [p if len(p) else None for p in ptx.tensor_split(len(parts))]
-            )
-            micro_batches = []
-            for part, ptx_part in zip(parts, ptx_parts, strict=True):
-                episodes = batch.rows(part)
-                micro_batches.append(
-                    MicroBatch(
-                        episodes, advantages_BT[part][:, : episodes.mask_BT.shape[1]], ptx_part
-                    )
-                )
-            tokens = sum(micro.episodes.mask_BT.sum() for micro in micro_batches)
-            counts = torch.tensor([float(tokens), float(0 if ptx is None else ptx[:, 1:].numel())])
-            sums: list[Tensor] = []
-            done = run.update(
-                step,
-                model,
-                optimizer,
-                micro_batches,
-                partial(terms, model, cfg=cfg, stats=sums, eot_id=eot_id),
-                counts,
-            )
-            if done is None:
+        for number, rows in enumerate(minibatches(lengths, cfg, step, epoch)):
+            text = texts and texts(epoch * cfg.num_minibatches + number)
+            micro_batches = share_of(run, experience, rows, text)
+            tokens = sum(part.experience.rollout.mask_BT.sum() for part in micro_batches)
+            counts = torch.tensor([float(tokens), float(text.targets_RL.numel() if text else 0)])
+            sums: list[Sums] = []  # of each micro-batch
+            loss = partial(losses, model, cfg=cfg, sums=sums)
+            update = run.update(step, model, optimizer, micro_batches, loss, counts)
+            if update is None:  # left out, as not finite
                 continue
-            updates.append(done)
-            stats.append(run.accelerator.reduce(torch.stack(sums).sum(0), "sum"))
-            if cfg.early_stop_kl and float(stats[-1][4] / stats[-1][0]) > 1.5 * cfg.early_stop_kl:
-                return summarise(cfg, stats, updates, epoch + 1)
-    return summarise(cfg, stats, updates, cfg.num_ppo_epochs)
+            updates.append(update)
+            statistics.append(over_processes(run, sums))
+            if cfg.early_stop_kl and mean(statistics[-1], "approx_kl") > 1.5 * cfg.early_stop_kl:
+                return summarise(cfg, statistics, updates, epoch + 1)
+    return summarise(cfg, statistics, updates, cfg.num_ppo_epochs)
+
+
+def minibatches(lengths: list[int], cfg: LearnConfig, step: int, epoch: int) -> Iterator[list[int]]:
+    """Rows of each minibatch of an epoch, by length: a pure function of seed, step and epoch.
+
+    The order is that of a shuffled deck: which episodes share a minibatch is new in every epoch.
+    """
+    size = math.ceil(len(lengths) / cfg.num_minibatches)
+    order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(lengths)).tolist()
+    for start in range(0, len(order), size):
+        yield sorted(order[start : start + size], key=lambda row: lengths[row])
+
+
+def share_of(
+    run: Run, experience: Experience, rows: list[int], texts: Texts | None
+) -> list[MicroBatch]:
+    """This process's micro-batches of a minibatch, its text spread over them."""
+    parts = list(share(rows, run.rank, run.processes, run.cfg.per_device_train_batch_size))
+    texts_of = texts.split(len(parts)) if texts else [None] * len(parts)
+    return [
+        MicroBatch(experience.rows(part), text) for part, text in zip(parts, texts_of, strict=True)
+    ]
+
+
+def losses(model: nn.Module, micro_batch: MicroBatch, cfg: LearnConfig, sums: list[Sums]) -> Tensor:
+    """(2): the algorithm's loss summed over the response tokens of a micro-batch, and the PTX loss
+    summed over its text. Appends the statistics to `sums`."""
+    experience, rollout = micro_batch.experience, micro_batch.experience.rollout
+    mask_BT = rollout.mask_BT
+    logprobs_N, entropies_N, values_N, text_logprobs_RL = model(
+        rollout.ids_BS,
+        rollout.predicts_BS(),
+        rollout.targets_N(),
+        cfg.temperature,
+        *(micro_batch.texts or ()),
+    )
+    tokens = Tokens(
+        logprobs_N=logprobs_N,
+        values_N=values_N.float(),
+        old_logprobs_N=rollout.logprobs_BT[mask_BT],
+        ref_logprobs_N=rollout.ref_logprobs_BT[mask_BT],
+        old_values_N=rollout.values_BT[mask_BT],
+        advantages_N=experience.advantages_BT[mask_BT],
+        returns_N=experience.returns_BT[mask_BT],
+    )
+    loss, statistics = ALGORITHMS[cfg.algorithm].loss(tokens, cfg)
+    sums.append({"tokens": mask_BT.sum(), **statistics, "entropy": entropies_N.detach().sum()})
+    ptx = torch.zeros_like(loss) if text_logprobs_RL is None else -text_logprobs_RL.sum()
+    return torch.stack([loss, cfg.ptx_coef * ptx])
+
+
+def over_processes(run: Run, sums: list[Sums]) -> Sums:
+    """The statistics of an update: summed over its micro-batches and over all processes."""
+    return dict(zip(sums[0], run.accelerator.reduce(table(sums).sum(0), "sum"), strict=True))
+
+
+def table(rows: list[Sums]) -> Tensor:
+    """(rows, statistics), in the order of their names."""
+    return torch.stack([torch.stack(list(row.values())) for row in rows])
+
+
+def mean(sums: Sums, name: str) -> float:
+    """Mean of a statistic over the response tokens."""
+    return float(sums[name] / sums["tokens"])
 
 
 def summarise(
-    cfg: PPOConfig, stats: list[Tensor], updates: list[Update], epochs: int
+    cfg: LearnConfig, statistics: list[Sums], updates: list[Update], epochs: int
 ) -> dict[str, float]:
+    """What the log says of the updates of a rollout."""
     if not updates:  # all were left out, as not finite
         return {"ppo_epochs": epochs}
-    tokens, *sums = torch.stack(stats).sum(0).tolist()
-    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
-    means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
-    means |= {
-        "grad_norm": sum(done.grad_norm for done in updates) / len(updates),
-        "ppo_epochs": epochs,
-    }
+    totals = dict(zip(statistics[0], table(statistics).sum(0).tolist(), strict=True))
+    tokens = totals.pop("tokens")
+    metrics = {name: total / tokens for name, total in totals.items()}
+    metrics["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
+    metrics["ppo_epochs"] = epochs
     if cfg.ptx_coef:
-        means["ptx_loss"] = sum(done.losses[1] for done in updates) / len(updates) / cfg.ptx_coef
-    return means
-
-
-def describe(batch: Trajectory) -> dict[str, float]:
-    """Means over the episodes of a rollout; KL in nats an episode. Raises NonFiniteError."""
-    mask_BT = batch.mask_BT
-    k1_BT, _, _ = kl_estimates(batch.logprobs_BT, batch.ref_logprobs_BT)
-    metrics = {
-        "score": batch.scores_B.mean(),
-        "reward": (batch.rewards_BT * mask_BT).sum(1).mean(),
-        "kl": (k1_BT * mask_BT).sum(1).mean(),
-        "length": mask_BT.sum(1).float().mean(),
-        "stop_rate": batch.stopped_B.float().mean(),
-        "explained_variance": explained_variance(
-            batch.values_BT[mask_BT], batch.returns_BT[mask_BT]
-        ),
-        "rollout_entropy": masked_mean(batch.entropy_BT, mask_BT),
-    }
-    metrics = {name: float(value) for name, value in metrics.items()}
-    if not all(map(math.isfinite, metrics.values())):
-        raise NonFiniteError(f"rollout statistics {metrics}; no update was applied")
+        losses = sum(update.losses[1] for update in updates)
+        metrics["ptx_loss"] = losses / len(updates) / cfg.ptx_coef
     return metrics
-
-
-def episode_samples(batch: Trajectory, tokenizer: Tokenizer, count: int) -> list[dict]:
-    """The first episodes of a rollout as text, with score and KL."""
-    k1_B = ((batch.logprobs_BT - batch.ref_logprobs_BT) * batch.mask_BT).sum(1)
-    rows = []
-    for b in range(min(count, len(batch.scores_B))):
-        prompt, end = (
-            int(batch.prompt_lengths_B[b]),
-            int(batch.prompt_lengths_B[b] + batch.mask_BT[b].sum()),
-        )
-        ids = batch.ids_BS[b].tolist()
-        rows.append(
-            {
-                "prompt": tokenizer.decode(ids[:prompt]),
-                "answer": tokenizer.decode(ids[prompt:end]),
-                "score": round(float(batch.scores_B[b]), 4),
-                "kl": round(float(k1_B[b]), 4),
-                "stopped": bool(batch.stopped_B[b]),
-            }
-        )
-    return rows

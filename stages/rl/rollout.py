@@ -1,5 +1,4 @@
-"""Prompts -> Trajectory: answers sampled from the policy, with all that PPO needs to know about
-them.
+"""Prompts -> Rollout: answers sampled from the policy, and what the four models say of each token.
 
 Shape legend: B episodes, S tokens of prompt and response, T response tokens, N response tokens of
 all episodes, row by row.
@@ -9,75 +8,59 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.functional import pad as pad_tensor
 
-from common.model.gpt import GPT, RewardModel
 from common.model.ops import length_mask, response_mask
-from common.model.sample import sample
+from common.model.sample import Sample, sample
 from common.rows.batches import pad
-from stages.rl.algorithms.ppo import gae, kl_estimates, shape_scores, token_rewards
+from common.train.log import Laps
+from common.train.run import Run
+from stages.rl.models import Models
+
+ROLLOUT_ROWS = 256  # at most so many answers are sampled at once on one process
 
 
-class ActorCritic(nn.Module):
-    """Policy and critic as children of one module: one optimizer, one engine."""
+class Sampling(NamedTuple):
+    """How answers are sampled and evaluated; the same in every rollout of a run."""
 
-    def __init__(self, policy: GPT, critic: RewardModel) -> None:
-        super().__init__()
-        self.policy, self.critic = policy, critic
-
-    def forward(
-        self,
-        ids_BS: Tensor,
-        predicts_BS: Tensor,
-        targets_N: Tensor,
-        temperature: float,
-        texts: Tensor | None = None,
-        documents: Tensor | None = None,
-        text_targets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Log-probs, entropies and values (N) where predicts_BS is set: at the position one left of
-        each response token.
-
-        And the policy's log-probs on `texts` (B, T), pretraining rows of several documents, in the
-        same pass (which DDP needs).
-        """
-        text_logprobs = (
-            None if texts is None else self.policy(texts, documents=documents, targets=text_targets)
-        )
-        logprobs_N, entropies_N = self.policy(
-            ids_BS, predicts_BS, targets=targets_N, temperature=temperature, entropies=True
-        )
-        return logprobs_N, entropies_N, self.critic.values(ids_BS, predicts_BS), text_logprobs
+    max_new_tokens: int  # longest answer
+    temperature: float  # of sampling, and of all log-probs
+    stop_ids: Sequence[int]  # an answer ends with any of these
+    pad_id: int  # fills ids behind an answer
+    evaluated_rows: int  # answers that the models evaluate at once on one process
+    sampled_rows: int = ROLLOUT_ROWS  # answers that are sampled at once on one process
 
 
-class Trajectory(NamedTuple):
-    """One rollout; float fields are 0 on padding."""
+class Rollout(NamedTuple):
+    """Answers to prompts, evaluated. Ids are padded with a pad id, all else with 0."""
 
     ids_BS: Tensor  # prompt and response, right-padded; the sampled ids themselves
     prompt_lengths_B: Tensor
     mask_BT: Tensor  # bool: response tokens, the stop token with them
     logprobs_BT: Tensor  # of the policy that sampled, in the numerics of training
-    ref_logprobs_BT: Tensor
-    entropy_BT: Tensor
-    values_BT: Tensor
-    scores_B: Tensor  # reward model's, before clip and penalty
-    stopped_B: Tensor  # bool: ended by a stop token
-    rewards_BT: Tensor
-    advantages_BT: Tensor  # not whitened
-    returns_BT: Tensor
+    ref_logprobs_BT: Tensor  # of the reference
+    entropy_BT: Tensor  # of the policy, in nats
+    values_BT: Tensor  # of the critic, before each token is written; 0 without a critic
+    scores_B: Tensor  # of the reward model, before clip and penalty
+    stopped_B: Tensor  # bool: ended by a stop token, not cut off
 
-    def rows(self, index: Sequence[int]) -> "Trajectory":
+    def rows(self, index: Sequence[int]) -> "Rollout":
         """The chosen episodes, trimmed to their longest."""
-        part = Trajectory(*(field[list(index)] for field in self))
+        part = Rollout(*(field[list(index)] for field in self))
         response = int(part.mask_BT.sum(1).max())
-        total = int((part.prompt_lengths_B + part.mask_BT.sum(1)).max())
-        sizes = {"ids_BS": total}
-        return Trajectory(
+        widths = {"S": int(part.lengths_B().max()), "T": response}
+        return Rollout(
             *(
-                field if field.dim() == 1 else field[:, : sizes.get(name, response)]
+                field[:, : widths[name[-1]]] if name[-1] in widths else field
                 for name, field in zip(self._fields, part, strict=True)
             )
         )
+
+    def lengths_B(self) -> Tensor:
+        """Tokens of prompt and response: (B)."""
+        return self.prompt_lengths_B + self.mask_BT.sum(1)
 
     def predicts_BS(self) -> Tensor:
         """bool (B, S): positions whose logits predict a response token (one to its left)."""
@@ -88,130 +71,158 @@ class Trajectory(NamedTuple):
         return self.ids_BS[:, 1:][self.predicts_BS()[:, :-1]]
 
 
-def joined(parts: Sequence[Trajectory]) -> Trajectory:
-    """One rollout from those of all processes, each of which had every so-many-th prompt; in the
-    order of the prompts."""
-    fields = []
-    for name, pieces in zip(Trajectory._fields, zip(*parts, strict=True), strict=True):
-        if name.endswith(("S", "T")):
-            width = max(piece.shape[1] for piece in pieces)
-            pieces = [
-                torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces
-            ]
-        fields.append(torch.stack(list(pieces), dim=1).flatten(0, 1))
-    return Trajectory(*fields)
+def roll_out_together(
+    run: Run,
+    models: Models,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+    lap: Laps,
+) -> Rollout:
+    """One answer to each prompt, of which every process samples its share.
+
+    Every process gets all episodes, in the order of the prompts: what is whitened, drawn and logged
+    is then the same, however many processes there are.
+    """
+    with run.autocast():
+        part = roll_out(
+            models,
+            prompts[run.rank :: run.processes],
+            sampling,
+            seed,
+            part=(run.rank, run.processes),
+            poll=run.poll,
+            lap=lap,
+        )
+    gathered = gather_object([[field.cpu() for field in part]])
+    parts = [Rollout(*(field.to(run.device) for field in fields)) for fields in gathered]
+    return interleaved(parts, sampling.pad_id)
 
 
 @torch.no_grad()
-def rollout(
-    model: ActorCritic,
-    reference: GPT,
-    reward_model: RewardModel,
+def roll_out(
+    models: Models,
     prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: Sequence[int],
-    pad_id: int,
+    sampling: Sampling,
     seed: int,
-    kl_coef: float,
-    gamma: float,
-    gae_lambda: float,
-    score_clip: float | None,
-    missing_stop_penalty: float,
-    batch_size: int,
-    score_batch_size: int,
-    sampler: GPT | None = None,
     part: tuple[int, int] = (0, 1),
-    progress: Callable[..., object] | None = None,
-    lap: Callable[[str], None] | None = None,
-) -> Trajectory:
-    """Sample an answer to each prompt and evaluate it with policy, reference, critic and reward
-    model.
+    poll: Callable[..., object] | None = None,
+    lap: Callable[[str], object] | None = None,
+) -> Rollout:
+    """Sample one answer to each prompt and evaluate it.
 
     Call it under the autocast of training: the log-probs that the ratio starts from are recomputed
-    in its numerics. sampler: to sample from, where not from model.policy itself; part: (process,
-    processes) where `prompts` are one process's; progress: called now and then; lap: when a part is
-    done, with its name.
+    in its numerics. part: (process, processes) where `prompts` are one process's share; poll is
+    called after each batch; lap("sampling") when all answers are there.
     """
-    sampler = sampler or model.policy
-    device = next(sampler.parameters()).device
     # Weights stay as they are: under autocast every one-token step would cast them again.
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(next(models.sampler.parameters()).device.type, enabled=False):
         answers = sample(
-            sampler,
+            models.sampler,
             prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
             seed=seed,
             part=part,
-            stop_ids=stop_ids,
-            batch_size=batch_size,
-            progress=progress,
+            stop_ids=sampling.stop_ids,
+            batch_size=sampling.sampled_rows,
+            progress=poll,
         )
     if lap:
         lap("sampling")
-    lengths = torch.tensor([len(answer.ids) for answer in answers], device=device)
-    mask_BT = length_mask(lengths, int(lengths.max()))
-    zeros_BT = torch.zeros(mask_BT.shape, device=device)
-    empty = Trajectory(
-        ids_BS=pad(
-            [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)],
-            pad_id,
-        ).to(device),
-        prompt_lengths_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
-        mask_BT=mask_BT,
-        logprobs_BT=zeros_BT,
-        ref_logprobs_BT=zeros_BT.clone(),
-        entropy_BT=zeros_BT.clone(),
-        values_BT=zeros_BT.clone(),
-        scores_B=torch.zeros(len(prompts), device=device),
-        stopped_B=torch.tensor([answer.stopped for answer in answers], device=device),
-        rewards_BT=zeros_BT,
-        advantages_BT=zeros_BT,
-        returns_BT=zeros_BT,
-    )
-    full = evaluate(empty, model, reference, reward_model, temperature, score_batch_size, progress)
-    shaped_B = shape_scores(full.scores_B, full.stopped_B, score_clip, missing_stop_penalty)
-    k1_BT, _, _ = kl_estimates(full.logprobs_BT, full.ref_logprobs_BT)
-    rewards_BT = token_rewards(shaped_B, k1_BT, mask_BT, kl_coef)
-    advantages_BT, returns_BT = gae(rewards_BT, full.values_BT, mask_BT, gamma, gae_lambda)
-    return full._replace(rewards_BT=rewards_BT, advantages_BT=advantages_BT, returns_BT=returns_BT)
+    return evaluate(models, prompts, answers, sampling, poll)
 
 
 def evaluate(
-    trajectory: Trajectory,
-    model: ActorCritic,
-    reference: GPT,
-    reward_model: RewardModel,
-    temperature: float,
-    batch_size: int,
-    progress: Callable[..., object] | None = None,
-) -> Trajectory:
-    """`trajectory` with log-probs, entropy, values and scores filled in; rows of like length share
-    a batch."""
-    totals = trajectory.prompt_lengths_B + trajectory.mask_BT.sum(1)
-    order = totals.argsort().tolist()
-    new = trajectory._replace(
-        **{
-            name: getattr(trajectory, name).clone()
-            for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT")
-        },
-        scores_B=trajectory.scores_B.clone(),
+    models: Models,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sample],
+    sampling: Sampling,
+    poll: Callable[..., object] | None = None,
+) -> Rollout:
+    """What the models say of the answers; rows of like length share a batch. poll is called before
+    each batch."""
+    lengths_B = torch.tensor([len(p) + len(a.ids) for p, a in zip(prompts, answers, strict=True)])
+    order = lengths_B.argsort()
+    parts = []
+    for chunk in order.split(sampling.evaluated_rows):
+        if poll:
+            poll()
+        rows = chunk.tolist()
+        batch = [prompts[row] for row in rows], [answers[row] for row in rows]
+        parts.append(evaluate_batch(models, *batch, sampling))
+    return concatenated(parts, sampling.pad_id).rows(order.argsort().tolist())
+
+
+def evaluate_batch(
+    models: Models,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sample],
+    sampling: Sampling,
+) -> Rollout:
+    """`evaluate` for rows that fit into memory at once."""
+    device = next(models.sampler.parameters()).device
+    rows = [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids_BS = pad(rows, sampling.pad_id).to(device)
+    prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    response_lengths_B = torch.tensor([len(answer.ids) for answer in answers], device=device)
+    mask_BT = length_mask(response_lengths_B, int(response_lengths_B.max()))
+    predicts_BS = response_mask(prompt_lengths_B, response_lengths_B, ids_BS.shape[1])
+    targets_N = torch.tensor([token for answer in answers for token in answer.ids], device=device)
+    temperature = sampling.temperature
+
+    logprobs_N, entropies_N, values_N, _ = models.actor_critic(
+        ids_BS, predicts_BS, targets_N, temperature
     )
-    for start in range(0, len(order), batch_size):
-        if progress:
-            progress()
-        rows = order[start : start + batch_size]
-        part = trajectory.rows(rows)
-        predicts, targets = part.predicts_BS(), part.targets_N()
-        logprobs_N, entropies_N, values_N, _ = model(part.ids_BS, predicts, targets, temperature)
-        ref_logprobs_N = reference(part.ids_BS, predicts, targets=targets, temperature=temperature)
-        # A boolean mask would fill rows in their own order, not in the sorted one: name each place
-        # by row and column.
-        columns = torch.nonzero(part.mask_BT)
-        at = (torch.tensor(rows, device=columns.device)[columns[:, 0]], columns[:, 1])
-        new.logprobs_BT[at], new.ref_logprobs_BT[at] = logprobs_N, ref_logprobs_N
-        new.entropy_BT[at], new.values_BT[at] = entropies_N, values_N
-        new.scores_B[rows] = reward_model(part.ids_BS, totals[rows]).float()
-    return new
+    ref_logprobs_N = models.reference(
+        ids_BS, predicts_BS, targets=targets_N, temperature=temperature
+    )
+    scores_B = models.reward_model(ids_BS, prompt_lengths_B + response_lengths_B)
+    return Rollout(
+        ids_BS=ids_BS,
+        prompt_lengths_B=prompt_lengths_B,
+        mask_BT=mask_BT,
+        logprobs_BT=by_row(logprobs_N, mask_BT),
+        ref_logprobs_BT=by_row(ref_logprobs_N, mask_BT),
+        entropy_BT=by_row(entropies_N, mask_BT),
+        values_BT=by_row(values_N, mask_BT),
+        scores_B=scores_B.float(),
+        stopped_B=torch.tensor([answer.stopped for answer in answers], device=device),
+    )
+
+
+def by_row(x_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Values of all response tokens, row by row, to where the mask is set; 0 elsewhere: (B, T)."""
+    x_BT = torch.zeros(mask_BT.shape, device=x_N.device)
+    x_BT[mask_BT] = x_N
+    return x_BT
+
+
+def concatenated(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """One rollout from several, one behind the other."""
+    return Rollout(*(torch.cat(fields) for fields in zip(*same_width(parts, pad_id), strict=True)))
+
+
+def interleaved(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """One rollout from those of all n processes, which had every n-th prompt each; in the order of
+    the prompts."""
+    fields = zip(*same_width(parts, pad_id), strict=True)
+    return Rollout(*(torch.stack(pieces, dim=1).flatten(0, 1) for pieces in fields))
+
+
+def same_width(parts: Sequence[Rollout], pad_id: int) -> list[Rollout]:
+    """The rollouts with their fields padded to those of the widest."""
+    widths = {"S": max(p.ids_BS.shape[1] for p in parts)}
+    widths["T"] = max(p.mask_BT.shape[1] for p in parts)
+
+    def widened(name: str, field: Tensor) -> Tensor:
+        """The field padded on the right, if it has columns."""
+        if name[-1] not in widths:
+            return field
+        missing = widths[name[-1]] - field.shape[1]
+        return pad_tensor(field, (0, missing), value=pad_id if name == "ids_BS" else 0)
+
+    return [
+        Rollout(*(widened(name, field) for name, field in zip(part._fields, part, strict=True)))
+        for part in parts
+    ]

@@ -2,25 +2,26 @@
 
     accelerate launch -m stages.rl.train --config configs/demo/rl.yaml
 
-One step is: sample answers to a batch of prompts; score them; reward = score at the end - kl_coef *
-KL at every token; advantages by GAE; a few epochs of clipped policy and value updates. Policy and
-critic are separate networks: the policy starts from the SFT model, the critic from the reward model
-(Stiennon 2020, InstructGPT). See stages/rl/ppo.py for the maths.
+One step is: sample answers to a batch of prompts (the rollout); score them, and take a KL penalty
+off at every token (the rewards); tell how much better than expected each token was (the
+advantages); a few epochs of updates. Policy and critic are separate networks: the policy starts
+from the SFT model, the critic from the reward model (Stiennon 2020, InstructGPT). The maths of the
+algorithms is in stages/rl/algorithms/, what they share in stages/rl/maths.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import Field
+from torch import nn
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType
 from common.handoff.adapter import save_adapter
 from common.handoff.locate import lineage, load_tokenizer
-from common.handoff.publish import check_context, load_config, load_model, publish
+from common.handoff.publish import Kind, check_context, load_config, load_model, publish
 from common.model.lora import add_lora, merged_state
 from common.program.errors import Failure, InputError
 from common.rows.batches import Order
@@ -33,14 +34,17 @@ from common.train.optimizers import adamw, parameter_groups, schedule, set_learn
 from common.train.placement import frozen, sampler, whole
 from common.train.run import Run
 from common.train.update import NonFiniteError
-from stages.rl.algorithms.ppo import next_kl_coef
-from stages.rl.learn import PPOConfig, describe, episode_samples, learn
-from stages.rl.rollout import ActorCritic, Trajectory, joined, rollout
+from stages.rl.algorithms import ALGORITHMS
+from stages.rl.experience import Experience, describe, episode_samples, rewards
+from stages.rl.learn import LearnConfig, Texts, learn
+from stages.rl.maths import next_kl_coef
+from stages.rl.models import ActorCritic, Models
+from stages.rl.rollout import Sampling, roll_out_together
 
 
 @stage_config
-class Config(ReadsRows, PPOConfig):
-    """Improve an assistant with PPO."""
+class Config(ReadsRows, LearnConfig):
+    """Improve an assistant by reinforcement learning."""
 
     parent: str
     """The policy to start from: the SFT model."""
@@ -74,10 +78,6 @@ class Config(ReadsRows, PPOConfig):
     """Adapt kl_coef towards this KL in nats an episode (Ziegler 2019); null = fixed."""
     kl_horizon: Positive = 10_000
     """Episodes over which the adaptive coefficient moves."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount."""
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """Lambda of GAE."""
     score_clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Scores are clipped to +- this, after the shift; null = off."""
     missing_stop_penalty: NonNegative = 1.0
@@ -92,21 +92,83 @@ class Config(ReadsRows, PPOConfig):
     """Episodes of each rollout kept in samples.jsonl."""
 
 
-def texts(run: Run, shards: Shards, cfg: Config, step: int, update: int) -> torch.Tensor:
-    """This process's rows of pretraining text for one update of a rollout: a pure function of both
-    numbers."""
-    rows, updates = cfg.ptx_batch_size, cfg.num_ppo_epochs * cfg.num_minibatches
-    return shards.batch(
-        cfg.seed, ((step * updates + update) * run.processes + run.rank) * rows, rows
-    ).to(run.device)
+def check_keys(cfg: Config) -> None:
+    """InputError for keys that do not fit together."""
+    if bool(cfg.ptx_data) != (cfg.ptx_coef > 0):
+        raise InputError(
+            f"ptx_data {cfg.ptx_data}, ptx_coef {cfg.ptx_coef}: PTX needs both, or neither"
+        )
+    if cfg.eval_steps:
+        raise InputError(
+            f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; "
+            "tools.compare judges the result"
+        )
+    critics = ("critic", "critic_learning_rate", "critic_warmup_steps")
+    given = [f"{key} {value}" for key in critics if (value := getattr(cfg, key))]
+    if given and not ALGORITHMS[cfg.algorithm].NEEDS_CRITIC:
+        raise InputError(f"{', '.join(given)}: {cfg.algorithm} has no critic; leave it out")
+
+
+def sources(cfg: Config) -> dict[str, tuple[str, Kind]]:
+    """Directory and kind of each model by its role, in the order in which they are loaded."""
+    found: dict[str, tuple[str, Kind]] = {"policy": (cfg.parent, "lm")}
+    if ALGORITHMS[cfg.algorithm].NEEDS_CRITIC:
+        found["critic"] = (cfg.critic or cfg.reward_model, "reward")
+    return found | {
+        "reference": (cfg.reference or cfg.parent, "lm"),
+        "reward model": (cfg.reward_model, "reward"),
+    }
+
+
+def check_models(cfg: Config) -> None:
+    """InputError for models that do not fit together, before any weights are read."""
+    needed, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
+    for name, kind in sources(cfg).values():
+        check_context(name, kind, needed, key)
+        if not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
+            raise InputError(
+                f"{name}: its tokenizer is not that of {cfg.parent}; "
+                "policy, reward model and critic must share one"
+            )
+    if cfg.ptx_data:
+        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
+    sizes = {role: load_config(name).vocab_size for role, (name, _) in sources(cfg).items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{role} {size}" for role, size in sizes.items())
+        raise InputError(f"vocabularies differ: {told}; use models of one lineage")
+    if sizes["policy"] < load_tokenizer(cfg.parent).vocab_size:
+        raise InputError(
+            f"{cfg.parent}: its embeddings lack our control tokens; "
+            "start from a model that went through stages.sft"
+        )
+
+
+def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, nn.Module, nn.Module]:
+    """(policy and critic, frozen reference, frozen reward model).
+
+    Policy and critic have adapters where the config asks for LoRA. Raises InputError when the
+    models do not fit together.
+    """
+    check_models(cfg)
+    loaded = {role: load_model(name, kind) for role, (name, kind) in sources(cfg).items()}
+    model = ActorCritic(loaded["policy"], loaded.get("critic"))
+    if cfg.lora_r:
+        for module in model.children():
+            add_lora(module, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+    judges = (frozen(run.accelerator, loaded[role]) for role in ("reference", "reward model"))
+    return model, *judges
 
 
 def parse(tokenizer: Tokenizer, row: dict[str, Any]) -> list[int]:
+    """Ids of the prompt of a row."""
     return prompt_ids(tokenizer, rows_to_prompt(row))
 
 
 def short_enough(rows: Sequence[Row], max_prompt_length: int) -> tuple[list[list[int]], int]:
-    """Ids of the prompts of parsed rows, and how many were left out as too long."""
+    """Ids of the prompts of parsed rows, and how many were left out as too long.
+
+    Raises InputError when all are.
+    """
     kept = [row.parsed for row in rows if len(row.parsed) <= max_prompt_length]
     if not kept:
         all_of = f"{rows[0].origin}: this and all {len(rows)} prompts"
@@ -114,149 +176,181 @@ def short_enough(rows: Sequence[Row], max_prompt_length: int) -> tuple[list[list
     return kept, len(rows) - len(kept)
 
 
-def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, torch.nn.Module, torch.nn.Module]:
-    """(policy and critic, frozen reference, frozen reward model); dropout is off in all of them."""
-    needed, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
-    reference, critic = cfg.reference or cfg.parent, cfg.critic or cfg.reward_model
-    kinds = (
-        (cfg.parent, "lm"),
-        (critic, "reward"),
-        (reference, "lm"),
-        (cfg.reward_model, "reward"),
-    )
-    for (
-        name,
-        kind,
-    ) in kinds:  # all that does not fit together is refused before any weights are read
-        check_context(name, kind, needed, key)
-        if not same_ids(load_tokenizer(name), load_tokenizer(cfg.parent)):
-            raise InputError(
-                f"{name}: its tokenizer is not that of {cfg.parent}; policy, reward model and critic must share one"
-            )
-    if cfg.ptx_data:
-        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
-    sizes = [load_config(name).vocab_size for name, _ in kinds]
-    if len(set(sizes)) > 1:
-        raise InputError(
-            f"vocabularies of policy, critic, reference and reward model differ: {sizes}; use models of one lineage"
-        )
-    if sizes[0] < load_tokenizer(cfg.parent).vocab_size:
-        raise InputError(
-            f"{cfg.parent}: its embeddings lack our control tokens; start from a model that went through stages.sft"
-        )
-    judges = (frozen(run.accelerator, load_model(name, kind)) for name, kind in kinds[2:])
-    return ActorCritic(load_model(cfg.parent, "lm"), load_model(critic, "reward")), *judges
+def read_prompts(
+    cfg: Config, run: Run, tokenizer: Tokenizer, episodes: int
+) -> tuple[list[list[int]], dict[str, int]]:
+    """(ids of the prompts, how many bad rows were skipped by reason).
 
-
-def main(cfg: Config) -> None:
-    if bool(cfg.ptx_data) != (cfg.ptx_coef > 0):
-        raise InputError(
-            f"ptx_data {cfg.ptx_data}, ptx_coef {cfg.ptx_coef}: PTX needs both, or neither"
-        )
-    if cfg.eval_steps:
-        raise InputError(
-            f"eval_steps {cfg.eval_steps}: rl evaluates on its own rollouts; tools.compare judges the result"
-        )
-    run = Run(cfg, "rl", "lm")
-    tokenizer = load_tokenizer(cfg.parent)
-    raw, reference, reward_model = load_models(cfg, run)
+    Raises InputError when there are fewer prompts than the `episodes` of one rollout.
+    """
     bad = BadRows(cfg.on_bad_row)
-    prompts, left_out = short_enough(
-        read_rows(cfg.train_data, partial(parse, tokenizer), bad), cfg.max_prompt_length
-    )
-    run.say(
-        f"{len(prompts):,} prompts, {left_out} left out as longer than {cfg.max_prompt_length} tokens"
-    )
-    if cfg.lora_r:
-        add_lora(raw.policy, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-        add_lora(raw.critic, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    critic_rate = (
-        cfg.learning_rate if cfg.critic_learning_rate is None else cfg.critic_learning_rate
-    )
-    groups = parameter_groups(raw.policy.parameters(), cfg.learning_rate, cfg.weight_decay)
-    policy_groups = len(groups)
-    groups += parameter_groups(raw.critic.parameters(), critic_rate, cfg.weight_decay)
-    model, optimizer = run.prepare(raw, adamw(groups, cfg.adam_beta2, cfg.adam_eps))
-    model.eval()  # no dropout in RL: old log-probs must be those that training computes
-
-    episodes = run.global_batch * cfg.num_minibatches
+    rows = read_rows(cfg.train_data, partial(parse, tokenizer), bad)
+    prompts, long = short_enough(rows, cfg.max_prompt_length)
+    limit = cfg.max_prompt_length
+    run.say(f"{len(prompts):,} prompts, {long} left out as longer than {limit} tokens")
     if episodes > len(prompts):
         raise InputError(
-            f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: use smaller batches"
+            f"a rollout takes {episodes} prompts, {cfg.train_data} has {len(prompts)}: "
+            "use smaller batches"
         )
-    shards = Shards(cfg.ptx_data, "train", cfg.max_length) if cfg.ptx_data else None
-    if shards and not same_ids(load_tokenizer(cfg.ptx_data), tokenizer):
+    return prompts, bad.counts
+
+
+def open_shards(cfg: Config, tokenizer: Tokenizer) -> Shards | None:
+    """The pretraining text for PTX; None without it. Raises InputError for another tokenizer's."""
+    if not cfg.ptx_data:
+        return None
+    shards = Shards(cfg.ptx_data, "train", cfg.max_length)
+    if not same_ids(load_tokenizer(cfg.ptx_data), tokenizer):
         raise InputError(
-            f"ptx_data {cfg.ptx_data}: its ids are not those of {cfg.parent}; prepare it with that tokenizer"
+            f"ptx_data {cfg.ptx_data}: its ids are not those of {cfg.parent}; "
+            "prepare it with that tokenizer"
         )
-    order = Order([1] * len(prompts), episodes, cfg.seed, drop_last=True)
-    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, order.per_epoch * episodes, episodes)
+    return shards
+
+
+def read_texts(run: Run, cfg: Config, shards: Shards, eot_id: int, step: int, update: int) -> Texts:
+    """This process's pretraining text for one update of a rollout: a pure function of the numbers
+    of both."""
+    rows, updates = cfg.ptx_batch_size, cfg.num_ppo_epochs * cfg.num_minibatches
+    first = ((step * updates + update) * run.processes + run.rank) * rows
+    tokens = shards.batch(cfg.seed, first, rows).to(run.device)
+    ids = tokens[:, :-1]
+    return Texts(ids, documents_RL=(ids == eot_id).cumsum(1), targets_RL=tokens[:, 1:])
+
+
+def data_hash(cfg: Config, prompts: list[list[int]], shards: Shards | None) -> str:
+    """Fingerprint of all that a resumed run must find as it was, beside config and parent."""
     models = [
         lineage(path).get("parent_hash") for path in (cfg.reference, cfg.reward_model, cfg.critic)
     ]
-    data = fingerprint([prompts, shards and shards.meta, models])
+    return fingerprint([prompts, shards and shards.meta, models])
+
+
+def make_optimizer(cfg: Config, model: ActorCritic) -> torch.optim.Optimizer:
+    """AdamW over policy and critic, each with its own peak learning rate."""
+    rates = {"policy": cfg.learning_rate, "critic": cfg.critic_learning_rate}
+    groups = []
+    for role, module in model.named_children():
+        rate = cfg.learning_rate if rates[role] is None else rates[role]
+        for group in parameter_groups(module.parameters(), rate, cfg.weight_decay):
+            groups.append(group | {"role": role})
+    return adamw(groups, cfg.adam_beta2, cfg.adam_eps)
+
+
+def set_learning_rates(
+    cfg: Config, optimizer: torch.optim.Optimizer, step: int, steps: int
+) -> float:
+    """Set those of rollout number `step` (from 0); returns the factor on their peaks.
+
+    The policy's are 0 while only the critic learns.
+    """
+    factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
+    set_learning_rate(optimizer, factor)
+    for group in optimizer.param_groups:
+        if group["role"] == "policy" and step < cfg.critic_warmup_steps:
+            group["lr"] = 0.0
+    return factor
+
+
+def gate(history: Sequence[Mapping[str, float]], steps: int) -> tuple[bool, str]:
+    """Whether the score rose, and from what to what; its end is the mean of the last rollouts.
+
+    Raises Failure when nothing was learned.
+    """
+    if not history:
+        raise Failure(
+            f"rl: all {steps} rollouts were left out as not finite; "
+            "nothing was learned, nothing is published"
+        )
+    last = history[-max(1, min(5, steps // 4)) :]
+    score, kl, stop_rate = (
+        sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")
+    )
+    first = history[0]["score"]
+    rise = f"score {first:+.2f} -> {score:+.2f}"
+    return score > first, f"{rise} at KL {kl:.1f} nats, {stop_rate:.0%} complete"
+
+
+def publish_policy_and_critic(
+    cfg: Config,
+    run: Run,
+    model: ActorCritic,
+    tokenizer: Tokenizer,
+    steps: int,
+    passed: tuple[bool, str],
+    **facts: Any,
+) -> None:
+    """End the run with its gate line and publish what it trained; `facts` are for stage.json.
+
+    The critic comes first: the stage counts as finished from its own manifest on.
+    """
+    stage = run.finish(steps, passed, **facts)
+    with whole(run.accelerator, model):
+        if run.main:
+            if cfg.lora_r:
+                adapter = run.folder / "adapter"
+                save_adapter(model.policy, adapter, cfg.parent, cfg.lora_r, cfg.lora_alpha)
+            weights = {
+                role: merged_state(module) if cfg.lora_r else None
+                for role, module in model.named_children()
+            }
+            if model.critic is not None:
+                critic = stage | {"kind": "reward"}
+                folder = run.folder / "critic"
+                publish(folder, model.critic, tokenizer, critic, weights=weights["critic"])
+            publish(run.folder, model.policy, tokenizer, stage, weights=weights["policy"])
+    run.forget()
+
+
+def main(cfg: Config) -> None:
+    """The recipe. Each step: prompts, rollout, rewards, advantages, update, log."""
+    check_keys(cfg)
+    run = Run(cfg, "rl", "lm")
+    algorithm, tokenizer = ALGORITHMS[cfg.algorithm], load_tokenizer(cfg.parent)
+    raw, reference, reward_model = load_models(cfg, run)
+    episodes = run.global_batch * cfg.num_minibatches  # of a rollout
+    prompts, skipped = read_prompts(cfg, run, tokenizer, episodes)
+    shards = open_shards(cfg, tokenizer)
+    order = Order([1] * len(prompts), episodes, cfg.seed, drop_last=True)
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, order.per_epoch * episodes, episodes)
+    model, optimizer = run.prepare(raw, make_optimizer(cfg, raw))
+    model.eval()  # no dropout in RL: old log-probs must be those that training computes
+    sampling = Sampling(
+        cfg.max_new_tokens,
+        cfg.temperature,
+        stop_ids=[tokenizer.eot_id],
+        pad_id=tokenizer.pad_id,
+        evaluated_rows=cfg.per_device_train_batch_size,
+    )
+    data = data_hash(cfg, prompts, shards)
     first_step, kept = run.start_or_resume(raw, optimizer, data, kl_coef=cfg.kl_coef, history=[])
-    bar, history, speaker = run.progress(steps, first_step, unit="rollout"), kept["history"], None
+    bar, policy = run.progress(steps, first_step, unit="rollout"), None
     for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
         if step == steps:
             break
-        kl_coef, lap = kept["kl_coef"], Laps()
-        speaker = sampler(run.accelerator, raw.policy, run.dtype, speaker)
+        lap, kl_coef = Laps(), kept["kl_coef"]
         chosen = [prompts[row] for row in order.rows(step)]
-        with run.autocast():
-            part = rollout(
-                model,
-                reference,
-                reward_model,
-                chosen[run.rank :: run.processes],
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                stop_ids=[tokenizer.eot_id],
-                pad_id=tokenizer.pad_id,
-                seed=hash((cfg.seed, step, 0)) % 2**31,
-                kl_coef=kl_coef,
-                gamma=cfg.gamma,
-                gae_lambda=cfg.gae_lambda,
-                score_clip=cfg.score_clip,
-                missing_stop_penalty=cfg.missing_stop_penalty,
-                batch_size=256,
-                score_batch_size=cfg.per_device_train_batch_size,
-                sampler=speaker,
-                part=(run.rank, run.processes),
-                progress=run.poll,
-                lap=lap,
-            )
-        # Every process gets all episodes: what is whitened, drawn and logged is the same, however
-        # many there are.
-        parts = gather_object([[field.cpu() for field in part]])
-        batch = joined(
-            [Trajectory(*(field.to(run.device) for field in fields)) for fields in parts]
-        )
+        policy = sampler(run.accelerator, raw.policy, run.dtype, policy)
+        models = Models(model, policy, reference, reward_model)
+        seed = hash((cfg.seed, step, 0)) % 2**31
+        rollout = roll_out_together(run, models, chosen, sampling, seed, lap)
+        rewards_BT = rewards(rollout, kl_coef, cfg.score_clip, cfg.missing_stop_penalty)
+        advantages = algorithm.advantages(rewards_BT, rollout.values_BT, rollout.mask_BT, cfg)
+        experience = Experience(rollout, rewards_BT, *advantages)
         try:
-            metrics = describe(batch)
+            metrics = describe(experience)
         except NonFiniteError as error:
             run.skip(step, error)
             continue
         lap("scoring")
-        history.append(metrics)
-        factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate(optimizer, factor)
-        if step < cfg.critic_warmup_steps:
-            for group in optimizer.param_groups[:policy_groups]:
-                group["lr"] = 0.0
-        metrics |= learn(
-            run,
-            model,
-            optimizer,
-            batch,
-            shards and partial(texts, run, shards, cfg, step),
-            tokenizer.eot_id,
-            cfg,
-            step,
-        )
+        factor = set_learning_rates(cfg, optimizer, step, steps)
+        texts = shards and partial(read_texts, run, cfg, shards, tokenizer.eot_id, step)
+        metrics |= learn(run, model, optimizer, experience, texts, cfg, step)
         lap("training")
         metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate} | lap.seconds
+        kept["history"].append(metrics)
         if cfg.target_kl:
             kept["kl_coef"] = next_kl_coef(
                 kl_coef, metrics["kl"], cfg.target_kl, cfg.kl_horizon, episodes
@@ -264,47 +358,11 @@ def main(cfg: Config) -> None:
         bar.update()
         if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
             run.log(step + 1, metrics)
-            run.log_samples(
-                step + 1,
-                episode_samples(batch, tokenizer, cfg.samples),
-                shown=int((step + 1) % 10 == 0),
-            )
-
-    if not history:
-        raise Failure(
-            f"rl: all {steps} rollouts were left out as not finite; nothing was learned, nothing is published"
-        )
-    last = history[-max(1, min(5, steps // 4)) :]
-    mean = {
-        name: sum(row[name] for row in last) / len(last) for name in ("score", "kl", "stop_rate")
-    }
-    rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
-    text = f"{rise} at KL {mean['kl']:.1f} nats, {mean['stop_rate']:.0%} complete"
-    stage = run.finish(
-        steps,
-        (mean["score"] > history[0]["score"], text),
-        episodes=steps * episodes,
-        data={"skipped": bad.counts},
-    )
-    with whole(run.accelerator, raw):
-        if run.main:
-            policy, critic = (
-                merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic)
-            )
-            if cfg.lora_r:
-                save_adapter(
-                    raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha
-                )
-            # The critic first: the stage counts as finished from its own manifest on.
-            publish(
-                run.folder / "critic",
-                raw.critic,
-                tokenizer,
-                {**stage, "kind": "reward"},
-                weights=critic,
-            )
-            publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
-    run.forget()
+            samples = episode_samples(rollout, tokenizer, cfg.samples)
+            run.log_samples(step + 1, samples, shown=int((step + 1) % 10 == 0))
+    passed = gate(kept["history"], steps)
+    facts = {"episodes": steps * episodes, "data": {"skipped": skipped}}
+    publish_policy_and_critic(cfg, run, raw, tokenizer, steps, passed, **facts)
 
 
 if __name__ == "__main__":

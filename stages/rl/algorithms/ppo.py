@@ -1,48 +1,65 @@
-"""The maths of PPO from human feedback. Imports torch alone; every function is pure.
+"""PPO: advantages from a critic, a policy loss whose ratio is clipped, a clipped value loss.
 
-Shape legend: B episodes, T response tokens; mask_BT is 1 on response tokens up to and with the stop
-token, 0 behind it. Sources: Z Ziegler 2019, S Stiennon 2020, IG InstructGPT 2022, N+ "N
-implementation details of RLHF with PPO".
+Imports torch alone; every function is pure. `NEEDS_CRITIC`, `WHITENS_ADVANTAGES`, `advantages` and
+`loss` are what stages/rl/algorithms/__init__.py asks of an algorithm; below them is the maths.
+
+Shape legend: B episodes, T response tokens, N response tokens of all episodes, row by row; mask_BT
+is 1 on response tokens up to and with the stop token, 0 behind it. Sources: Schulman 2015 (GAE),
+Schulman 2017 (PPO), N+ "The N implementation details of RLHF with PPO".
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-
-class PolicyLoss(NamedTuple):
-    loss: Tensor  # () summed over tokens
-    clipped: Tensor  # () tokens whose ratio the clip holds back
-    approx_kl: Tensor  # () sum of k3 of (old, new)
+NEEDS_CRITIC = True
+WHITENS_ADVANTAGES = True
 
 
-def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k1, k2, k3 of KL(pi || ref) at tokens sampled from pi (Schulman 2020), any shape.
+class Keys(Protocol):
+    """The keys of the config that PPO reads."""
 
-    k1 is unbiased and may be negative: never clamp it. k3 is unbiased and >= 0. None is meant as a
-    loss.
-    """
-    d = logprobs - ref_logprobs
-    return d, d**2 / 2, torch.expm1(-d) + d
-
-
-def shape_scores(
-    scores_B: Tensor, stopped_B: Tensor, clip: float | None, missing_stop_penalty: float
-) -> Tensor:
-    """Reward-model scores (shift already inside) clipped to +-clip, less the penalty where the
-    answer was cut off."""
-    if clip is not None:
-        scores_B = scores_B.clamp(-clip, clip)
-    return scores_B - missing_stop_penalty * (~stopped_B.bool()).float()
+    gamma: float
+    gae_lambda: float
+    clip_range: float
+    clip_range_value: float
+    vf_coef: float
 
 
-def token_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: float) -> Tensor:
-    """-kl_coef * k1 at every response token, plus the score at the last one (Z, eq. 2; IG, eq. 2):
-    (B, T)."""
-    rewards_BT = torch.where(mask_BT.bool(), -kl_coef * kl_BT, 0)
-    last_B = mask_BT.sum(1).long() - 1
-    return rewards_BT.scatter_add(1, last_B[:, None], scores_B[:, None].to(rewards_BT.dtype))
+class Tokens(Protocol):
+    """What PPO reads of the response tokens of a micro-batch (stages.rl.learn.Tokens)."""
+
+    logprobs_N: Tensor  # of the policy as it is now
+    values_N: Tensor  # of the critic as it is now
+    old_logprobs_N: Tensor  # of the policy that sampled them
+    old_values_N: Tensor  # of the critic at that time
+    advantages_N: Tensor
+    returns_N: Tensor
+
+
+def advantages(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, keys: Keys
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, T) of a rollout."""
+    return gae(rewards_BT, values_BT, mask_BT, keys.gamma, keys.gae_lambda)
+
+
+def loss(tokens: Tokens, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch and the statistics for the log, each summed over its tokens."""
+    policy = policy_loss(
+        tokens.logprobs_N, tokens.old_logprobs_N, tokens.advantages_N, keys.clip_range
+    )
+    value = value_loss(
+        tokens.values_N, tokens.old_values_N, tokens.returns_N, keys.clip_range_value
+    )
+    statistics = {
+        "policy_loss": policy.loss.detach(),
+        "value_loss": value.detach(),
+        "clip_fraction": policy.clipped,
+        "approx_kl": policy.approx_kl,
+    }
+    return policy.loss + keys.vf_coef * value, statistics
 
 
 def gae(
@@ -58,10 +75,9 @@ def gae(
     The value behind the last token is 0: an answer is an episode that ends there. Returns are
     advantages + values, built before any whitening.
     """
-    rewards_BT, values_BT = (
-        torch.where(mask_BT.bool(), x_BT, 0) for x_BT in (rewards_BT, values_BT)
-    )
-    mask_BT = mask_BT.to(rewards_BT.dtype)
+    mask_BT = mask_BT.bool()
+    rewards_BT = torch.where(mask_BT, rewards_BT, 0)
+    values_BT = torch.where(mask_BT, values_BT, 0)
     advantages_BT = torch.zeros_like(rewards_BT)
     next_advantage_B = next_value_B = torch.zeros_like(rewards_BT[:, 0])
     for t in reversed(range(rewards_BT.shape[1])):
@@ -70,6 +86,14 @@ def gae(
         next_value_B = values_BT[:, t]
         advantages_BT[:, t] = next_advantage_B
     return advantages_BT, (advantages_BT + values_BT) * mask_BT
+
+
+class PolicyLoss(NamedTuple):
+    """The clipped surrogate over some tokens, and two figures that say how far the policy moved."""
+
+    loss: Tensor  # () summed over tokens
+    clipped: Tensor  # () tokens whose ratio the clip holds back
+    approx_kl: Tensor  # () sum of k3 of (old, new)
 
 
 def policy_loss(
@@ -95,16 +119,3 @@ def value_loss(
     tokens only, any shape."""
     held = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.max((values - returns) ** 2, (held - returns) ** 2).sum()
-
-
-def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
-    """Adaptive penalty (Z, section 2.2), once a rollout: kl in nats an episode, horizon in
-    episodes."""
-    error = max(-0.2, min(0.2, kl / target - 1))
-    return kl_coef * (1 + error * episodes / horizon)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over response tokens (N): 1 is a perfect critic, 0 a
-    constant one."""
-    return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,11 @@ from common.train.optimizers import adamw, parameter_groups
 from common.train.run import Run
 from stages.rl import learn as learning
 from stages.rl import train
-from stages.rl.learn import describe, learn
-from stages.rl.rollout import ActorCritic, Trajectory, rollout
+from stages.rl.algorithms import ALGORITHMS, ppo
+from stages.rl.experience import Experience, describe, rewards
+from stages.rl.learn import Texts, learn
+from stages.rl.models import ActorCritic, Models
+from stages.rl.rollout import Rollout, Sampling, roll_out
 from stages.rl.train import Config, main, parse, short_enough
 
 EOT = 7  # an id that separates the documents in these tests' pretraining rows
@@ -99,24 +103,27 @@ def same_weights(one: str, other: str) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+PLACES = {  # where main(), Run, learn() and PPO's loss look up what they call
+    "roll_out_together": train,
+    "rewards": train,
+    "load_models": train,
+    "update": run_module,
+    "losses": learning,
+    "policy_loss": ppo,
+    "value_loss": ppo,
+}
+
+
 def spy(monkeypatch, name: str, note) -> None:
-    """Let <name> run as it is where main(), Run or learn() calls it, and note(args, result) of each
-    call."""
-    module = (
-        train
-        if name in ("rollout", "load_models")
-        else run_module
-        if name == "update"
-        else learning
-    )
-    real = getattr(module, name)
+    """Let <name> run as it is where it is called, and note(args, result) of each call."""
+    real = getattr(PLACES[name], name)
 
     def watched(*args, **kwargs):
         result = real(*args, **kwargs)
-        note(args, result, kwargs)
+        note(args, result)
         return result
 
-    monkeypatch.setattr(module, name, watched)
+    monkeypatch.setattr(PLACES[name], name, watched)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +136,11 @@ def test_first_minibatch_of_every_rollout_has_ratio_one(
     """Invariant 1, at temperature .7, with a parent that was trained with dropout, and in bf16: old
     log-probs are to be taken in the numerics of training, whatever those are."""
     rollouts: list[list] = []  # of each, [log-ratios, result] by micro-batch
-    spy(monkeypatch, "rollout", lambda args, result, kwargs: rollouts.append([]))
+    spy(monkeypatch, "roll_out_together", lambda args, result: rollouts.append([]))
     spy(
         monkeypatch,
         "policy_loss",
-        lambda args, result, kwargs: rollouts[-1].append(((args[0] - args[1]).detach(), result)),
+        lambda args, result: rollouts[-1].append(((args[0] - args[1]).detach(), result)),
     )
     main(setting(family, dropout, mixed_precision=precision))
     assert [len(micro_batches) for micro_batches in rollouts] == [
@@ -170,7 +177,7 @@ def test_reference_and_reward_model_stay_as_they_are(setting, monkeypatch):
     """Invariant 6, and that policy and critic do not."""
     loaded, before = [], []
 
-    def note(args, models, kwargs):
+    def note(args, models):
         loaded.extend(models)
         before.extend(copy.deepcopy(model.state_dict()) for model in models)
 
@@ -218,7 +225,7 @@ def test_same_seed_same_weights(setting, tmp_path):
 def test_learning_rate_counts_rollouts(setting, monkeypatch):
     rates: list[tuple[float, float]] = []
 
-    def note(args, result, kwargs):
+    def note(args, result):
         policy, *_, critic = args[2].param_groups
         rates.append((policy["lr"], critic["lr"]))
 
@@ -252,7 +259,7 @@ def test_critic_warm_up_leaves_the_policy_alone(setting):
 
 def test_adaptive_coefficient_moves_once_a_rollout(setting, monkeypatch):
     used = []
-    spy(monkeypatch, "rollout", lambda args, result, kwargs: used.append(kwargs["kl_coef"]))
+    spy(monkeypatch, "rewards", lambda args, result: used.append(args[1]))
     cfg = setting(max_steps=4, kl_coef=0.2, target_kl=0.5, kl_horizon=80)
     main(cfg)
     rows = metrics(cfg)
@@ -268,31 +275,18 @@ def test_adaptive_coefficient_moves_once_a_rollout(setting, monkeypatch):
 
 @pytest.fixture
 def episodes(talkative, tiny_reward, tiny_gpt, tokenizer):
-    """(model, one rollout of 16 ragged episodes)."""
+    """(model, experience of 16 ragged episodes)."""
     model = ActorCritic(talkative(seed=1), tiny_reward(seed=2))
     prompts = [tokenizer.encode(f"{question} {n}") for n in range(2) for question in QUESTIONS]
-    batch = rollout(
-        model,
-        tiny_gpt(seed=3),
-        tiny_reward(seed=4),
-        prompts,
-        max_new_tokens=12,
-        temperature=1.0,
-        stop_ids=[tokenizer.eot_id],
-        pad_id=tokenizer.pad_id,
-        seed=1,
-        kl_coef=0.1,
-        gamma=1.0,
-        gae_lambda=0.95,
-        score_clip=None,
-        missing_stop_penalty=0.0,
-        batch_size=16,
-        score_batch_size=16,
-    )
+    models = Models(model, model.policy, tiny_gpt(seed=3), tiny_reward(seed=4))
+    sampling = Sampling(12, 1.0, [tokenizer.eot_id], tokenizer.pad_id, evaluated_rows=16)
+    batch = roll_out(models, prompts, sampling, seed=1)
     assert len(set(batch.mask_BT.sum(1).tolist())) > 3, (
         "lengths must be ragged for these tests to mean anything"
     )
-    return model, batch
+    rewards_BT = rewards(batch, kl_coef=0.1, score_clip=None, missing_stop_penalty=0.0)
+    advantages = ppo.gae(rewards_BT, batch.values_BT, batch.mask_BT, 1.0, 0.95)
+    return model, Experience(batch, rewards_BT, *advantages)
 
 
 def taught(setting, episodes, ptx=None, optimizer=None, **keys) -> tuple[ActorCritic, dict]:
@@ -306,11 +300,11 @@ def taught(setting, episodes, ptx=None, optimizer=None, **keys) -> tuple[ActorCr
         "vf_coef": 0.5,
     }
     cfg = setting(**defaults | keys)
-    model, batch = copy.deepcopy(episodes[0]), episodes[1]
+    model, experience = copy.deepcopy(episodes[0]), episodes[1]
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer(model)
     )
-    return model, learn(Run(cfg, "rl", "lm"), model, optimizer, batch, ptx, EOT, cfg, step=0)
+    return model, learn(Run(cfg, "rl", "lm"), model, optimizer, experience, ptx, cfg, step=0)
 
 
 def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[float]:
@@ -348,18 +342,20 @@ def test_first_update_of_learn(setting, episodes):
     assert said["policy_loss"] == pytest.approx(
         0, abs=1e-5
     )  # ratio 1: minus the mean of whitened advantages
-    mask = episodes[1].mask_BT
-    assert said["entropy"] == pytest.approx(float(episodes[1].entropy_BT[mask].mean()), abs=1e-4)
-    errors = (episodes[1].returns_BT - episodes[1].values_BT)[mask]
+    experience, batch = episodes[1], episodes[1].rollout
+    mask = batch.mask_BT
+    assert said["entropy"] == pytest.approx(float(batch.entropy_BT[mask].mean()), abs=1e-4)
+    errors = (experience.returns_BT - batch.values_BT)[mask]
     assert said["value_loss"] == pytest.approx(float((errors**2).mean()) / 2, rel=1e-4)
 
 
 def test_one_update_is_the_gradient_of_the_mean_over_all_tokens(setting, episodes):
     """The objective written again, unpadded, one episode at a time: (-A ratio + .5 * half squared
     error) / tokens."""
-    model, batch = episodes
+    model, experience = episodes
+    batch = experience.rollout
     moved, _ = taught(setting, episodes, per_device_train_batch_size=4)
-    raw = batch.advantages_BT[batch.mask_BT].double()
+    raw = experience.advantages_BT[batch.mask_BT].double()
     mean, std = float(raw.mean()), float(raw.std(correction=0))
     expected = copy.deepcopy(model)
     for row in range(16):
@@ -368,8 +364,11 @@ def test_one_update_is_the_gradient_of_the_mean_over_all_tokens(setting, episode
         logits = expected.policy(ids[None])[0, prompt - 1 : -1]
         logprobs = torch.log_softmax(logits, -1).gather(1, ids[prompt:, None])[:, 0]
         ratio = (logprobs - batch.logprobs_BT[row, :size]).exp()
-        error = expected.critic.values(ids[None])[0, prompt - 1 : -1] - batch.returns_BT[row, :size]
-        advantages = (batch.advantages_BT[row, :size] - mean) / std
+        error = (
+            expected.critic.values(ids[None])[0, prompt - 1 : -1]
+            - experience.returns_BT[row, :size]
+        )
+        advantages = (experience.advantages_BT[row, :size] - mean) / std
         ((0.25 * error**2 - advantages * ratio).sum() / len(raw)).backward()
     with torch.no_grad():
         for parameter in expected.parameters():
@@ -382,24 +381,24 @@ def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(
     setting, episodes, monkeypatch
 ):
     """Invariant 8; and returns = raw advantages + values."""
-    model, batch = episodes
-    batch = batch._replace(advantages_BT=(batch.advantages_BT * 3 + 40) * batch.mask_BT)
-    batch = batch._replace(returns_BT=(batch.advantages_BT + batch.values_BT) * batch.mask_BT)
+    model, experience = episodes
+    batch = experience.rollout
+    advantages_BT = (experience.advantages_BT * 3 + 40) * batch.mask_BT
+    returns_BT = (advantages_BT + batch.values_BT) * batch.mask_BT
+    experience = experience._replace(advantages_BT=advantages_BT, returns_BT=returns_BT)
     policy, value = [], []
-    spy(monkeypatch, "policy_loss", lambda args, result, kwargs: policy.append(args[2]))
-    spy(monkeypatch, "value_loss", lambda args, result, kwargs: value.append((args[1], args[2])))
-    taught(setting, (model, batch), num_minibatches=4, per_device_train_batch_size=2)
+    spy(monkeypatch, "policy_loss", lambda args, result: policy.append(args[2]))
+    spy(monkeypatch, "value_loss", lambda args, result: value.append((args[1], args[2])))
+    taught(setting, (model, experience), num_minibatches=4, per_device_train_batch_size=2)
     used = torch.cat(policy).double()
     assert len(used) == int(batch.mask_BT.sum())
     assert len(policy) == 8
     assert float(used.mean()) == pytest.approx(0, abs=1e-4)
     assert float(used.std(correction=0)) == pytest.approx(1, abs=1e-3)
     raw = torch.cat([returns - values for values, returns in value])
-    assert float(raw.mean()) == pytest.approx(
-        float(batch.advantages_BT[batch.mask_BT].mean()), rel=1e-4
-    )
+    assert float(raw.mean()) == pytest.approx(float(advantages_BT[batch.mask_BT].mean()), rel=1e-4)
     assert float(raw.mean()) > 30
-    kept = batch.advantages_BT[batch.mask_BT]
+    kept = advantages_BT[batch.mask_BT]
     expected = (kept - kept.mean()) / kept.std(correction=0)
     torch.testing.assert_close(
         used.float().sort().values, expected.sort().values, atol=2e-3, rtol=2e-3
@@ -407,33 +406,31 @@ def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(
 
 
 def test_padding_is_invisible_to_learning(setting, episodes):
-    model, batch = episodes
+    model, experience = episodes
+    batch = experience.rollout
     plain, said = taught(setting, episodes, num_ppo_epochs=2, num_minibatches=2)
     hidden, nan = ~batch.mask_BT, float("nan")
-    dirty = {
-        name: getattr(batch, name).masked_fill(hidden, value)
-        for name, value in (
-            ("logprobs_BT", nan),
-            ("values_BT", 1e6),
-            ("advantages_BT", nan),
-            ("returns_BT", -1e6),
-        )
-    }
-    other, said_too = taught(
-        setting, (model, batch._replace(**dirty)), num_ppo_epochs=2, num_minibatches=2
+    dirty = experience._replace(
+        rollout=batch._replace(
+            logprobs_BT=batch.logprobs_BT.masked_fill(hidden, nan),
+            values_BT=batch.values_BT.masked_fill(hidden, 1e6),
+        ),
+        advantages_BT=experience.advantages_BT.masked_fill(hidden, nan),
+        returns_BT=experience.returns_BT.masked_fill(hidden, -1e6),
     )
+    other, said_too = taught(setting, (model, dirty), num_ppo_epochs=2, num_minibatches=2)
     assert max(differences(plain, other)) == 0
     assert said == said_too
 
 
 def test_epochs_see_every_episode_once_in_new_company(setting, episodes, monkeypatch):
-    model, batch = episodes
-    marked = batch._replace(scores_B=torch.arange(16.0))
+    model, experience = episodes
+    marked = experience._replace(rollout=experience.rollout._replace(scores_B=torch.arange(16.0)))
     parts = []
     spy(
         monkeypatch,
-        "terms",
-        lambda args, result, kwargs: parts.append(args[1].episodes.scores_B.tolist()),
+        "losses",
+        lambda args, result: parts.append(args[1].experience.rollout.scores_B.tolist()),
     )
     taught(
         setting, (model, marked), num_ppo_epochs=3, num_minibatches=2, per_device_train_batch_size=4
@@ -449,14 +446,14 @@ def test_epochs_see_every_episode_once_in_new_company(setting, episodes, monkeyp
 def test_early_stop_at_one_and_a_half_times_the_target(
     setting, episodes, monkeypatch, approx_kl, updates, epochs
 ):
-    real, count = learning.policy_loss, []
+    real, count = ppo.policy_loss, []
 
     def pretend(new, old, advantages, clip_range):
         result = real(new, old, advantages, clip_range)
         return result._replace(approx_kl=torch.tensor(approx_kl * len(new)))
 
-    monkeypatch.setattr(learning, "policy_loss", pretend)
-    spy(monkeypatch, "update", lambda args, result, kwargs: count.append(1))
+    monkeypatch.setattr(ppo, "policy_loss", pretend)
+    spy(monkeypatch, "update", lambda args, result: count.append(1))
     keys = {"num_ppo_epochs": 4, "num_minibatches": 2, "per_device_train_batch_size": 3}
     _, said = taught(setting, episodes, early_stop_kl=0.01, **keys)
     assert (len(count), said["ppo_epochs"]) == (updates, epochs)
@@ -469,12 +466,14 @@ def test_early_stop_at_one_and_a_half_times_the_target(
 def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_rows):
     """With flat advantages and no value loss, one step of plain descent is -lr * coef * gradient of
     the mean loss."""
-    model, batch = episodes
-    flat = batch._replace(advantages_BT=torch.zeros_like(batch.advantages_BT))
+    model, experience = episodes
+    flat = experience._replace(advantages_BT=torch.zeros_like(experience.advantages_BT))
     tokens = torch.randint(8, 300, (ptx_rows, 13), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = tokens[:, 5] = EOT  # two documents a row, which must not see each other
+    ids = tokens[:, :-1]
+    texts = Texts(ids, (ids == EOT).cumsum(1), tokens[:, 1:])
     keys = {"vf_coef": 0.0, "ptx_coef": 0.3, "per_device_train_batch_size": 4}
-    moved, said = taught(setting, (model, flat), ptx=lambda n: tokens, **keys)
+    moved, said = taught(setting, (model, flat), ptx=lambda n: texts, **keys)
 
     expected = copy.deepcopy(model.policy)
     logits = torch.cat(
@@ -535,24 +534,12 @@ def test_describe_counts_episodes_and_real_tokens(setting):
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 0.0, 0.0]])
     reference = torch.tensor([[-2.0, -2.5, -2.0], [-4.0, 0.0, 0.0]])
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
-    rewards = torch.tensor([[0.0, -1.0, 3.0], [5.0, 0.0, 0.0]])
+    rewards_BT = torch.tensor([[0.0, -1.0, 3.0], [5.0, 0.0, 0.0]])
     ids, ones = torch.zeros(2, 5, dtype=torch.long), torch.tensor([2, 2])
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
-    batch = Trajectory(
-        ids,
-        ones,
-        mask,
-        logprobs,
-        reference,
-        entropy,
-        values,
-        torch.tensor([3.0, 6.0]),
-        torch.tensor([True, False]),
-        rewards,
-        rewards,
-        values + 1,
-    )
-    said = describe(batch)
+    scores, stopped = torch.tensor([3.0, 6.0]), torch.tensor([True, False])
+    batch = Rollout(ids, ones, mask, logprobs, reference, entropy, values, scores, stopped)
+    said = describe(Experience(batch, rewards_BT, rewards_BT, values + 1))
     assert said["score"] == 4.5
     assert said["reward"] == 3.5
     assert said["kl"] == pytest.approx((1 + 0.5 - 1 + 3) / 2)  # nats an episode
@@ -591,6 +578,43 @@ def test_published_directory_and_logs(setting, tokenizer):
         samples = [json.loads(line) for line in file]
     assert len(samples) == 6
     assert {"step", "prompt", "answer", "score", "kl", "stopped"} <= samples[0].keys()
+
+
+TOY = SimpleNamespace(
+    NEEDS_CRITIC=False,
+    WHITENS_ADVANTAGES=False,
+    advantages=lambda rewards_BT, values_BT, mask_BT, cfg: (rewards_BT * mask_BT,) * 2,
+    loss=lambda tokens, cfg: (
+        -(tokens.advantages_N * tokens.logprobs_N).sum(),
+        {"surprise": -tokens.logprobs_N.detach().sum(), "approx_kl": torch.zeros(())},
+    ),
+)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_an_algorithm_without_a_critic(setting, tokenizer, tmp_path, monkeypatch, lora_r):
+    """Another in PPO's place: its own statistics, and no critic loaded, trained or published."""
+    monkeypatch.setitem(ALGORITHMS, "ppo", TOY)
+    cfg = setting(lora_r=lora_r, max_steps=2, learning_rate=0.02)
+    main(cfg)
+    assert not same_weights(cfg.output_dir, cfg.parent)
+    assert not (tmp_path / "rl" / "critic").exists()
+    row = metrics(cfg)[-1]
+    assert row["surprise"] > 0 and not {"policy_loss", "value_loss", "clip_fraction"} & row.keys()
+    for key in ("critic", "critic_learning_rate", "critic_warmup_steps"):
+        value = cfg.reward_model if key == "critic" else 1
+        with pytest.raises(InputError, match=f"{key} .*: ppo has no critic"):
+            main(setting(**{key: value}))
+
+
+def test_advantages_that_are_not_whitened_are_used_as_they_are(setting, episodes, monkeypatch):
+    experience = episodes[1]
+    monkeypatch.setattr(ppo, "WHITENS_ADVANTAGES", False)
+    used = []
+    spy(monkeypatch, "policy_loss", lambda args, result: used.append(args[2]))
+    taught(setting, episodes, num_minibatches=1, per_device_train_batch_size=16)
+    raw = experience.advantages_BT[experience.rollout.mask_BT]
+    torch.testing.assert_close(used[0].sort().values, raw.sort().values)
 
 
 def test_lora_trains_adapters_and_publishes_the_sum(setting):
@@ -661,5 +685,6 @@ def test_defaults_are_those_of_the_literature():
         "temperature": 1.0,
         "lr_scheduler_type": "linear",
         "kl_coef": 0.05,
+        "algorithm": "ppo",
     }
     assert {name: getattr(cfg, name) for name in expected} == expected

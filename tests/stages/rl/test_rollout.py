@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from common.model.sample import sample
-from stages.rl.rollout import ActorCritic, Trajectory, evaluate, rollout
+from stages.rl.algorithms.ppo import gae
+from stages.rl.experience import Experience, rewards
+from stages.rl.models import ActorCritic, Models
+from stages.rl.rollout import Rollout, Sampling, evaluate, interleaved, roll_out
 
 FAMILIES = ("gpt2", "llama")
 TEMPERATURE = 0.7
@@ -17,15 +20,15 @@ STOPS = list(
 
 
 @pytest.fixture(params=FAMILIES)
-def players(request, tiny_gpt, tiny_reward):
-    """(policy and critic, reference, reward model), all different."""
-    actor_critic = ActorCritic(
-        tiny_gpt(request.param, seed=1), tiny_reward(request.param, seed=2, shift=0.25)
-    )
-    return (
+def models(request, tiny_gpt, tiny_reward):
+    """Four different networks; the policy is sampled from as it is."""
+    family = request.param
+    actor_critic = ActorCritic(tiny_gpt(family, seed=1), tiny_reward(family, seed=2, shift=0.25))
+    return Models(
         actor_critic,
-        tiny_gpt(request.param, seed=3),
-        tiny_reward(request.param, seed=4, shift=1.5),
+        actor_critic.policy,
+        tiny_gpt(family, seed=3),
+        tiny_reward(family, seed=4, shift=1.5),
     )
 
 
@@ -44,25 +47,19 @@ def prompts(tokenizer):
     return [tokenizer.encode(text) for text in texts]
 
 
-def roll(players, prompts, tokenizer, **changes) -> Trajectory:
-    settings = {
-        "max_new_tokens": 9,
-        "temperature": TEMPERATURE,
-        "stop_ids": STOPS,
-        "pad_id": tokenizer.pad_id,
-        "seed": 5,
-        "kl_coef": 0.3,
-        "gamma": 0.9,
-        "gae_lambda": 0.8,
-        "score_clip": None,
-        "missing_stop_penalty": 0.0,
-        "batch_size": 3,
-        "score_batch_size": 3,
-    }
-    return rollout(*players, prompts, **settings | changes)
+def roll(models, prompts, tokenizer, **changes) -> Rollout:
+    settings = Sampling(
+        max_new_tokens=9,
+        temperature=TEMPERATURE,
+        stop_ids=STOPS,
+        pad_id=tokenizer.pad_id,
+        evaluated_rows=3,
+        sampled_rows=3,
+    )
+    return roll_out(models, prompts, settings._replace(**changes), seed=5)
 
 
-def real(field: torch.Tensor, batch: Trajectory, row: int) -> list[float]:
+def real(field: torch.Tensor, batch: Rollout, row: int) -> list[float]:
     """The unpadded part of a (B, T) field, after checking that the rest is 0."""
     length = int(batch.mask_BT[row].sum())
     assert not field[row, length:].any()
@@ -82,10 +79,10 @@ def slow_logprobs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def test_ids_are_the_sampled_ones(players, prompts, tokenizer):
-    batch = roll(players, prompts, tokenizer)
+def test_ids_are_the_sampled_ones(models, prompts, tokenizer):
+    batch = roll(models, prompts, tokenizer)
     answers = sample(
-        players[0].policy,
+        models.sampler,
         prompts,
         max_new_tokens=9,
         temperature=TEMPERATURE,
@@ -109,9 +106,9 @@ def test_ids_are_the_sampled_ones(players, prompts, tokenizer):
         assert real(batch.logprobs_BT, batch, row) == pytest.approx(answer.logprobs, abs=1e-4)
 
 
-def test_logprobs_entropy_values_and_scores_are_the_slow_ones(players, prompts, tokenizer):
-    model, reference, reward_model = players
-    batch = roll(players, prompts, tokenizer)
+def test_logprobs_entropy_values_and_scores_are_the_slow_ones(models, prompts, tokenizer):
+    model, _, reference, reward_model = models
+    batch = roll(models, prompts, tokenizer)
     for row, prompt in enumerate(prompts):
         answer = batch.ids_BS[
             row, len(prompt) : len(prompt) + int(batch.mask_BT[row].sum())
@@ -141,8 +138,10 @@ def test_logprobs_entropy_values_and_scores_are_the_slow_ones(players, prompts, 
         assert float(batch.scores_B[row]) == pytest.approx(float(last) - 1.5, abs=1e-4)
 
 
-def test_rewards_advantages_and_returns(players, prompts, tokenizer):
-    batch = roll(players, prompts, tokenizer, missing_stop_penalty=2.0)
+def test_rewards_advantages_and_returns(models, prompts, tokenizer):
+    batch = roll(models, prompts, tokenizer)
+    rewards_BT = rewards(batch, kl_coef=0.3, score_clip=None, missing_stop_penalty=2.0)
+    advantages_BT, returns_BT = gae(rewards_BT, batch.values_BT, batch.mask_BT, 0.9, 0.8)
     for row in range(len(prompts)):
         logprobs, reference = (
             real(batch.logprobs_BT, batch, row),
@@ -150,7 +149,7 @@ def test_rewards_advantages_and_returns(players, prompts, tokenizer):
         )
         expected = [-0.3 * (a - b) for a, b in zip(logprobs, reference, strict=True)]
         expected[-1] += float(batch.scores_B[row]) - (0 if batch.stopped_B[row] else 2)
-        assert real(batch.rewards_BT, batch, row) == pytest.approx(expected, abs=1e-5)
+        assert real(rewards_BT, batch, row) == pytest.approx(expected, abs=1e-5)
         values = real(batch.values_BT, batch, row)
         deltas = [
             r + 0.9 * after - v
@@ -158,60 +157,68 @@ def test_rewards_advantages_and_returns(players, prompts, tokenizer):
         ]
         size = len(deltas)
         advantages = [sum(0.72 ** (i - t) * deltas[i] for i in range(t, size)) for t in range(size)]
-        assert real(batch.advantages_BT, batch, row) == pytest.approx(advantages, abs=1e-4)
+        assert real(advantages_BT, batch, row) == pytest.approx(advantages, abs=1e-4)
         returns = [a + v for a, v in zip(advantages, values, strict=True)]
-        assert real(batch.returns_BT, batch, row) == pytest.approx(returns, abs=1e-4)
+        assert real(returns_BT, batch, row) == pytest.approx(returns, abs=1e-4)
 
 
-def test_scores_are_clipped_after_the_shift(players, prompts, tokenizer):
-    _, _, reward_model = players
-    reward_model.shift.fill_(100.0)
+def test_scores_are_clipped_after_the_shift(models, prompts, tokenizer):
+    models.reward_model.shift.fill_(100.0)
     with torch.no_grad():
-        reward_model.score.weight.mul_(0.01)
-    plain = roll(players, prompts, tokenizer, kl_coef=0.0)
+        models.reward_model.score.weight.mul_(0.01)
+    plain = roll(models, prompts, tokenizer)
     assert (
         float(plain.scores_B.max()) < -90
     )  # the head says about 0: clipped before the shift it would stay there
-    clipped = roll(players, prompts, tokenizer, kl_coef=0.0, score_clip=5.0)
-    torch.testing.assert_close(clipped.scores_B, plain.scores_B)  # logged as the model gave them
-    assert clipped.rewards_BT.sum(1).tolist() == [-5.0] * len(prompts)
-    assert plain.rewards_BT.sum(1).tolist() == pytest.approx(plain.scores_B.tolist())
+    clipped_BT = rewards(plain, kl_coef=0.0, score_clip=5.0, missing_stop_penalty=0.0)
+    plain_BT = rewards(plain, kl_coef=0.0, score_clip=None, missing_stop_penalty=0.0)
+    # The scores are logged as the model gave them.
+    assert float(plain.scores_B.max()) < -90
+    assert clipped_BT.sum(1).tolist() == [-5.0] * len(prompts)
+    assert plain_BT.sum(1).tolist() == pytest.approx(plain.scores_B.tolist())
 
 
-def test_kl_from_itself_is_exactly_zero(players, prompts, tokenizer):
-    model, _, reward_model = players
-    batch = roll((model, model.policy, reward_model), prompts, tokenizer)
+def test_kl_from_itself_is_exactly_zero(models, prompts, tokenizer):
+    batch = roll(models._replace(reference=models.sampler), prompts, tokenizer)
     assert batch.logprobs_BT.any()
     assert torch.equal(batch.logprobs_BT, batch.ref_logprobs_BT)
 
 
-def test_what_stands_on_padding_is_never_read(players, prompts, tokenizer):
-    batch = roll(players, prompts, tokenizer)
-    ids, totals = batch.ids_BS.clone(), batch.prompt_lengths_B + batch.mask_BT.sum(1)
-    for row, total in enumerate(totals.tolist()):
-        ids[row, total:] = 17 + row
-    assert not torch.equal(ids, batch.ids_BS)
-    again = evaluate(batch._replace(ids_BS=ids), *players, TEMPERATURE, 3)
-    for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT", "scores_B"):
-        assert torch.equal(getattr(again, name), getattr(batch, name)), name
+def test_what_stands_on_padding_is_never_read(models, prompts, tokenizer):
+    """The same answers padded with other ids."""
+    settings = Sampling(9, TEMPERATURE, STOPS, tokenizer.pad_id, evaluated_rows=3)
+    answers = sample(
+        models.sampler,
+        prompts,
+        max_new_tokens=9,
+        temperature=TEMPERATURE,
+        seed=5,
+        stop_ids=STOPS,
+    )
+    batch = evaluate(models, prompts, answers, settings)
+    for pad_id in range(17, 25):
+        again = evaluate(models, prompts, answers, settings._replace(pad_id=pad_id))
+        assert not torch.equal(again.ids_BS, batch.ids_BS)
+        for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT", "scores_B"):
+            assert torch.equal(getattr(again, name), getattr(batch, name)), name
 
 
-def test_batch_size_makes_no_difference(players, prompts, tokenizer):
+def test_batch_size_makes_no_difference(models, prompts, tokenizer):
     one, all_at_once = (
-        roll(players, prompts, tokenizer, batch_size=b, score_batch_size=b) for b in (1, 8)
+        roll(models, prompts, tokenizer, sampled_rows=b, evaluated_rows=b) for b in (1, 8)
     )
     assert torch.equal(one.ids_BS, all_at_once.ids_BS)
-    for name in (
-        "logprobs_BT",
-        "ref_logprobs_BT",
-        "values_BT",
-        "scores_B",
-        "advantages_BT",
-        "returns_BT",
-    ):
+    assert torch.equal(one.mask_BT, all_at_once.mask_BT)
+    for name in ("logprobs_BT", "ref_logprobs_BT", "values_BT", "scores_B"):
         torch.testing.assert_close(
             getattr(one, name), getattr(all_at_once, name), atol=1e-4, rtol=1e-4
         )
+    pairs = [
+        gae(rewards(batch, 0.3, None, 0.0), batch.values_BT, batch.mask_BT, 0.9, 0.8)
+        for batch in (one, all_at_once)
+    ]
+    for found, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_chosen_rows_are_trimmed_and_predict_one_to_the_left():
@@ -223,9 +230,7 @@ def test_chosen_rows_are_trimmed_and_predict_one_to_the_left():
     grid = torch.arange(12.0).view(3, 4)
     per_row = torch.arange(3.0)
     lengths = torch.tensor([3, 1, 5])
-    batch = Trajectory(
-        ids, lengths, mask, grid, grid, grid, grid, per_row, mask[:, 0], grid, grid, grid
-    )
+    batch = Rollout(ids, lengths, mask, grid, grid, grid, grid, per_row, mask[:, 0])
     assert batch.targets_N().tolist() == [10, 11, 20, 21, 22, 23, 30, 31]
     assert batch.predicts_BS().nonzero().tolist() == [
         [0, 2],
@@ -237,10 +242,12 @@ def test_chosen_rows_are_trimmed_and_predict_one_to_the_left():
         [2, 4],
         [2, 5],
     ]
-    part = batch.rows([0])
+    experience = Experience(batch, grid, grid, grid).rows([0])
+    part = experience.rollout
     assert part.ids_BS.tolist() == [[1, 2, 3, 10, 11]]
     assert part.mask_BT.tolist() == [[True, True]]
-    assert part.advantages_BT.tolist() == [[0.0, 1.0]]
+    assert part.logprobs_BT.tolist() == [[0.0, 1.0]]
+    assert experience.advantages_BT.tolist() == [[0.0, 1.0]]
     both = batch.rows([2, 1])
     assert both.ids_BS.shape == (2, 7)
     assert both.mask_BT.shape == (2, 4)
@@ -248,14 +255,36 @@ def test_chosen_rows_are_trimmed_and_predict_one_to_the_left():
     assert both.targets_N().tolist() == [30, 31, 20, 21, 22, 23]
 
 
-def test_sampling_follows_the_policy_at_the_temperature(players, tokenizer):
+def test_shares_of_processes_become_one_rollout(models, prompts, tokenizer):
+    """Each of two processes has every second prompt: together the answers that one would give."""
+    settings = Sampling(9, TEMPERATURE, STOPS, tokenizer.pad_id, evaluated_rows=3)
+    whole = roll_out(models, prompts, settings, seed=5)
+    parts = [roll_out(models, prompts[n::2], settings, seed=5, part=(n, 2)) for n in (0, 1)]
+    assert len({part.mask_BT.shape[1] for part in parts}) == 2
+    together = interleaved(parts, tokenizer.pad_id)
+    for name in ("ids_BS", "prompt_lengths_B", "mask_BT", "stopped_B"):
+        assert torch.equal(getattr(together, name), getattr(whole, name)), name
+    for name in ("logprobs_BT", "ref_logprobs_BT", "entropy_BT", "values_BT", "scores_B"):
+        torch.testing.assert_close(
+            getattr(together, name), getattr(whole, name), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_without_a_critic_every_value_is_zero(models, prompts, tokenizer):
+    alone = models._replace(actor_critic=ActorCritic(models.sampler, None))
+    batch, expected = (roll(some, prompts, tokenizer) for some in (alone, models))
+    assert not batch.values_BT.any()
+    assert torch.equal(batch.logprobs_BT, expected.logprobs_BT)
+
+
+def test_sampling_follows_the_policy_at_the_temperature(models, tokenizer):
     """1500 first tokens to one prompt: the most likely id comes as often as softmax(logits / T)
     says."""
     prompt = tokenizer.encode("Name an animal.")
     batch = roll(
-        players, [prompt] * 1500, tokenizer, max_new_tokens=1, batch_size=500, score_batch_size=500
+        models, [prompt] * 1500, tokenizer, max_new_tokens=1, sampled_rows=500, evaluated_rows=500
     )
-    probabilities = slow_logprobs(players[0].policy, prompt, [0])[0].exp()
+    probabilities = slow_logprobs(models.sampler, prompt, [0])[0].exp()
     best = int(probabilities.argmax())
     expected = float(probabilities[best])
     found = float((batch.ids_BS[:, len(prompt)] == best).float().mean())

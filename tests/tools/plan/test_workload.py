@@ -25,8 +25,10 @@ from common.model.shape import GPTConfig
 from common.text.chat import prompt_ids
 from common.train.muon import muon
 from stages.pretrain import train
-from stages.rl.learn import MicroBatch, terms
-from stages.rl.rollout import ActorCritic, rollout
+from stages.rl.experience import Experience
+from stages.rl.learn import MicroBatch, Texts, losses
+from stages.rl.models import ActorCritic, Models
+from stages.rl.rollout import Sampling, roll_out
 from stages.rl.train import Config
 from stages.sft import train as sft
 from tests.conftest import SENTENCES, shape
@@ -126,38 +128,20 @@ def test_flops_of_a_ppo_rollout_and_its_updates(checkpointing):
     model, judge = ActorCritic(policy, RewardModel(work.critic)), RewardModel(work.shape)
     recompute(*[policy, model.critic] * checkpointing)
     cfg = Config(output_dir="x", parent="x", reward_model="x", train_data="x", ptx_coef=1.0)
+    models = Models(model, policy, reference, judge)
+    sampling = Sampling(30, 1.0, stop_ids=[], pad_id=0, evaluated_rows=2)
     made = []
 
     def sampled():
-        made.append(
-            rollout(
-                model,
-                reference,
-                judge,
-                [[1] * 10] * 4,
-                max_new_tokens=30,
-                temperature=1.0,
-                stop_ids=[],
-                pad_id=0,
-                seed=0,
-                kl_coef=0.1,
-                gamma=1.0,
-                gae_lambda=0.95,
-                score_clip=None,
-                missing_stop_penalty=0.0,
-                batch_size=256,
-                score_batch_size=2,
-            )
-        )
+        made.append(roll_out(models, [[1] * 10] * 4, sampling, seed=0))
 
     def learned():
+        zeros_BT = torch.zeros_like(made[0].logprobs_BT)
+        experience = Experience(made[0], zeros_BT, zeros_BT, zeros_BT).rows([0, 1])
+        ones = torch.ones(2, 128, dtype=torch.long)
         for _ in range(2 * 2):  # epochs x minibatches
-            batch = MicroBatch(
-                made[0].rows([0, 1]),
-                made[0].advantages_BT[:2],
-                torch.ones(2, 129, dtype=torch.long),
-            )
-            terms(model, batch, cfg, [], eot_id=3).sum().backward()
+            batch = MicroBatch(experience, Texts(ones, documents_RL=ones, targets_RL=ones))
+            losses(model, batch, cfg, []).sum().backward()
 
     predicted = flops(work)
     assert predicted.sampling + predicted.scoring == pytest.approx(counted(sampled), rel=0.1)
