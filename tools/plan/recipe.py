@@ -72,7 +72,9 @@ LARGE = 500e6  # bytes: a plan reads no file beyond that
 def defaults(module: str, name: str = "Config") -> dict[str, Any]:
     """{key: default, None where required} of a step's config; read as text, as code outside a stage
     may not import it."""
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     origins = {
         alias.name: node.module
         for node in tree.body
