@@ -198,6 +198,6 @@ def summarise(
     metrics["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
     metrics["ppo_epochs"] = epochs
     if cfg.ptx_coef:
-        losses = sum(update.losses[1] for update in updates)
-        metrics["ptx_loss"] = losses / len(updates) / cfg.ptx_coef
+        ptx = sum(update.losses[1] for update in updates)
+        metrics["ptx_loss"] = ptx / len(updates) / cfg.ptx_coef
     return metrics

@@ -22,6 +22,7 @@ from common.config.training import NonNegative, Positive, ReadsRows, SchedulerTy
 from common.handoff.adapter import save_adapter
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import Kind, check_context, load_config, load_model, publish
+from common.handoff.report import Gate
 from common.model.lora import add_lora, merged_state
 from common.program.errors import Failure, InputError
 from common.rows.batches import Order
@@ -253,7 +254,7 @@ def set_learning_rates(
     return factor
 
 
-def gate(history: Sequence[Mapping[str, float]], steps: int) -> tuple[bool, str]:
+def judge(history: Sequence[Mapping[str, float]], steps: int) -> Gate:
     """Whether the score rose, and from what to what; its end is the mean of the last rollouts.
 
     Raises Failure when nothing was learned.
@@ -269,7 +270,7 @@ def gate(history: Sequence[Mapping[str, float]], steps: int) -> tuple[bool, str]
     )
     first = history[0]["score"]
     rise = f"score {first:+.2f} -> {score:+.2f}"
-    return score > first, f"{rise} at KL {kl:.1f} nats, {stop_rate:.0%} complete"
+    return Gate(score > first, f"{rise} at KL {kl:.1f} nats, {stop_rate:.0%} complete")
 
 
 def publish_policy_and_critic(
@@ -278,14 +279,14 @@ def publish_policy_and_critic(
     model: ActorCritic,
     tokenizer: Tokenizer,
     steps: int,
-    passed: tuple[bool, str],
+    gate: Gate,
     **facts: Any,
 ) -> None:
     """End the run with its gate line and publish what it trained; `facts` are for stage.json.
 
     The critic comes first: the stage counts as finished from its own manifest on.
     """
-    stage = run.finish(steps, passed, **facts)
+    stage = run.finish(steps, gate, **facts)
     with whole(run.accelerator, model):
         if run.main:
             if cfg.lora_r:
@@ -360,9 +361,9 @@ def main(cfg: Config) -> None:
             run.log(step + 1, metrics)
             samples = episode_samples(rollout, tokenizer, cfg.samples)
             run.log_samples(step + 1, samples, shown=int((step + 1) % 10 == 0))
-    passed = gate(kept["history"], steps)
+    gate = judge(kept["history"], steps)
     facts = {"episodes": steps * episodes, "data": {"skipped": skipped}}
-    publish_policy_and_critic(cfg, run, raw, tokenizer, steps, passed, **facts)
+    publish_policy_and_critic(cfg, run, raw, tokenizer, steps, gate, **facts)
 
 
 if __name__ == "__main__":
