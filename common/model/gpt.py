@@ -299,6 +299,7 @@ class RewardModel(nn.Module):
     """
 
     def __init__(self, config: GPTConfig, trunk: Trunk | None = None) -> None:
+        """With random weights, or over the trunk of another model."""
         super().__init__()
         self.config = config
         self.trunk = trunk or Trunk(config)

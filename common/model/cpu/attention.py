@@ -57,9 +57,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     if causal and T % BLOCK:
         q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped
-    )
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
     return y[:, :, :T]
 
 
