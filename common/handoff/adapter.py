@@ -1,11 +1,11 @@
 """LoRA adapters in peft's format, under transformers' names."""
 
-import math
 from pathlib import Path
 
 from torch import Tensor
 
-from common.handoff.hf import layout, theirs
+from common.handoff.hf import split, theirs
+from common.model.families import family_of
 from common.model.gpt import GPT, RewardModel
 from common.program.files import dump, write_atomically, writing
 
@@ -27,10 +27,9 @@ def save_adapter(
         if "lora_" not in name:
             continue
         module, side = name.removesuffix(".default.weight").rsplit(".", 1)
-        names, sizes = theirs(module, model.config)
-        parts = list(tensor.split(sizes)) if sizes and side == "lora_B" else [tensor] * len(names)
-        if layout(model.config) == "gpt_neo" and module.endswith("qkv") and side == "lora_B":
-            parts[0] = parts[0] / math.sqrt(model.config.head_width)  # as hf.py stores its queries
+        names, _ = theirs(module, model.config)
+        is_outer = side == "lora_B"
+        parts = split(module, tensor, model.config) if is_outer else [tensor] * len(names)
         for their, part in zip(names, parts, strict=True):
             tensors[f"base_model.model.{their}.{side}.weight"] = (
                 part.detach().cpu().clone().contiguous()
@@ -56,7 +55,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "target_modules": sorted(modules),
         "modules_to_save": ["score"] if isinstance(model, RewardModel) else None,
-        "fan_in_fan_out": layout(model.config) == "gpt2",
+        "fan_in_fan_out": bool(family_of(model.config).transposed),
         "bias": "none",
         "inference_mode": True,
     }

@@ -1,17 +1,12 @@
-"""Weight-name maps: our models <-> transformers' own directories, bit-exact both ways.
+"""Our models <-> transformers' own directories, bit-exact both ways.
 
-    ours                                          theirs
-    gpt2                                          gpt2 (matrices transposed: Conv1D; a bias that ours lacks is stored as zeros)
-    gpt2 with local layers, no attention_bias     gpt_neo (does not divide by sqrt(D): its queries are stored divided)
-    llama                                         llama
-    llama with local layers, no biases            ministral
-
-Our `qkv` and `up` hold what most of them store as separate matrices; concatenation and splitting
-lose nothing.
+What differs between families of models (names of weights, config.json, what is stored transposed or
+scaled) is in common/model/families, a file each; here is what all of them share. Our `qkv` and `up`
+hold what most families store as separate matrices; concatenation and splitting lose nothing.
 """
 
 import json
-import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,92 +14,72 @@ import torch
 from torch import Tensor
 
 from common.handoff.locate import UNREAD
+from common.model.costs import layers_of
+from common.model.families import FAMILIES, family_of
+from common.model.families.family import Family
 from common.model.gpt import GPT, RewardModel
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Ours -> theirs, within block N. A tuple is a concatenation along the output dimension, in this
-# order.
-LLAMA_BLOCK = {
-    "norm1": "input_layernorm",
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.out": "self_attn.o_proj",
-    "norm2": "post_attention_layernorm",
-    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down": "mlp.down_proj",
-}
-GPT2_BLOCK = {
-    "norm1": "ln_1",
-    "attn.qkv": "attn.c_attn",
-    "attn.out": "attn.c_proj",
-    "norm2": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-QKV = ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj")
-NEO_BLOCK = {**GPT2_BLOCK, "attn.qkv": QKV, "attn.out": "attn.attention.out_proj"}
-OUTER = {
-    "llama": {
-        "trunk.wte": "model.embed_tokens",
-        "trunk.norm": "model.norm",
-        "head": "lm_head",
-        "score": "score",
-    },
-    "gpt2": {
-        "trunk.wte": "transformer.wte",
-        "trunk.wpe": "transformer.wpe",
-        "trunk.norm": "transformer.ln_f",
-        "head": "lm_head",
-        "score": "score",
-    },
-}
+BLOCK = re.compile(r"(?<=blocks\.)\d+")  # its number, in the name of a module of ours
 
 
-def layout(config: GPTConfig) -> str:
-    """transformers' model_type for such a model."""
-    return {"gpt2": ("gpt2", "gpt_neo"), "llama": ("llama", "ministral")}[config.family][
-        config.has_local_layers
-    ]
+# Names and parts
 
 
-def theirs(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
-    """Their module names for our module `name`, and the output sizes of the parts (None: not
-    split)."""
-    if not name.startswith("trunk.blocks."):
-        return [OUTER[config.family][name]], None
-    layer, part = name.removeprefix("trunk.blocks.").split(".", 1)
-    kind = layout(config)
-    prefix = f"transformer.h.{layer}." if config.family == "gpt2" else f"model.layers.{layer}."
-    names = {"gpt2": GPT2_BLOCK, "gpt_neo": NEO_BLOCK}.get(kind, LLAMA_BLOCK)[part]
+def theirs(module: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
+    """Their module names for our module, and the output sizes of the parts (None: not split)."""
+    found = BLOCK.search(module)
+    names = family_of(config).names[BLOCK.sub("{}", module)]
+    several = [names] if isinstance(names, str) else names
+    numbered = [name.format(found.group()) if found else name for name in several]
     if isinstance(names, str):
-        return [prefix + names], None
-    sizes = [config.n_inner] * 2
-    if part == "attn.qkv":
-        sizes = [n * config.head_width for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [prefix + name for name in names], sizes
+        return numbered, None
+    if module.endswith("attn.qkv"):
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        return numbered, [count * config.head_width for count in heads]
+    return numbered, [config.n_inner] * 2
 
 
-def is_transposed(name: str, config: GPTConfig) -> bool:
-    return layout(config) == "gpt2" and name.endswith(
-        ("qkv.weight", "out.weight", "up.weight", "down.weight")
-    )
+def split(module: str, tensor: Tensor, config: GPTConfig) -> list[Tensor]:
+    """The parts of our module's weight (outputs, inputs) or bias (outputs), one for each of their
+    modules."""
+    _, sizes = theirs(module, config)
+    parts = list(tensor.split(sizes)) if sizes else [tensor]
+    divisor = family_of(config).query_divisor
+    if divisor and module.endswith("attn.qkv"):
+        parts[0] = parts[0] / divisor(config)
+    return parts
+
+
+def join(module: str, parts: list[Tensor], config: GPTConfig) -> Tensor:
+    """The reverse of `split`."""
+    divisor = family_of(config).query_divisor
+    if divisor and module.endswith("attn.qkv"):
+        parts = [parts[0] * divisor(config), *parts[1:]]
+    return torch.cat(parts)
+
+
+def is_transposed(module: str, kind: str, family: Family) -> bool:
+    """Whether the family stores this weight as (inputs, outputs)."""
+    return kind == "weight" and module.endswith(family.transposed)
 
 
 def absent_biases(config: GPTConfig) -> dict[str, int]:
     """Biases that their layout has and our model lacks: name -> size. They are zeros."""
-    if config.family != "gpt2":
-        return {}
-    sizes = {} if config.attention_bias else {"attn.out": config.n_embd}
-    if not config.attention_bias and layout(config) == "gpt2":
-        sizes["attn.qkv"] = 3 * config.n_embd
-    sizes |= {} if config.mlp_bias else {"mlp.up": config.n_inner, "mlp.down": config.n_embd}
-    modules = [
-        (f"trunk.blocks.{layer}.{part}", size)
-        for layer in range(config.n_layer)
-        for part, size in sizes.items()
-    ]
-    return {f"{theirs(module, config)[0][0]}.bias": size for module, size in modules}
+    ours = {"attn": config.attention_bias, "mlp": config.mlp_bias}
+    sizes = {name: outputs for name, (_, outputs) in layers_of(config).items()}
+    absent = {}
+    for part in family_of(config).always_biased:
+        group, name = part.split(".")
+        for layer in range(0 if ours[group] else config.n_layer):
+            (module,) = theirs(f"trunk.blocks.{layer}.{part}", config)[0]
+            absent[f"{module}.bias"] = sizes[name]
+    return absent
+
+
+# Weights
 
 
 def export_weights(
@@ -117,18 +92,11 @@ def export_weights(
         if name == "shift" or (name == "head.weight" and config.tie_embeddings):
             continue
         module, kind = name.rsplit(".", 1)
-        names, sizes = theirs(module, config)
-        tensor = tensor.detach().cpu()
-        parts = (
-            list(tensor.split(sizes))
-            if sizes
-            else [tensor.t() if is_transposed(name, config) else tensor]
-        )
-        if layout(config) == "gpt_neo" and name.endswith("qkv.weight"):
-            parts[0] = parts[0] / math.sqrt(config.head_width)
-        out |= {
-            f"{their}.{kind}": part.contiguous() for their, part in zip(names, parts, strict=True)
-        }
+        parts = split(module, tensor.detach().cpu(), config)
+        if is_transposed(module, kind, family_of(config)):
+            parts = [part.t() for part in parts]
+        for their, part in zip(theirs(module, config)[0], parts, strict=True):
+            out[f"{their}.{kind}"] = part.contiguous()
     return out | {name: torch.zeros(size) for name, size in absent_biases(config).items()}
 
 
@@ -136,242 +104,104 @@ def import_weights(model: GPT | RewardModel, tensors: dict[str, Tensor], origin:
     """Copy transformers' tensors into our model; a missing, surplus or misshapen one is an
     InputError naming it."""
     config = model.config
-    prefix = "transformer." if config.family == "gpt2" else "model."
-    # OpenAI's own upload of GPT-2 lacks the prefix, and carries causal masks as if they were
-    # weights.
-    bare = not any(name.startswith(prefix) for name in tensors)
-    tensors = {
-        (prefix + name if bare and not name.startswith(("lm_head", "score")) else name): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(
-            (
-                ".attn.bias",
-                ".attn.masked_bias",
-                ".attention.bias",
-                ".masked_bias",
-                ".rotary_emb.inv_freq",
-            )
-        )
-    }
+    tensors = _weights_alone(tensors, family_of(config))
     for name in absent_biases(config):
         if name in tensors and tensors.pop(name).any():
-            raise InputError(
-                f"{origin}: {name} is not zero, though config.json says that this model has no such bias"
-            )
+            wrong = "is not zero, though config.json says that this model has no such bias"
+            raise InputError(f"{origin}: {name} {wrong}")
     state = {}
     for name, parameter in model.state_dict().items():
-        if name == "shift":
-            continue
-        module, kind = name.rsplit(".", 1)
-        their_names = [f"{their}.{kind}" for their in theirs(module, config)[0]]
         if name == "head.weight" and config.tie_embeddings:
-            tensors.pop(their_names[0], None)
-            continue
-        missing = [their for their in their_names if their not in tensors]
-        if missing:
-            raise InputError(
-                f"{origin}: no tensor {missing[0]} in the weights; a {config.family} directory has one"
-            )
-        parts = [tensors.pop(their) for their in their_names]
-        if layout(config) == "gpt_neo" and name.endswith("qkv.weight"):
-            parts[0] = parts[0] * math.sqrt(config.head_width)
-        tensor = parts[0].t() if is_transposed(name, config) else torch.cat(parts)
-        if tensor.shape != parameter.shape:
-            shapes = f"{tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}"
-            raise InputError(f"{origin}: {their_names[0]} has shape {shapes}")
-        state[name] = tensor
+            tensors.pop(f"{theirs('head', config)[0][0]}.weight", None)
+        elif name != "shift":
+            state[name] = _take(name, tuple(parameter.shape), tensors, config, origin)
     surplus = [name for name in tensors if isinstance(model, GPT) or name != "lm_head.weight"]
     if surplus:
-        raise InputError(
-            f"{origin}: tensor {surplus[0]} has no place in this model ({len(surplus)} such)"
-        )
+        more = f"({len(surplus)} such)"
+        raise InputError(f"{origin}: tensor {surplus[0]} has no place in this model {more}")
     model.load_state_dict(state, strict=False)
+
+
+def _weights_alone(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Their tensors less those that are no weights, and with the family's prefix, which OpenAI's
+    own upload of GPT-2 lacks."""
+    bare = not any(name.startswith(family.prefix) for name in tensors)
+    heads = ("lm_head", "score")
+    return {
+        family.prefix + name if bare and not name.startswith(heads) else name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(family.ignored)
+    }
+
+
+def _take(
+    name: str, shape: tuple[int, ...], tensors: dict[str, Tensor], config: GPTConfig, origin: str
+) -> Tensor:
+    """Our tensor of this name and shape, out of theirs, which are taken away. Raises InputError for
+    one that is missing or of another shape."""
+    family = family_of(config)
+    module, kind = name.rsplit(".", 1)
+    names = [f"{their}.{kind}" for their in theirs(module, config)[0]]
+    if missing := [their for their in names if their not in tensors]:
+        has_one = f"a {family.model_type} directory has one"
+        raise InputError(f"{origin}: no tensor {missing[0]} in the weights; {has_one}")
+    parts = [tensors.pop(their) for their in names]
+    if is_transposed(module, kind, family):
+        parts = [part.t() for part in parts]
+    tensor = join(module, parts, config)
+    if tuple(tensor.shape) != shape:
+        shapes = f"{tuple(tensor.shape)}, config.json says {shape}"
+        raise InputError(f"{origin}: {names[0]} has shape {shapes}")
+    return tensor
+
+
+# config.json
 
 
 def export_config(model: GPT | RewardModel, tokenizer_ids: dict[str, int]) -> dict[str, Any]:
     """config.json for the model; tokenizer_ids: eos_token_id, pad_token_id."""
-    c = model.config
-    common = {
-        "vocab_size": c.vocab_size,
+    config, is_reward = model.config, isinstance(model, RewardModel)
+    family = family_of(config)
+    raw = {
+        "architectures": [family.architectures[is_reward]],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
         "dtype": "float32",
-        "tie_word_embeddings": c.tie_embeddings,
+        "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": tokenizer_ids["eos_token_id"],
         **tokenizer_ids,
     }
-    kind = "ForCausalLM" if isinstance(model, GPT) else "ForSequenceClassification"
-    if isinstance(model, RewardModel):
-        common |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-        common |= {"score_shift": float(model.shift)}
-    form = layout(c)
-    if form == "gpt_neo":
-        layers = ["local" if layer == "local" else "global" for layer in c.attention_pattern]
-        return common | {
-            "architectures": ["GPTNeo" + kind],
-            "model_type": form,
-            "max_position_embeddings": c.max_length,
-            "hidden_size": c.n_embd,
-            "num_layers": c.n_layer,
-            "num_heads": c.n_head,
-            "intermediate_size": c.n_inner,
-            "attention_types": [[layers, 1]],
-            "attention_layers": layers,
-            "window_size": c.window,
-            "layer_norm_epsilon": c.norm_eps,
-            "activation_function": "gelu_new",
-            "resid_dropout": c.dropout,
-            "embed_dropout": c.dropout,
-            "attention_dropout": c.dropout,
-            "attention_bias": c.attention_bias,
-            "mlp_bias": c.mlp_bias,
-        }
-    if form == "gpt2":
-        kind = "LMHeadModel" if isinstance(model, GPT) else kind
-        return common | {
-            "attention_bias": c.attention_bias,
-            "mlp_bias": c.mlp_bias,
-            "architectures": ["GPT2" + kind],
-            "model_type": "gpt2",
-            "n_positions": c.max_length,
-            "n_embd": c.n_embd,
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_inner": c.n_inner,
-            "layer_norm_epsilon": c.norm_eps,
-            "activation_function": "gelu_new",
-            "resid_pdrop": c.dropout,
-            "embd_pdrop": c.dropout,
-            "attn_pdrop": c.dropout,
-        }
-    if form == "ministral":
-        types = {"full": "full_attention", "local": "sliding_attention"}
-        common |= {
-            "layer_types": [types[layer] for layer in c.attention_pattern],
-            "sliding_window": c.window,
-        }
-    return common | {
-        "architectures": [form.capitalize() + kind],
-        "model_type": form,
-        "max_position_embeddings": c.max_length,
-        "hidden_size": c.n_embd,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_width,
-        "intermediate_size": c.n_inner,
-        "rms_norm_eps": c.norm_eps,
-        "hidden_act": "silu",
-        "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": c.attention_bias,
-        "mlp_bias": c.mlp_bias,
-        "attention_dropout": 0.0,
-    }
+    if is_reward:
+        raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        raw |= {"score_shift": float(model.shift)}
+    return raw | family.export_config(config)
 
 
 def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
     """GPTConfig from transformers' config.json; what our GPT cannot compute is refused by name."""
-    form = raw.get("model_type")
-    if form not in ("gpt2", "gpt_neo", "llama", "ministral"):
-        raise InputError(
-            f"{origin}: model_type {form!r}; this GPT reads gpt2, gpt_neo, llama and ministral"
-        )
+    kind = raw.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        *most, last = FAMILIES
+        known = f"{', '.join(most)} and {last}"
+        raise InputError(f"{origin}: model_type {kind!r}; this GPT reads {known}")
     try:
-        if form == "gpt_neo":
-            refuse(raw, origin, activation_function=("gelu_new",))
-            refuse({"attention_bias": raw.get("attention_bias")}, origin, attention_bias=(False,))
-            kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
-            return GPTConfig(
-                family="gpt2",
-                vocab_size=raw["vocab_size"],
-                max_length=raw["max_position_embeddings"],
-                n_layer=raw["num_layers"],
-                n_head=raw["num_heads"],
-                n_embd=raw["hidden_size"],
-                n_inner=raw.get("intermediate_size"),
-                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-                tie_embeddings=raw.get("tie_word_embeddings", True),
-                attention_bias=False,
-                mlp_bias=raw.get("mlp_bias", True),
-                attention_pattern=tuple("local" if kind == "local" else "full" for kind in kinds),
-                window=raw["window_size"],
-            )
-        if form == "gpt2":
-            refuse(
-                raw,
-                origin,
-                activation_function=("gelu_new", "gelu_pytorch_tanh"),
-                scale_attn_weights=(True,),
-            )
-            refuse(
-                raw,
-                origin,
-                scale_attn_by_inverse_layer_idx=(False,),
-                reorder_and_upcast_attn=(False, True),
-            )
-            return GPTConfig(
-                family="gpt2",
-                vocab_size=raw["vocab_size"],
-                max_length=raw["n_positions"],
-                n_layer=raw["n_layer"],
-                n_head=raw["n_head"],
-                n_embd=raw["n_embd"],
-                n_inner=raw.get("n_inner"),
-                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-                tie_embeddings=raw.get("tie_word_embeddings", True),
-                attention_bias=raw.get("attention_bias", True),
-                mlp_bias=raw.get("mlp_bias", True),
-            )
-        local = {}
-        if form == "ministral":
-            kinds = raw.get("layer_types") or ["sliding_attention"] * raw["num_hidden_layers"]
-            local = {
-                "attention_pattern": tuple(
-                    "local" if kind == "sliding_attention" else "full" for kind in kinds
-                )
-            }
-            local["window"] = raw["sliding_window"]
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        refuse(raw, origin, hidden_act=("silu",))
-        kind = rope.get("rope_type", rope.get("type", "default"))  # "type" was its name before 2024
-        refuse({"rope_type": kind}, origin, rope_type=("default",))
-        heads = raw["num_attention_heads"]
-        refuse(raw, origin, head_dim=(raw["hidden_size"] // heads, None))
-        return GPTConfig(
-            family="llama",
-            vocab_size=raw["vocab_size"],
-            max_length=raw["max_position_embeddings"],
-            n_layer=raw["num_hidden_layers"],
-            n_head=heads,
-            n_embd=raw["hidden_size"],
-            n_kv_head=raw.get("num_key_value_heads"),
-            n_inner=raw["intermediate_size"],
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
-            **local,
-        )
+        return family.import_config(raw)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
     except KeyError as error:
         raise InputError(f"{origin}: key {error} is missing") from None
-    except (
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:  # a word for a number, a width of 0
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        # A word for a number, a width of 0.
         raise InputError(f"{origin}: config.json describes no model ({error})") from None
 
 
-def refuse(raw: dict[str, Any], origin: str, **allowed: tuple) -> None:
-    for key, values in allowed.items():
-        if key in raw and raw[key] not in values:
-            raise InputError(
-                f"{origin}: {key} {raw[key]!r} is not supported; this GPT computes {values[0]!r}"
-            )
+# Files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json in `folder` holds. Raises InputError where there is none, or no JSON
+    object."""
     file = folder / "config.json"
     if not file.exists():
         raise InputError(f"{folder}: no config.json there, so it is not a model directory")
@@ -387,32 +217,35 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or of its shards. A pickle is never opened."""
+    """All tensors of model.safetensors or of its shards. A pickle is never opened. Raises
+    InputError for files that are missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: damaged; fetch or save the model again") from None
-        if foreign := [
-            name for name in names if Path(name).name != name or not name.endswith(".safetensors")
-        ]:
-            raise InputError(f"{index}: names {foreign[0]}; {UNREAD}")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(names):
-        if not (folder / name).exists():
-            others = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-            raise InputError(
-                f"{folder}: no {name}{f', only {others[0]}' if others else ''}; {UNREAD}"
-            )
+    for name in _weight_files(folder):
+        file = folder / name
+        if not file.exists():
+            pickles = [other.name for other in sorted(folder.iterdir()) if other.suffix in PICKLES]
+            only = f", only {pickles[0]}" if pickles else ""
+            raise InputError(f"{folder}: no {name}{only}; {UNREAD}")
         try:
-            tensors |= load_file(folder / name)
+            tensors |= load_file(file)
         except SafetensorError as error:
-            raise InputError(
-                f"{folder / name}: damaged ({error}); fetch or save it again"
-            ) from None
+            raise InputError(f"{file}: damaged ({error}); fetch or save it again") from None
     return tensors
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files with weights: those in the index of shards, or the one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: damaged; fetch or save the model again") from None
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: names {name}; {UNREAD}")
+    return names

@@ -3,12 +3,12 @@ and critic.
 
 Read bottom-up: Attention, MLP, Block, Trunk, GPT. Family "gpt2": learned positions, LayerNorm,
 GELU, biases (Radford 2019). Family "llama": rotary positions (Su 2021), RMSNorm, SwiGLU, grouped
-heads (Touvron 2023).
+heads (Touvron 2023). The operations themselves are in attention.py and layers.py.
 
 Either may alternate full attention with local layers, which see a window of positions (Child 2019;
 GPT-3). Rows are right-padded and contiguous, so causal attention alone keeps padding out: no
 padding mask anywhere. Shape legend: B rows, T positions, S cache slots, H heads, K key/value heads,
-D head width, C width, V vocabulary.
+D head width, C width, V vocabulary, N tokens.
 """
 
 import math
@@ -19,116 +19,118 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.model.attention import Rope, Tokens, additive, attention, document_mask, needed
-from common.model.cache import KVCache, Slots
-from common.model.cpu.kernels import (
-    gelu,
-    layer_norm,
-    linear_logprobs,
-    product_dtype,
-    rms_norm,
-    swiglu,
-)
+from common.model.attention import Context, additive, document_mask, rotary_tables, window_mask
+from common.model.cache import KVCache
+from common.model.cpu.tokens import needed
+from common.model.dispatch import operations
+from common.model.logprobs import linear_logprobs
+from common.model.ops import product_dtype
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
 
 
 class Attention(nn.Module):
+    """Self-attention between its two matrices: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig) -> None:
+        """Queries, keys and values of all heads come from one matrix."""
         super().__init__()
         self.config = config
-        width = (config.n_head + 2 * config.n_kv_head) * config.head_width  # queries, keys, values
+        width = (config.n_head + 2 * config.n_kv_head) * config.head_width
         self.qkv = nn.Linear(config.n_embd, width, bias=config.attention_bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope | None,
-        mask: Tensor | None,
-        tokens: Tokens | None,
-        slots: Slots | None,
-    ) -> Tensor:
-        H, K = self.config.n_head, self.config.n_kv_head
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Raises RuntimeError where a cache would lose gradients."""
+        qkv = self.qkv(x)
+        if context.slots is not None and qkv.requires_grad:
+            raise RuntimeError(
+                "attention with a cache is for sampling, without gradients: use torch.no_grad()"
+            )
         dropout = self.config.dropout if self.training else 0.0
-        y = attention(self.qkv(x), H, K, rope, mask, dropout, tokens, slots)
-        return self.dropout(self.out(y)) if self.training else self.out(y)
+        heads = (self.config.n_head, self.config.n_kv_head)
+        y = self.out(operations(qkv).attention(qkv, *heads, context, dropout))
+        return self.dropout(y) if self.training else y
 
 
 class MLP(nn.Module):
-    """gpt2: down(gelu(up(x))). llama (SwiGLU): down(silu(gate) * up), gate and up in one matrix,
-    gate first."""
+    """gpt2: down(gelu(up(x))). llama (SwiGLU): down(silu(gate) * value), gate and value from one
+    matrix `up`, gate first."""
 
     def __init__(self, config: GPTConfig) -> None:
+        """Of width n_inner inside."""
         super().__init__()
         self.gated = config.family == "llama"
-        self.up = nn.Linear(
-            config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.mlp_bias
-        )
+        inner = config.n_inner * (2 if self.gated else 1)
+        self.up = nn.Linear(config.n_embd, inner, bias=config.mlp_bias)
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
         h = self.up(x)
-        y = self.down(swiglu(h) if self.gated else gelu(h))
+        y = self.down(operations(h).swiglu(h) if self.gated else operations(h).gelu(h))
         return self.dropout(y) if self.training else y
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, with what is faster on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Over the last dimension."""
+        return operations(x).layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with what is faster on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Over the last dimension."""
+        return operations(x).rms_norm(x, self.weight, self.eps)
+
+
+def norm(config: GPTConfig) -> nn.Module:
+    """The family's norm of a hidden state."""
+    kind = LayerNorm if config.family == "gpt2" else RMSNorm
+    return kind(config.n_embd, eps=config.norm_eps)
+
+
 class Block(nn.Module):
+    """One layer: attention, then the MLP, each on the normed stream and added to it (pre-norm)."""
+
     def __init__(self, config: GPTConfig) -> None:
+        """All blocks are alike; which of them are local is in the context that they get."""
         super().__init__()
         self.norm1 = norm(config)
         self.attn = Attention(config)
         self.norm2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """`context`: what Attention takes behind x."""
-        x = x + self.attn(self.norm1(x), *context)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.norm1(x), context)
         return x + self.mlp(self.norm2(x))
-
-
-def norm(config: GPTConfig) -> nn.Module:
-    kind = LayerNorm if config.family == "gpt2" else RMSNorm
-    return kind(config.n_embd, eps=config.norm_eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Trunk(nn.Module):
     """Token ids (B, T) -> hidden states (B, T, C) after the last norm."""
 
     def __init__(self, config: GPTConfig) -> None:
+        """With PyTorch's initial weights; see `initialise`."""
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass
+        learned = config.family == "gpt2"  # positions
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = (
-            nn.Embedding(config.max_length, config.n_embd) if config.family == "gpt2" else None
-        )
+        self.wpe = nn.Embedding(config.max_length, config.n_embd) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = norm(config)
-        if config.family == "llama":
-            frequencies = config.rope_theta ** -(
-                torch.arange(0, config.head_width, 2).float() / config.head_width
-            )
-            angles = torch.arange(config.max_length).float()[:, None] * frequencies
-            self.register_buffer(
-                "cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False
-            )  # (max_length, D)
-            self.register_buffer(
-                "sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False
-            )
+        if not learned:
+            tables = rotary_tables(config.max_length, config.head_width, config.rope_theta)
+            for name, table in zip(("cos", "sin"), tables, strict=True):
+                self.register_buffer(name, table, persistent=False)  # (max_length, D)
 
     def forward(
         self,
@@ -137,69 +139,87 @@ class Trunk(nn.Module):
         documents: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, C), or only where `keep` (B, T) is set: (N, C), row by row."""
-        T = ids.shape[1]
-        end = T if cache is None else cache.longest + T
-        if end > self.config.max_length:
-            raise InputError(
-                f"{end} tokens in a row, but the model's context is {self.config.max_length}"
-            )
-        positions = (
-            torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)
-        )  # (B or 1, T)
-        tokens = None if keep is None else needed(keep)
-        x = self.wte(ids if tokens is None else tokens.of(ids))
+        """Hidden states (B, T, C), or only where `keep` (B, T) is set: (N, C), row by row.
+
+        With a cache, ids are the next tokens of its rows. documents: see GPT. Raises InputError for
+        more positions than the model can see.
+        """
+        positions = self.positions(ids, cache)  # (B or 1, T)
+        tokens = needed(keep)  # on a CPU: those of padded rows that matter
+        take = tokens.of if tokens else _all
+        x = self.wte(take(ids))
         dtype = product_dtype(x)  # of queries, keys and values
-        rope = None
+        masks, rope = self.masks(positions, cache, documents, dtype), None
         if self.wpe is not None:
-            x = x + self.wpe(positions if tokens is None else tokens.of(positions.expand_as(ids)))
+            x = x + self.wpe(take(positions))
         else:
             rope = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         x = self.dropout(x)
-        mask = (
-            cache.mask
-            if cache is not None
-            else None
-            if documents is None
-            else document_mask(documents)
-        )
-        local = None
-        if self.config.has_local_layers:
-            slots = torch.arange(end, device=ids.device)
-            back = positions[:, :, None] - slots  # (B or 1, T, S)
-            local = ((back >= 0) & (back < self.config.window))[:, None]
-            local = local if mask is None else local & mask
-        mask, local = additive(mask, dtype), additive(local, dtype)
-        for layer, (kind, block) in enumerate(
-            zip(self.config.attention_pattern, self.blocks, strict=True)
-        ):
+        for layer, kind in enumerate(self.config.attention_pattern):
             slots = None if cache is None else cache.slots(layer)
-            inputs = (x, rope, local if kind == "local" else mask, tokens, slots)
-            once = not self.checkpointing or cache is not None or not torch.is_grad_enabled()
-            x = block(*inputs) if once else checkpoint(block, *inputs, use_reentrant=False)
+            x = self.run(self.blocks[layer], x, Context(rope, masks[kind], slots, tokens))
         if cache is not None:
-            cache.lengths = cache.lengths + T
+            cache.advance(ids.shape[1])
         x = self.norm(x)
-        return x if keep is None else x[keep if tokens is None else tokens.of(keep)]
+        return x if keep is None else x[take(keep)]
+
+    def positions(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """Where each of ids (B, T) is in its row: (1, T), or with a cache (B, T)."""
+        T = ids.shape[1]
+        end = T if cache is None else cache.longest + T
+        if end > self.config.max_length:
+            context = self.config.max_length
+            raise InputError(f"{end} tokens in a row, but the model's context is {context}")
+        return torch.arange(T, device=ids.device)[None] if cache is None else cache.place(T)
+
+    def masks(
+        self,
+        positions: Tensor,
+        cache: KVCache | None,
+        documents: Tensor | None,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor | None]:
+        """What is added to the scores of each kind of layer, made once for all layers; None:
+        causal."""
+        full = local = None
+        if cache is not None:
+            full = cache.mask
+        elif documents is not None:
+            full = document_mask(documents)
+        if self.config.has_local_layers:
+            keys = positions.shape[1] if cache is None else cache.longest
+            local = window_mask(positions, keys, self.config.window)
+            local = local if full is None else local & full
+        return {"full": additive(full, dtype), "local": additive(local, dtype)}
+
+    def run(self, block: Block, x: Tensor, context: Context) -> Tensor:
+        """One block; while training with checkpointing it keeps nothing but its input (Chen
+        2016)."""
+        if self.checkpointing and context.slots is None and torch.is_grad_enabled():
+            return checkpoint(block, x, context, use_reentrant=False)
+        return block(x, context)
 
     def initialise(self) -> None:
         """N(0, .02), residual projections by 1/sqrt(2 L) less (GPT-2 paper, 2.3); norms 1, biases
         0."""
+        residual = 0.02 / math.sqrt(2 * max(self.config.n_layer, 1))
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                nn.init.constant_(
-                    parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                )
+            if name.endswith(("attn.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=residual)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
             else:
-                residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                nn.init.normal_(
-                    parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                )
+                of_norm = "norm" in name and name.endswith("weight")
+                nn.init.constant_(parameter, 1.0 if of_norm else 0.0)
+
+
+def _all(x: Tensor) -> Tensor:
+    """Every token."""
+    return x
 
 
 class Head(nn.Linear):
-    """hidden (N, C) -> logits (N, V); with targets (N) -> (log-probs of the targets at
-    `temperature`, entropies if asked)."""
+    """The output embedding: a score (logit) for each id as the next one."""
 
     def forward(
         self,
@@ -208,6 +228,11 @@ class Head(nn.Linear):
         temperature: float = 1.0,
         entropies: bool = False,
     ) -> Any:
+        """hidden (..., C) -> logits (..., V).
+
+        With targets (...) -> their log-probs (...) at `temperature` instead of logits, which then
+        are never all in memory; with `entropies`, (log-probs, entropies of the distributions).
+        """
         if targets is None:
             return super().forward(hidden)
         logprobs, entropy = linear_logprobs(
@@ -218,15 +243,10 @@ class Head(nn.Linear):
 
 
 class GPT(nn.Module):
-    """Language model: ids (B, T) -> logits (B, T, V), or only where `keep` (B, T) is set: (N, V),
-    row by row.
-
-    `documents` (B, T): the document each token is of, where several are packed into a row;
-    attention stays inside it. With `targets` (B, T) or (N) -> their log-probs, of the same shape,
-    instead of logits; see Head.
-    """
+    """Language model: ids (B, T) -> logits (B, T, V)."""
 
     def __init__(self, config: GPTConfig) -> None:
+        """With random weights; with tie_embeddings, head and input embedding share one matrix."""
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
@@ -245,25 +265,26 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         entropies: bool = False,
     ) -> Any:
+        """Logits (B, T, V), or only where `keep` (B, T) is set: (N, V), row by row.
+
+        `documents` (B, T): the document each token is of, where several are packed into a row;
+        attention stays inside it. With `targets` (B, T) or (N) -> their log-probs, of the same
+        shape, instead of logits; see Head.
+        """
         hidden = self.trunk(ids, documents=documents, keep=keep)
-        return (
-            self.head(hidden)
-            if targets is None
-            else self.head(hidden, targets, temperature, entropies)
-        )
+        return self.head(hidden, targets, temperature, entropies)
 
     def resize_vocabulary(self, size: int) -> None:
         """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new
-        rows are the mean."""
+        rows are the mean of the old ones."""
         old = self.config.vocab_size
         if size <= old:
             return
         self.config = self.trunk.config = replace(self.config, vocab_size=size)
-        for module in {self.trunk.wte: 0, self.head: 0}:
+        for module in (self.trunk.wte, self.head):
             weight = module.weight.data
-            module.weight = nn.Parameter(
-                torch.cat([weight, weight.mean(0, keepdim=True).expand(size - old, -1)])
-            )
+            added = weight.mean(0, keepdim=True).expand(size - old, -1)
+            module.weight = nn.Parameter(torch.cat([weight, added]))
         if self.config.tie_embeddings:
             self.head.weight = self.trunk.wte.weight
 
@@ -278,6 +299,7 @@ class RewardModel(nn.Module):
     """
 
     def __init__(self, config: GPTConfig, trunk: Trunk | None = None) -> None:
+        """With random weights, or over the trunk of another model."""
         super().__init__()
         self.config = config
         self.trunk = trunk or Trunk(config)

@@ -5,7 +5,6 @@ Shape legend: B rows, T positions, V vocabulary, N any shape.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -13,12 +12,6 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
     logits = logits.float() / temperature
     chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
-
-
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): (N, V) -> (N)."""
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -49,3 +42,9 @@ def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, size: int) -
     positions = torch.arange(size, device=prompt_lengths.device)
     first = prompt_lengths.unsqueeze(-1) - 1
     return (positions >= first) & (positions < first + response_lengths.unsqueeze(-1))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with x computes in: autocast's precision, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

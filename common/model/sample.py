@@ -4,73 +4,93 @@ back.
 Every row draws from a stream of its own (one row of a seeded matrix of uniforms), so what it says
 does not depend on which rows share its batch or on when they finish. Nothing is read from
 generation_config: what is not an argument here does not happen (RLHF: a sampler that differs from
-the trained policy shows as negative KL).
+the trained policy shows as negative KL). Shape legend: B rows, T positions, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.model.cache import KVCache
-from common.model.cpu.kernels import pick_ids
 from common.model.cpu.packed import packed
+from common.model.dispatch import operations
 from common.model.gpt import GPT
 from common.model.ops import token_logprobs
 from common.program.errors import InputError
 from common.rows.batches import pad
 
+Prompts = Sequence[Sequence[int]]  # each a list of ids
+
+
+class Sampling(NamedTuple):
+    """How to sample."""
+
+    max_new_tokens: int
+    """At most so many ids a response; the model's context may allow fewer."""
+    temperature: float = 1.0
+    """What logits are divided by; 0 is greedy."""
+    top_k: int = 0
+    """Draw from the k likeliest ids; 0 = from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest ids that together have this probability; 1 = from all."""
+    seed: int = 0
+    """Of the random draws."""
+    stop_ids: Sequence[int] = ()
+    """Ids that end a response."""
+
+    def check(self) -> None:
+        """Raise InputError for settings that make no distribution."""
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            given = f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}"
+            raise InputError(f"{given}: need >= 0, >= 0, 0 < top_p <= 1")
+
+    def uniforms(self, rows: int) -> Tensor:
+        """The draws in [0, 1) of all rows: (rows, max_new_tokens)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(rows, self.max_new_tokens, generator=generator)
+
 
 class Sample(NamedTuple):
-    ids: list[int]  # the response, with its stop token when it stopped
-    logprobs: list[
-        float
-    ]  # of each id under the distribution it was drawn from (greedy: at temperature 1), nats
-    stopped: bool  # False: cut off by max_new_tokens or the context
+    """A response."""
+
+    ids: list[int]
+    """With its stop token when it stopped."""
+    logprobs: list[float]
+    """Of each id under the distribution it was drawn from (greedy: at temperature 1), in nats."""
+    stopped: bool
+    """False: cut off by max_new_tokens or the context."""
 
 
 def sample(
     model: GPT,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_ids: Sequence[int] = (),
     batch_size: int = 128,
     part: tuple[int, int] = (0, 1),
     progress: Callable[[int], object] | None = None,
+    **settings: Any,
 ) -> list[Sample]:
     """One response for each prompt (lists of ids), in the prompts' order.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off. `progress` is called with the number of
-    rows just finished. part (r, n): these are every n-th of more prompts, from the r-th on; they
-    get the answers that they would get among all. Raises InputError for an empty prompt or one that
-    fills the model's context.
+    `settings` are the fields of Sampling: max_new_tokens, temperature, top_k, top_p, seed,
+    stop_ids. `progress` is called with the number of rows just finished. part (r, n): these are
+    every n-th of more prompts, from the r-th on; they get the answers that they would get among
+    all. Raises InputError for an empty prompt or one that fills the model's context.
     """
-    check(model, prompts, temperature, top_k, top_p)
+    how = Sampling(**settings)
+    check_prompts(model, prompts)
+    how.check()
     first, stride = part
-    uniforms = torch.rand(
-        len(prompts) * stride, max_new_tokens, generator=torch.Generator().manual_seed(seed)
-    )[first::stride]
+    uniforms = how.uniforms(len(prompts) * stride)[first::stride]
     # Neighbours of like length share a batch: little padding in the prefill.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     results: list[Sample | None] = [None] * len(prompts)
     with packed(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = sample_batch(
-                model,
-                [prompts[row] for row in rows],
-                uniforms[rows],
-                temperature,
-                top_k,
-                top_p,
-                stop_ids,
-            )
+            batch = sample_batch(model, [prompts[row] for row in rows], uniforms[rows], how)
             for row, answer in zip(rows, batch, strict=True):
                 results[row] = answer
             if progress:
@@ -79,139 +99,130 @@ def sample(
 
 
 @torch.inference_mode()
-def sample_batch(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    uniforms: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    stop_ids: Sequence[int],
-) -> list[Sample]:
+def sample_batch(model: GPT, prompts: Prompts, uniforms: Tensor, how: Sampling) -> list[Sample]:
     """`sample` for one batch; uniforms (B, max_new_tokens) in [0, 1)."""
-    device = next(model.parameters()).device
-    training = model.training
+    weights, training = next(model.parameters()), model.training
     model.eval()
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    limits = (model.config.max_length - lengths).clamp(
-        max=uniforms.shape[1]
-    )  # of each row, whoever shares its batch
-    budget = int(limits.max())
-    uniforms = uniforms.to(device)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    cache = KVCache(
-        model.config, len(prompts), int((lengths + limits).max()), next(model.parameters())
-    )
-
-    hidden = model.trunk(pad(prompts, 0).to(device), cache)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weights.device)
+    # A limit of each row, whoever shares its batch.
+    limits = (model.config.max_length - lengths).clamp(max=how.max_new_tokens)
+    cache = KVCache(model.config, len(prompts), int((lengths + limits).max()), weights)
+    hidden = model.trunk(pad(prompts, 0).to(weights.device), cache)
     cache.lengths = lengths  # forget the padding
     hidden = hidden[torch.arange(len(prompts)), lengths - 1]
-    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still is
-    left, draws = limits, uniforms.t().contiguous()  # theirs: (B), (steps, B)
-    ids = torch.zeros(budget, len(prompts), dtype=torch.long, device=device)
-    logprobs = torch.zeros(budget, len(prompts), device=device)
-    ends = limits.clone()
-    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    waiting = torch.zeros_like(stopped)  # rows of the batch that have ended but not left it yet
-    for step in range(budget):
-        tokens, chosen = pick(model.head(hidden), draws[step], temperature, top_k, top_p)
-        ids[step].index_copy_(0, rows, tokens)  # what waiting rows say is cut off at the end
-        logprobs[step].index_copy_(0, rows, chosen)
-        said_stop = torch.isin(tokens, stops)
-        ended = (said_stop | (left == step + 1)) & ~waiting
-        leaving = cache.longest == model.config.max_length  # for want of room in the context
-        if ended.any():
-            stopped[rows[ended]], ends[rows[ended]] = said_stop[ended], step + 1
-            waiting = waiting | ended
-            if waiting.all():
-                break
-            leaving |= bool(
-                waiting.float().mean() > 0.2
-            )  # it copies the cache of all who stay: worth it for many at once
-        if leaving:
-            staying = (~waiting).nonzero().squeeze(1)
-            rows, tokens, waiting = rows[staying], tokens[staying], waiting[staying]
-            left, draws = left[staying], draws[:, staying]
+    batch = _Batch(limits, uniforms.to(weights.device), how.stop_ids)
+    for step in range(batch.steps):
+        ids, logprobs = pick(model.head(hidden), batch.draws[step], how)
+        ended = batch.note(step, ids, logprobs)
+        if ended and batch.waiting.all():
+            break
+        # A full cache has no room for the next tokens of rows that wait.
+        if cache.longest == model.config.max_length or (ended and batch.many_wait()):
+            staying = batch.leave()
+            ids = ids[staying]
             cache.keep(staying)
-        hidden = model.trunk(tokens[:, None], cache)[:, 0]
+        hidden = model.trunk(ids[:, None], cache)[:, 0]
     model.train(training)
-    ids, logprobs, ends, stopped = (
-        ids.t().tolist(),
-        logprobs.t().tolist(),
-        ends.tolist(),
-        stopped.tolist(),
-    )
-    return [
-        Sample(i[:end], p[:end], s)
-        for i, p, end, s in zip(ids, logprobs, ends, stopped, strict=True)
-    ]
+    return batch.samples()
 
 
-def stream(
-    model: GPT,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_ids: Sequence[int] = (),
-) -> Iterator[int]:
+class _Batch:
+    """The rows of a batch while they are sampled: who still speaks, and what each has said.
+
+    Rows that have ended wait in the batch, saying what is cut off at the end, until enough of them
+    leave together.
+    """
+
+    def __init__(self, limits: Tensor, uniforms: Tensor, stop_ids: Sequence[int]) -> None:
+        """limits (B): ids that each row may say; uniforms (B, max_new_tokens)."""
+        rows, device = len(limits), limits.device
+        self.steps = int(limits.max())
+        self.stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        # Of the rows still in the batch: which they were, their limits and draws (steps, B), and
+        # whether they wait.
+        self.rows = torch.arange(rows, device=device)
+        self.limits, self.draws = limits, uniforms.t().contiguous()
+        self.waiting = torch.zeros(rows, dtype=torch.bool, device=device)
+        # Of all rows.
+        self.ids = torch.zeros(self.steps, rows, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(self.steps, rows, device=device)
+        self.ends = limits.clone()
+        self.stopped = torch.zeros_like(self.waiting)
+
+    def note(self, step: int, ids: Tensor, logprobs: Tensor) -> bool:
+        """Write down what each row says; return whether a row has ended with it."""
+        self.ids[step].index_copy_(0, self.rows, ids)
+        self.logprobs[step].index_copy_(0, self.rows, logprobs)
+        said_stop = torch.isin(ids, self.stops)
+        ended = (said_stop | (self.limits == step + 1)) & ~self.waiting
+        if not ended.any():
+            return False
+        self.stopped[self.rows[ended]], self.ends[self.rows[ended]] = said_stop[ended], step + 1
+        self.waiting = self.waiting | ended
+        return True
+
+    def many_wait(self) -> bool:
+        """Whether leaving is worth it: it copies the cache of all who stay."""
+        return bool(self.waiting.float().mean() > 0.2)
+
+    def leave(self) -> Tensor:
+        """Rows that wait leave the batch; return the places of those that stay."""
+        staying = (~self.waiting).nonzero().squeeze(1)
+        self.rows, self.waiting = self.rows[staying], self.waiting[staying]
+        self.limits, self.draws = self.limits[staying], self.draws[:, staying]
+        return staying
+
+    def samples(self) -> list[Sample]:
+        """What all rows have said."""
+        columns = (self.ids.t(), self.logprobs.t(), self.ends, self.stopped)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [Sample(ids[:end], logprobs[:end], stopped) for ids, logprobs, end, stopped in rows]
+
+
+def stream(model: GPT, prompt: Sequence[int], **settings: Any) -> Iterator[int]:
     """One response, id by id (the stop token is not yielded); the same ids as `sample` gives for
-    this prompt alone."""
-    check(model, [prompt], temperature, top_k, top_p)
-    device = next(model.parameters()).device
-    uniforms = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(
-        device
-    )
-    budget = min(max_new_tokens, model.config.max_length - len(prompt))
-    cache = KVCache(model.config, 1, len(prompt) + budget, next(model.parameters()))
-    tokens = torch.tensor([list(prompt)], device=device)
-    for step in range(budget):
+    this prompt alone. `settings` are the fields of Sampling."""
+    how = Sampling(**settings)
+    check_prompts(model, [prompt])
+    how.check()
+    weights = next(model.parameters())
+    uniforms = how.uniforms(1).to(weights.device)
+    steps = min(how.max_new_tokens, model.config.max_length - len(prompt))
+    cache = KVCache(model.config, 1, len(prompt) + steps, weights)
+    ids = torch.tensor([list(prompt)], device=weights.device)
+    for step in range(steps):
         with torch.inference_mode():
-            logits = model.head(model.trunk(tokens, cache)[:, -1])
-            token, _ = pick(logits, uniforms[:, step], temperature, top_k, top_p)
-        if int(token) in stop_ids:
+            logits = model.head(model.trunk(ids, cache)[:, -1])
+            token, _ = pick(logits, uniforms[:, step], how)
+        if int(token) in how.stop_ids:
             return
         yield int(token)
-        tokens = token[:, None]
+        ids = token[:, None]
 
 
-def check(
-    model: GPT, prompts: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float
-) -> None:
-    check_prompts(model, prompts)
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise InputError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 0, 0 < top_p <= 1"
-        )
-
-
-def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
-    """InputError for a prompt that is empty or fills the model's context."""
+def check_prompts(model: GPT, prompts: Prompts) -> None:
+    """Raise InputError for a prompt that is empty or fills the model's context."""
+    context = model.config.max_length
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(
-                f"prompt {row} is empty: a model needs at least one token to go on from"
-            )
-        if len(prompt) >= model.config.max_length:
-            raise InputError(
-                f"prompt {row} has {len(prompt)} tokens, the model's context is {model.config.max_length}"
-            )
+            need = "a model needs at least one token to go on from"
+            raise InputError(f"prompt {row} is empty: {need}")
+        if len(prompt) >= context:
+            size = len(prompt)
+            raise InputError(f"prompt {row} has {size} tokens, the model's context is {context}")
 
 
-def pick(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
-    """Sampled ids (B) and their log-probs (B) from logits (B, V), by inverting the cumulative
-    distribution at uniforms."""
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, token_logprobs(logits, tokens)
-    if top_k or top_p < 1:
-        logits, temperature = truncate(logits.float() / temperature, top_k, top_p), 1.0
-    return pick_ids(logits, uniforms, temperature)
+def pick(logits: Tensor, uniforms: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+    """Ids (B) drawn from logits (B, V), and their log-probs (B), by inverting the cumulative
+    distribution at uniforms (B)."""
+    if how.temperature == 0:
+        ids = logits.argmax(-1)
+        return ids, token_logprobs(logits, ids)
+    temperature = how.temperature
+    if how.top_k or how.top_p < 1:
+        logits = truncate(logits.float() / temperature, how.top_k, how.top_p)
+        temperature = 1.0
+    return operations(logits).pick_ids(logits, uniforms, temperature)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

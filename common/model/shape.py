@@ -8,78 +8,104 @@ from common.program.errors import InputError
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """Everything that decides which tensors a model has and what it computes with them.
+
+    What is None is filled in when the config is made. Raises InputError for a shape that cannot be,
+    or that no family of transformers has, as it could not be handed on.
+    """
+
     family: str = "llama"
+    """llama: rotary positions, RMSNorm, SwiGLU; gpt2: learned positions, LayerNorm, GELU."""
     vocab_size: int = 50257
-    max_length: int = 1024  # positions the model can see
+    """Ids."""
+    max_length: int = 1024
+    """Positions that the model can see: its context."""
     n_layer: int = 12
+    """Blocks."""
     n_head: int = 12
+    """Attention heads."""
     n_embd: int = 768
-    n_kv_head: int | None = None  # grouped-query attention (llama); None = n_head
-    n_inner: int | None = None  # MLP width; None = 4 C (gpt2), 8/3 C rounded up to 32 (llama)
+    """Width of the hidden states."""
+    n_kv_head: int | None = None
+    """Key/value heads, each shared by a group of heads (llama); None = n_head."""
+    n_inner: int | None = None
+    """Width of the MLP; None = 4 C (gpt2), 8/3 C rounded up to a multiple of 32 (llama)."""
     rope_theta: float = 10000.0
+    """Base of the rotary positions' frequencies (llama)."""
     norm_eps: float = 1e-5
+    """What the norms add to the variance."""
     tie_embeddings: bool = True
-    attention_bias: bool | None = (
-        None  # of qkv and out; None = gpt2 yes (unless it has local layers), llama no
-    )
-    mlp_bias: bool | None = None  # None = gpt2 yes, llama no
-    attention_pattern: tuple[str, ...] = (
-        "full",
-    )  # of the layers, repeated: "full" or "local" (GPT-3, section 2.1)
-    window: int | None = None  # positions that a local layer sees, its own among them
+    """Input and output embedding are one matrix."""
+    attention_bias: bool | None = None
+    """Biases of qkv and out; None = gpt2 has them (unless it has local layers), llama not."""
+    mlp_bias: bool | None = None
+    """Biases of the MLP; None = gpt2 has them, llama not."""
+    attention_pattern: tuple[str, ...] = ("full",)
+    """Kinds of the layers, "full" or "local" (GPT-3, section 2.1), repeated to n_layer."""
+    window: int | None = None
+    """Positions that a local layer sees, its own among them."""
     dropout: float = 0.0
+    """Dropout while training."""
 
     def __post_init__(self) -> None:
+        """Check what the defaults are made from, fill them in, check the rest."""
         if self.family not in ("gpt2", "llama"):
             raise InputError(f"family {self.family!r}: must be gpt2 or llama")
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        set_default = object.__setattr__  # the one way to fill in a frozen dataclass
-        gpt2 = self.family == "gpt2"
-        set_default(self, "n_kv_head", self.n_kv_head or self.n_head)
-        default_inner = 4 * self.n_embd if gpt2 else 32 * math.ceil(self.n_embd * 8 / 3 / 32)
-        set_default(self, "n_inner", self.n_inner or default_inner)
-        pattern = tuple(
-            self.attention_pattern[i % len(self.attention_pattern)] for i in range(self.n_layer)
-        )
-        set_default(self, "attention_pattern", pattern)
-        default_bias = gpt2 and not self.has_local_layers
-        set_default(
-            self,
-            "attention_bias",
-            default_bias if self.attention_bias is None else self.attention_bias,
-        )
-        set_default(self, "mlp_bias", gpt2 if self.mlp_bias is None else self.mlp_bias)
-        if self.n_head % self.n_kv_head:
-            raise InputError(
-                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
-            )
-        if gpt2 and self.n_kv_head != self.n_head:
-            raise InputError(
-                f"n_kv_head {self.n_kv_head}: grouped heads exist in the llama family only"
-            )
-        if unknown := set(pattern) - {"full", "local"}:
+        self._fill_in()
+        self._check_heads()
+        self._check_layers()
+
+    def _fill_in(self) -> None:
+        """The defaults."""
+        gpt2, kinds = self.family == "gpt2", self.attention_pattern
+        inner = 4 * self.n_embd if gpt2 else 32 * math.ceil(self.n_embd * 8 / 3 / 32)
+        pattern = tuple(kinds[layer % len(kinds)] for layer in range(self.n_layer))
+        biased = {"attention_bias": gpt2 and "local" not in pattern, "mlp_bias": gpt2}
+        filled = {
+            "n_kv_head": self.n_kv_head or self.n_head,
+            "n_inner": self.n_inner or inner,
+            "attention_pattern": pattern,
+        }
+        filled |= {name: value for name, value in biased.items() if getattr(self, name) is None}
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)  # the one way to fill in a frozen dataclass
+
+    def _check_heads(self) -> None:
+        """Heads must share keys evenly; rotary positions turn pairs."""
+        heads, kv_heads, width = self.n_head, self.n_kv_head, self.head_width
+        if heads % kv_heads:
+            raise InputError(f"n_head {heads} is not a multiple of n_kv_head {kv_heads}")
+        if self.family == "gpt2" and kv_heads != heads:
+            raise InputError(f"n_kv_head {kv_heads}: grouped heads exist in the llama family only")
+        if self.family == "llama" and width % 2:
+            need = "rotary positions need an even head width"
+            raise InputError(f"n_embd / n_head = {width}: {need}")
+
+    def _check_layers(self) -> None:
+        """Local layers need a window, and exist in transformers without some biases only."""
+        if unknown := set(self.attention_pattern) - {"full", "local"}:
             raise InputError(f"attention_pattern {unknown.pop()!r}: a layer is full or local")
-        if self.has_local_layers and not self.window:
+        if not self.has_local_layers:
+            return
+        if not self.window:
+            need = "give the window, in positions, that they see"
+            raise InputError(f"attention_pattern has local layers: {need}")
+        gpt2 = self.family == "gpt2"
+        if self.attention_bias or (self.mlp_bias and not gpt2):
+            wanted = "attention_bias: false" + ("" if gpt2 else " and mlp_bias: false")
             raise InputError(
-                "attention_pattern has local layers: give the window, in positions, that they see"
-            )
-        if self.has_local_layers and (self.attention_bias or (self.mlp_bias and not gpt2)):
-            wanted = (
-                "attention_bias: false" if gpt2 else "attention_bias: false and mlp_bias: false"
-            )
-            raise InputError(
-                f"local layers with such biases exist in no family of transformers, to hand them on to: set {wanted}"
-            )
-        if self.family == "llama" and self.head_width % 2:
-            raise InputError(
-                f"n_embd / n_head = {self.head_width}: rotary positions need an even head width"
+                "local layers with such biases exist in no family of transformers, "
+                f"to hand them on to: set {wanted}"
             )
 
     @property
     def has_local_layers(self) -> bool:
+        """Whether some layer sees a window only."""
         return "local" in self.attention_pattern
 
     @property
     def head_width(self) -> int:
+        """Width of a head, D."""
         return self.n_embd // self.n_head

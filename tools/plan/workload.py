@@ -20,7 +20,7 @@ from common.model.costs import (
     muon_flops,
     parameters,
 )
-from common.model.cpu.kernels import at_once
+from common.model.logprobs import at_once
 from common.model.shape import GPTConfig
 
 ROLLOUT_ROWS = 256  # stages/rl/train.py samples at most so many episodes at once

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.model.ops import entropy, length_mask, masked_mean, masked_sum, token_logprobs, whiten
+from common.model.ops import length_mask, masked_mean, masked_sum, token_logprobs, whiten
 
 NAN = float("nan")
 
@@ -40,14 +40,6 @@ def test_token_logprobs_of_bf16_logits_are_computed_in_fp32():
     got = token_logprobs(logits, torch.tensor([0]))
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(1 - math.log(math.e + math.e**2 + math.e**3), abs=1e-6)
-
-
-def test_entropy_literals():
-    logits = torch.tensor([[0.0] * 8, [0.0, math.log(3.0)] + [-1e9] * 6])
-    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert entropy(logits).tolist() == pytest.approx([math.log(8), quarter], abs=1e-6)
-    tenth = -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))
-    assert entropy(logits, 0.5).tolist() == pytest.approx([math.log(8), tenth], abs=1e-6)
 
 
 def test_masked_sum_and_mean_literals():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from common.model.sample import pick, sample, stream
+from common.model.sample import Sampling, pick, sample, stream
 from common.program.errors import InputError
 
 SHAPES = {
@@ -103,13 +103,13 @@ def test_inverse_of_the_cumulative_distribution_by_hand():
         (0.75, 3),
         (1 - 2**-24, 3),
     ]:
-        token, logprob = pick(logits, torch.tensor([draw]), 1.0, 0, 1.0)
+        token, logprob = pick(logits, torch.tensor([draw]), Sampling(1))
         assert token.item() == expected, draw
         assert logprob.item() == pytest.approx(math.log([0.5, 0, 0.25, 0.25][expected]), abs=1e-6)
     # an impossible id at the start and at the end of the vocabulary is never met
     edge = torch.tensor([[0.0, 1.0, 0.0]]).log()
     assert {
-        pick(edge, torch.tensor([u]), 1.0, 0, 1.0)[0].item() for u in (0.0, 0.3, 1 - 2**-24)
+        pick(edge, torch.tensor([u]), Sampling(1))[0].item() for u in (0.0, 0.3, 1 - 2**-24)
     } == {1}
 
 
@@ -119,9 +119,8 @@ GRID = torch.arange(2000) / 2000  # every id of probability > 1/2000 is met
 def met(probabilities: list[float], **options) -> dict[int, float]:
     """Sampled ids and their probabilities (from the log-probs returned) over an even grid of
     draws."""
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     logits = torch.tensor(probabilities).log().expand(len(GRID), -1)
-    tokens, logprobs = pick(logits, GRID, **settings)
+    tokens, logprobs = pick(logits, GRID, Sampling(1, **options))
     return {int(t): round(math.exp(p), 4) for t, p in zip(tokens, logprobs, strict=True)}
 
 
@@ -165,8 +164,8 @@ def test_truncated_sets_are_exact(options, expected):
 def test_truncation_is_by_row():
     logits = torch.tensor([FIVE, FIVE[::-1]]).log()
     for u in (0.0, 0.5, 0.999):
-        assert pick(logits, torch.full((2,), u), 1.0, 1, 1.0)[0].tolist() == [1, 3]
-        assert pick(logits, torch.full((2,), u), 1.0, 0, 0.3)[0].tolist() == [1, 3]
+        assert pick(logits, torch.full((2,), u), Sampling(1, top_k=1))[0].tolist() == [1, 3]
+        assert pick(logits, torch.full((2,), u), Sampling(1, top_p=0.3))[0].tolist() == [1, 3]
 
 
 @shapes

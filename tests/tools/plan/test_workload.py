@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.handoff.publish import publish
 from common.model.cpu import compile as native
-from common.model.cpu.kernels import linear_logprobs
 from common.model.gpt import GPT, RewardModel
+from common.model.logprobs import linear_logprobs
 from common.model.shape import GPTConfig
 from common.text.chat import prompt_ids
 from common.train.muon import muon

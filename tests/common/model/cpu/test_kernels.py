@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.model import attention as attention_module
 from common.model import gpt as model_module
-from common.model.attention import Rope, additive, attention, document_mask, rotate, split_heads
+from common.model import logprobs as logprobs_module
+from common.model.attention import Context, Rope, additive, document_mask, rotate, split_heads
 from common.model.cache import KVCache
+from common.model.cpu import attention as attention_module
 from common.model.cpu import compile as native
-from common.model.cpu import kernels
-from common.model.cpu.kernels import gelu, layer_norm, linear_logprobs, pick_ids, rms_norm, swiglu
+from common.model.cpu.attention import attention
+from common.model.cpu.kernels import gelu, layer_norm, pick_ids, rms_norm, swiglu
 from common.model.gpt import GPT
-from common.model.ops import entropy, token_logprobs
+from common.model.logprobs import linear_logprobs
+from common.model.ops import token_logprobs
 from common.model.shape import GPTConfig
 from tests.conftest import randomise
 
@@ -215,7 +217,7 @@ def test_attention(H, K, rotary, masked, half, monkeypatch):
         .transpose(1, 2)
         .flatten(2)
     )
-    ours = attention(qkv, H, K, rope, additive(mask, dtype))
+    ours = attention(qkv, H, K, Context(rope, additive(mask, dtype)))
     assert error(ours, true) < (6e-3 if half else 1e-6)
     widths = [H * D, K * D, K * D]
     found, usual, exact = (gradients(y, qkv)[0].split(widths, -1) for y in (ours, theirs, true))
@@ -230,16 +232,11 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_batch(H, K, half):
     rope = tables(230, 16, qkv.dtype)
     for T in (1, 31, 32, 40, 150):
         own = tuple(table[:, :T] for table in rope)
-        alone = attention(qkv[1:2, :T].contiguous(), H, K, own, None)
+        alone = attention(qkv[1:2, :T].contiguous(), H, K, Context(own))
         for longer in (T + 1, 64, 191, 230):
             if longer > T:
-                batch = attention(
-                    qkv[:, :longer].contiguous(),
-                    H,
-                    K,
-                    tuple(table[:, :longer] for table in rope),
-                    None,
-                )
+                wide = tuple(table[:, :longer] for table in rope)
+                batch = attention(qkv[:, :longer].contiguous(), H, K, Context(wide))
                 assert torch.equal(batch[1, :T], alone[0]), (T, longer)
 
 
@@ -334,8 +331,14 @@ def test_pick_ids_inverts_the_cumulative_distribution(half):
 # The head
 
 
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature): (N, V) -> (N)."""
+    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 def in_parts(monkeypatch, size: int) -> None:
-    monkeypatch.setattr(kernels, "at_once", lambda device, vocabulary: size)
+    monkeypatch.setattr(logprobs_module, "at_once", lambda device, vocabulary: size)
 
 
 @temperatures
