@@ -1,4 +1,4 @@
-"""The bytes and the text of a file, unpacked if it is .gz or .zst. Who reads holds a block of it."""
+"""The bytes and the text of a file, unpacked if it is .gz or .zst, one block after another."""
 
 import io
 import zlib
