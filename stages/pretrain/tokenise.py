@@ -7,7 +7,6 @@ behind is cut off and made again.
 """
 
 import collections
-import copy
 import itertools
 import json
 import multiprocessing
@@ -191,6 +190,12 @@ def chunked(source: int, documents: Iterable[Document]) -> Iterator[tuple[int, l
         yield source, chunk
 
 
+def no_counts() -> dict[str, Any]:
+    """The counts of a source of which nothing is tokenised."""
+    tokens, size = {"train": 0, "eval": 0}, {"train": 0, "eval": 0}
+    return {"done": 0, "pieces": 0, "tokens": tokens, "bytes": size}
+
+
 class Shelf:
     """The shard files in a folder and the journal that tells how far they are good.
 
@@ -214,10 +219,8 @@ class Shelf:
         """An empty shelf, in a folder that has the tokenizer."""
         for old in folder.glob("*.bin"):
             old.unlink()
-        for_split = {"train": 0, "eval": 0}
-        counts = {"done": 0, "pieces": 0, "tokens": for_split, "bytes": for_split}
         journal |= {
-            "sources": [copy.deepcopy({**source, **counts}) for source in sources],
+            "sources": [{**source, **no_counts()} for source in sources],
             "crc": {},
             "chunk": CHUNK,
             "tokenizer": sha256(folder / "tokenizer.json"),
