@@ -90,6 +90,11 @@ def ended(command: Sequence[str], code: int, output: str) -> RuntimeError:
     return RuntimeError(f"{' '.join(command)} ended with {code}:\n{output}")
 
 
+def flags(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of a config as a command line."""
+    return [str(part) for key, value in keys.items() for part in (f"--{key}", value)]
+
+
 def gemm_peak(precision: str) -> float:
     """FLOP/s of the best of a few matrix products in bf16 or fp32, timed now on the threads that
     torch has."""
