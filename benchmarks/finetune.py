@@ -69,7 +69,8 @@ def write_work(
 
 
 def compare(work: Work, args: argparse.Namespace, scratch: str, **line: Any) -> None:
-    """Run both sides and print the line, in which losses join `line`."""
+    """Run both sides and print the line. `line` goes to `side_by_side`: flops_per_unit, and what
+    the line has beside steps, batch and losses."""
     losses: dict[str, float] = {}
     held_out_losses: dict[str, float] = {}
 

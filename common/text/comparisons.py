@@ -37,8 +37,10 @@ def side(value: Any) -> str:
 
 
 def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
-    """Raises InputError for a row that is no comparison; `stopped` (default: all) and `sources`
-    (people) may be absent."""
+    """The answers of a row as ids. `stopped` (default: all) and `sources` (people) may be absent.
+
+    Raises InputError for a row that is no comparison.
+    """
     columns = ("answers", "ranks", "stopped", "sources")
     given = {name: row[name] for name in columns if row.get(name) is not None}
     for name, values in given.items():

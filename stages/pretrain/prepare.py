@@ -244,11 +244,12 @@ def cores() -> int:
 
 
 def refuse_thin(shelf: Shelf, cfg: Config) -> None:
-    """InputError when there is nothing to train on, or nothing to evaluate on: of a mixture in any
-    source, else in all of them together."""
-    mixed, whole = shelf.journal["mixed"], (shelf.total("bytes", s) for s in ("train", "eval"))
-    thin = [s["source"] for s in shelf.sources if mixed and not all(s["bytes"].values())]
-    if thin or not all(whole):
+    """Raise InputError when there is nothing to train on, or nothing to evaluate on: of a mixture
+    in any source, else in all of them together."""
+    thin: list[str] = []
+    if cfg.weights:
+        thin = [source["source"] for source in shelf.sources if not all(source["bytes"].values())]
+    if thin or not shelf.total("bytes", "train") or not shelf.total("bytes", "eval"):
         named = ", ".join(thin or cfg.train_data)
         raise InputError(f"train_data {named}: too little text to train and evaluate on")
 

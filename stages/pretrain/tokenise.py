@@ -199,9 +199,9 @@ def no_counts() -> dict[str, Any]:
 class Shelf:
     """The shard files in a folder and the journal that tells how far they are good.
 
-    journal: "key" (fingerprint of what the files are made from), "dtype", "shard_tokens", "mixed"
-    (each source has files of its own), "crc" of each writer, and "sources", for each the counts of
-    `Encoded`: done (documents), pieces, tokens, bytes.
+    The journal has "key" (fingerprint of what the files are made from), "dtype", "shard_tokens",
+    "mixed" (each source has files of its own), "chunk" (CHUNK), "tokenizer" (its sha256), "crc" of
+    each writer, and "sources": what `begin` was given of each, and its `no_counts`, counted up.
     """
 
     def __init__(self, folder: Path, journal: dict[str, Any]) -> None:
@@ -285,7 +285,6 @@ def tokenise(
 ) -> None:
     """Encode what is not on the shelf yet; documents_of(source) gives all documents of one, always
     the same."""
-
     size = sum(source["size"] for source in shelf.sources)
     done = shelf.total("bytes", "train") + shelf.total("bytes", "eval")
     saved = time.monotonic()
