@@ -2,20 +2,25 @@
 
     python -m benchmarks.ppo --trl /path/to/environment/bin/python
 
-TRL had it until 1.12.0, so that lives in an environment of its own: python -m venv trl112 &&
-trl112/bin/pip install trl==1.12.0 An update is a rollout of 64 prompts of exactly 32 tokens with 64
+TRL had it until 1.12.0, so that lives in an environment of its own:
+
+    python -m venv trl112 && trl112/bin/pip install trl==1.12.0
+
+An update is a rollout of 64 prompts of exactly 32 tokens with 64
 new tokens each, scored by policy, reference, critic and reward model, then 4 epochs of 4
 minibatches. Same weights (random Llamas), prompts, rates and coefficients. No answer ends early on
 either side: the weights are such that the end token is never sampled. `shares`: where our seconds
 go; `peak_mb`: the most memory that a side held.
 """
 
+import argparse
 import json
 import random
 import statistics
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +41,7 @@ from common.model.costs import forward_flops
 from common.model.gpt import RewardModel
 from common.model.shape import GPTConfig
 from common.text.chat import prompt_ids
+from common.text.tokenizer import Tokenizer
 
 EPOCHS, MINIBATCHES, RATE, KL_COEF = 4, 4, 1e-5, 0.05
 
@@ -50,7 +56,111 @@ def update_flops(config: GPTConfig, episodes: int, prompt: int, new: int) -> flo
     return sampling + 2 * (policy + critic) + 3 * EPOCHS * (policy + critic)
 
 
-def main() -> None:
+class Bench:
+    """The work of both sides in a folder, and what is noted beside the speed."""
+
+    def __init__(self, args: argparse.Namespace, config: GPTConfig, folder: Path) -> None:
+        """Write the models and the prompts."""
+        self.args, self.folder = args, folder
+        self.shares: dict[str, dict[str, float]] = {}  # of the seconds of each of our sides
+        self.peak_mb: dict[str, float] = {}  # of each side
+        tokenizer = letters(args.vocab_size)
+        policy = endless(random_llama(config), tokenizer)
+        self.policy = write_model(folder / "policy", policy, tokenizer)
+        torch.manual_seed(1)
+        self.reward = write_model(folder / "reward", RewardModel(config), tokenizer)
+        self.write_prompts(tokenizer)
+
+    def write_prompts(self, tokenizer: Tokenizer) -> None:
+        """As many prompts as there are episodes, all of the same length: as text for us, as ids for
+        TRL."""
+        args, draw = self.args, random.Random(0)
+        alphabet = [chr(0x4E00 + i) for i in range(args.vocab_size - 5)]
+        number, length = args.episodes * args.updates, args.prompt_tokens - 2
+        texts = ["".join(draw.choices(alphabet, k=length)) for _ in range(number)]
+        ids = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        self.rows = write_rows(self.folder / "prompts.jsonl", ({"prompt": t} for t in texts))
+        self.ids = self.folder / "prompts.json"
+        self.ids.write_text(json.dumps(ids))
+
+    def ours(self, precision: str) -> float:
+        """Seconds an update of our stage."""
+        config = self.stage_config(precision)
+        log, _ = run_stage("stages.rl.train", config, str(self.folder))
+        lengths = [row["length"] for row in log]
+        if any(length != self.args.new_tokens for length in lengths):
+            raise RuntimeError(f"answers of ours ended early: {lengths} tokens on average")
+        parts = {
+            key.removeprefix("seconds_"): sum(row[key] for row in log[1:])
+            for key in log[0]
+            if key.startswith("seconds_")
+        }
+        whole = sum(parts.values())
+        self.shares[f"ours {precision}"] = {
+            part: round(seconds / whole, 3) for part, seconds in parts.items()
+        }
+        self.peak_mb[f"ours {precision}"] = log[-1]["peak_mb"]
+        return statistics.mean(after["at"] - before["at"] for before, after in pairwise(log))
+
+    def trl(self, precision: str) -> float:
+        """Seconds an update of TRL's trainer."""
+        python = self.args.trl
+        if not python or not Path(python).exists():
+            how = "python -m venv trl112 && trl112/bin/pip install trl==1.12.0"
+            how += ", and --trl trl112/bin/python"
+            raise Missing(f"not found at --trl {python}: {how}")
+        spec = json.dumps(self.trainer_spec(precision))
+        # Its own bf16 key changes nothing (transformers 5): what `accelerate launch
+        # --mixed_precision` sets does.
+        mixed = MIXED[precision]
+        command = [python, "-m", "benchmarks.peers.trl_ppo", spec]
+        done = child(command, ACCELERATE_MIXED_PRECISION=mixed)
+        if done["autocast"] != mixed:
+            raise RuntimeError(f"TRL computed in {done['autocast']}, not in {precision}")
+        if done["ended_early"]:
+            raise RuntimeError(f"{done['ended_early']} answers of TRL ended early")
+        self.peak_mb[f"TRL 1.12 {precision}"] = done["peak_mb"]
+        return statistics.mean(done["seconds"])
+
+    def stage_config(self, precision: str) -> dict[str, Any]:
+        """The config of our stage."""
+        return {
+            "parent": self.policy,
+            "reward_model": self.reward,
+            "train_data": self.rows,
+            "max_prompt_length": self.args.prompt_tokens,
+            "max_new_tokens": self.args.new_tokens,
+            "per_device_train_batch_size": self.args.episodes // MINIBATCHES,
+            "num_minibatches": MINIBATCHES,
+            "num_ppo_epochs": EPOCHS,
+            "max_steps": self.args.updates,
+            "learning_rate": RATE,
+            "lr_scheduler_type": "linear",
+            "kl_coef": KL_COEF,
+            "mixed_precision": MIXED[precision],
+            "save_steps": None,
+            "samples": 0,
+        }
+
+    def trainer_spec(self, precision: str) -> dict[str, Any]:
+        """The same for benchmarks.peers.trl_ppo."""
+        return {
+            "policy": self.policy,
+            "reward": self.reward,
+            "prompts": str(self.ids),
+            "updates": self.args.updates,
+            "episodes": self.args.episodes,
+            "new_tokens": self.args.new_tokens,
+            "epochs": EPOCHS,
+            "minibatches": MINIBATCHES,
+            "rate": RATE,
+            "kl_coef": KL_COEF,
+            "bf16": precision == "bf16",
+        }
+
+
+def options() -> argparse.Namespace:
+    """The arguments, checked."""
     parser = arguments(__doc__)
     parser.add_argument("--trl", help="the Python of an environment with trl==1.12.0")
     parser.add_argument(
@@ -62,111 +172,28 @@ def main() -> None:
     shape_arguments(parser)
     args = start(parser)
     if args.updates < 2 or args.episodes % MINIBATCHES:
-        raise SystemExit(
-            f"--updates {args.updates}, --episodes {args.episodes}: need 2 or more, a multiple of {MINIBATCHES}"
-        )
+        given = f"--updates {args.updates}, --episodes {args.episodes}"
+        raise SystemExit(f"{given}: need 2 or more, a multiple of {MINIBATCHES}")
+    return args
 
-    tokenizer = letters(args.vocab_size)
+
+def main() -> None:
+    """Write the work, run both sides."""
+    args = options()
     config = llama(args, 256)
-    shares: dict[str, dict[str, float]] = {}
-    peaks: dict[str, float] = {}
-    draw = random.Random(0)
-    alphabet = [chr(0x4E00 + i) for i in range(args.vocab_size - 5)]
-    texts = [
-        "".join(draw.choices(alphabet, k=args.prompt_tokens - 2))
-        for _ in range(args.episodes * args.updates)
-    ]
-    ids = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
-
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        policy = write_model(
-            scratch / "policy", endless(random_llama(config), tokenizer), tokenizer
-        )
-        torch.manual_seed(1)
-        reward = write_model(scratch / "reward", RewardModel(config), tokenizer)
-        rows = write_rows(scratch / "prompts.jsonl", ({"prompt": text} for text in texts))
-        (scratch / "prompts.json").write_text(json.dumps(ids))
-
-        def ours(precision: str) -> float:
-            log, _ = run_stage(
-                "stages.rl.train",
-                {
-                    "parent": policy,
-                    "reward_model": reward,
-                    "train_data": rows,
-                    "max_prompt_length": args.prompt_tokens,
-                    "max_new_tokens": args.new_tokens,
-                    "per_device_train_batch_size": args.episodes // MINIBATCHES,
-                    "num_minibatches": MINIBATCHES,
-                    "num_ppo_epochs": EPOCHS,
-                    "max_steps": args.updates,
-                    "learning_rate": RATE,
-                    "lr_scheduler_type": "linear",
-                    "kl_coef": KL_COEF,
-                    "mixed_precision": MIXED[precision],
-                    "save_steps": None,
-                    "samples": 0,
-                },
-                folder,
-            )
-            if any(row["length"] != args.new_tokens for row in log):
-                raise RuntimeError(
-                    f"answers of ours ended early: {[row['length'] for row in log]} tokens on average"
-                )
-            parts = {
-                key: sum(row[key] for row in log[1:])
-                for key in log[0]
-                if key.startswith("seconds_")
-            }
-            whole = sum(parts.values())
-            shares[f"ours {precision}"] = {
-                key.removeprefix("seconds_"): round(s / whole, 3) for key, s in parts.items()
-            }
-            peaks[f"ours {precision}"] = log[-1]["peak_mb"]
-            return statistics.mean(after["at"] - before["at"] for before, after in pairwise(log))
-
-        def trl(precision: str) -> float:
-            if not args.trl or not Path(args.trl).exists():
-                how = "python -m venv trl112 && trl112/bin/pip install trl==1.12.0, and --trl trl112/bin/python"
-                raise Missing(f"not found at --trl {args.trl}: {how}")
-            spec = {
-                "policy": policy,
-                "reward": reward,
-                "prompts": str(scratch / "prompts.json"),
-                "updates": args.updates,
-                "episodes": args.episodes,
-                "new_tokens": args.new_tokens,
-                "epochs": EPOCHS,
-                "minibatches": MINIBATCHES,
-                "rate": RATE,
-                "kl_coef": KL_COEF,
-                "bf16": precision == "bf16",
-            }
-            # Its own bf16 key changes nothing (transformers 5): what `accelerate launch
-            # --mixed_precision` sets does.
-            mixed = MIXED[precision]
-            done = child(
-                [args.trl, "-m", "benchmarks.peers.trl_ppo", json.dumps(spec)],
-                ACCELERATE_MIXED_PRECISION=mixed,
-            )
-            if done["autocast"] != mixed:
-                raise RuntimeError(f"TRL computed in {done['autocast']}, not in {precision}")
-            if done["ended_early"]:
-                raise RuntimeError(f"{done['ended_early']} answers of TRL ended early")
-            peaks[f"TRL 1.12 {precision}"] = done["peak_mb"]
-            return statistics.mean(done["seconds"])
-
+        bench = Bench(args, config, Path(folder))
+        sides = by_precision("ours", args.precisions, bench.ours)
+        sides |= by_precision("TRL 1.12", args.precisions, bench.trl)
         side_by_side(
             "ppo",
             "s/update",
-            by_precision("ours", args.precisions, ours)
-            | by_precision("TRL 1.12", args.precisions, trl),
+            sides,
             runs=args.runs,
             alone=args.alone,
             lower_is_better=True,
-            shares=shares,
-            peak_mb=peaks,
+            shares=bench.shares,
+            peak_mb=bench.peak_mb,
             updates=args.updates,
             episodes=args.episodes,
             flops_per_unit=update_flops(config, args.episodes, args.prompt_tokens, args.new_tokens),

@@ -15,8 +15,10 @@ nanoGPT's.
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -34,7 +36,7 @@ from common.handoff.publish import load_config
 from common.model.shape import GPTConfig
 
 RECIPE = ROOT / "configs" / "nanogpt" / "pretrain.yaml"
-README = {
+README = {  # nanoGPT's run for a CPU
     "n_layer": 4,
     "n_head": 4,
     "n_embd": 128,
@@ -46,177 +48,191 @@ README = {
 
 
 def nanogpt(args: argparse.Namespace, precision: str, **spec: Any) -> dict[str, Any]:
+    """What benchmarks.peers.nanogpt says of a run. Raises Missing where there is no clone."""
     clone = Path(args.nanogpt or "nanoGPT").resolve()
     if not (clone / "model.py").exists():
-        raise Missing(
-            "no clone at --nanogpt: git clone https://github.com/karpathy/nanoGPT, and --nanogpt nanoGPT"
-        )
-    return peer(
-        "nanogpt",
-        clone=str(clone),
-        text=str(Path(args.text).resolve()),
-        bf16=precision == "bf16",
-        **spec,
-    )
+        how = "git clone https://github.com/karpathy/nanoGPT, and --nanogpt nanoGPT"
+        raise Missing(f"no clone at --nanogpt: {how}")
+    text = str(Path(args.text).resolve())
+    return peer("nanogpt", clone=str(clone), text=text, bf16=precision == "bf16", **spec)
 
 
-def speed(args: argparse.Namespace, shards: str, scratch: str) -> None:
-    shape = {"n_layer": args.n_layer, "n_head": max(1, args.n_embd // 64), "n_embd": args.n_embd}
-    uncounted = max(1, args.steps // 4)
-    steps = args.steps + uncounted
-    parameters, configs = {}, {}
+def training_cost(config: GPTConfig, rows: int, length: int) -> float:
+    """Model FLOPs of training on so many rows of this length."""
+    return training_flops(config, [length], length) * rows * length
 
-    def ours(precision: str) -> float:
-        log, stage = run_stage(
-            "stages.pretrain.train",
-            {
-                **shape,
-                "family": "gpt2",
-                "attention_bias": False,
-                "mlp_bias": False,
-                "train_data": shards,
-                "document_mask": False,
-                "max_length": args.block,
-                "per_device_train_batch_size": args.batch,
-                "max_steps": steps,
-                "learning_rate": 1e-3,
-                "min_lr_ratio": 0.1,
-                "weight_decay": 0.1,
-                "adam_beta2": 0.99,
-                "mixed_precision": MIXED[precision],
-                "logging_steps": 1,
-                "eval_rows": 1,
-                "save_steps": None,
-            },
-            scratch,
-        )
-        parameters[f"ours {precision}"], configs["ours"] = (
-            stage["parameters"],
-            load_config(stage["config"]["output_dir"]),
-        )
-        return tokens_per_second(log, uncounted)
 
-    def theirs(precision: str) -> float:
+class Speed:
+    """Both sides train the same shape for a few updates."""
+
+    def __init__(self, args: argparse.Namespace, shards: str, scratch: str) -> None:
+        """`shards`: our folder of the text; `scratch`: where runs may leave what they like."""
+        self.args, self.shards, self.scratch = args, shards, scratch
+        heads = max(1, args.n_embd // 64)
+        self.shape = {"n_layer": args.n_layer, "n_head": heads, "n_embd": args.n_embd}
+        self.uncounted = max(1, args.steps // 4)
+        self.steps = args.steps + self.uncounted
+        self.parameters: dict[str, int] = {}  # of each side
+        self.config: GPTConfig | None = None  # of ours, once it has run
+
+    def ours(self, precision: str) -> float:
+        """Tokens a second of our stage."""
+        config = {
+            **self.shape,
+            "family": "gpt2",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "train_data": self.shards,
+            "document_mask": False,
+            "max_length": self.args.block,
+            "per_device_train_batch_size": self.args.batch,
+            "max_steps": self.steps,
+            "learning_rate": 1e-3,
+            "min_lr_ratio": 0.1,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.99,
+            "mixed_precision": MIXED[precision],
+            "logging_steps": 1,
+            "eval_rows": 1,
+            "save_steps": None,
+        }
+        log, stage = run_stage("stages.pretrain.train", config, self.scratch)
+        self.parameters[f"ours {precision}"] = stage["parameters"]
+        self.config = load_config(stage["config"]["output_dir"])
+        return tokens_per_second(log, self.uncounted)
+
+    def theirs(self, precision: str) -> float:
+        """Tokens a second of nanoGPT."""
         done = nanogpt(
-            args,
+            self.args,
             precision,
-            **shape,
-            block_size=args.block,
-            batch=args.batch,
-            steps=steps,
-            uncounted=uncounted,
+            **self.shape,
+            block_size=self.args.block,
+            batch=self.args.batch,
+            steps=self.steps,
+            uncounted=self.uncounted,
             warmup=0,
             decay_to=1e-4,
             evaluate=False,
         )
-        parameters[f"nanoGPT {precision}"] = done["parameters"]
+        self.parameters[f"nanoGPT {precision}"] = done["parameters"]
         return done["tokens_per_second"]
 
-    side_by_side(
-        "pretrain speed",
-        "tokens/s",
-        by_precision("ours", args.precisions, ours)
-        | by_precision("nanoGPT", args.precisions, theirs),
-        runs=args.runs,
-        alone=args.alone,
-        flops_per_unit=lambda _: training_flops(configs["ours"], [args.block], args.block),
-        parameters=parameters,
-        steps=steps,
-        batch=args.batch,
-        block=args.block,
-    )
+    def compare(self) -> None:
+        """Run both sides and print the line."""
+        args = self.args
+        sides = by_precision("ours", args.precisions, self.ours)
+        sides |= by_precision("nanoGPT", args.precisions, self.theirs)
+        side_by_side(
+            "pretrain speed",
+            "tokens/s",
+            sides,
+            runs=args.runs,
+            alone=args.alone,
+            flops_per_unit=lambda _: training_flops(self.config, [args.block], args.block),
+            parameters=self.parameters,
+            steps=self.steps,
+            batch=args.batch,
+            block=args.block,
+        )
 
 
-def time_to_loss(args: argparse.Namespace, shards: str, scratch: str) -> None:
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    recipe |= {
-        "train_data": shards,
-        "eval_steps": args.eval_steps,
-        "logging_steps": args.eval_steps,
-        "sample_prompts": [],
-    }
-    recipe |= {"eval_rows": 10**6, "save_steps": None}  # all of the held-out text
-    recipe |= {"max_steps": args.max_steps} if args.max_steps else {}
-    losses, parameters, updates, flops = {}, {}, {}, {}
+class Reached(NamedTuple):
+    """How a side came to its loss."""
 
-    def theirs(precision: str) -> float:
-        done = nanogpt(
-            args, precision, **README, steps=args.nanogpt_steps, uncounted=0, evaluate=True
-        )
-        name, shape = (
-            f"nanoGPT {precision}",
-            {key: README[key] for key in ("n_layer", "n_head", "n_embd")},
-        )
-        losses[name], parameters[name], updates[name] = (
-            done["loss"],
-            done["parameters"],
-            args.nanogpt_steps,
-        )
-        rows = args.nanogpt_steps * README["batch"]
-        flops[name] = training_cost(
-            GPTConfig(family="gpt2", vocab_size=65, **shape), rows, README["block_size"]
-        )
+    loss: float  # over the whole held-out text, nats a character
+    parameters: int
+    updates: int
+    flops: float  # of the training until then
+
+
+class TimeToLoss:
+    """nanoGPT trains to the end of its run, ours until it is as good."""
+
+    def __init__(self, args: argparse.Namespace, shards: str, scratch: str) -> None:
+        """`shards`: our folder of the text; `scratch`: where runs may leave what they like."""
+        self.args, self.scratch = args, scratch
+        self.reached: dict[str, Reached] = {}  # by side
+        self.recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {
+            "train_data": shards,
+            "eval_steps": args.eval_steps,
+            "logging_steps": args.eval_steps,
+            "sample_prompts": [],
+            "eval_rows": 10**6,  # all of the held-out text
+            "save_steps": None,
+        }
+        if args.max_steps:
+            self.recipe["max_steps"] = args.max_steps
+
+    def theirs(self, precision: str) -> float:
+        """Seconds of nanoGPT's training."""
+        steps = self.args.nanogpt_steps
+        how = {"steps": steps, "uncounted": 0, "evaluate": True}
+        done = nanogpt(self.args, precision, **README, **how)
+        shape = {key: README[key] for key in ("n_layer", "n_head", "n_embd")}
+        config = GPTConfig(family="gpt2", vocab_size=65, **shape)
+        cost = training_cost(config, steps * README["batch"], README["block_size"])
+        reached = Reached(done["loss"], done["parameters"], steps, cost)
+        self.reached[f"nanoGPT {precision}"] = reached
         return done["seconds"]
 
-    def ours(precision: str) -> float:
-        target = min(
-            [args.target, *(value for name, value in losses.items() if name.startswith("nanoGPT"))]
-        )
-        log, stage = run_stage(
-            "stages.pretrain.train", recipe | {"mixed_precision": MIXED[precision]}, scratch
-        )
-        name, seconds, done = f"ours {precision}", 0.0, 0
-        rows, length = recipe["per_device_train_batch_size"], recipe["max_length"]
+    def ours(self, precision: str) -> float:
+        """Seconds of our training until it is as good as the best of nanoGPT's."""
+        theirs = [found.loss for name, found in self.reached.items() if name.startswith("nanoGPT")]
+        target = min([self.args.target, *theirs])
+        config = self.recipe | {"mixed_precision": MIXED[precision]}
+        log, stage = run_stage("stages.pretrain.train", config, self.scratch)
+        rows, length = config["per_device_train_batch_size"], config["max_length"]
+        seconds, done = 0.0, 0
         for row in log:
             if "tokens/s" in row:
                 seconds += (row["step"] - done) * rows * length / row["tokens/s"]
                 done = row["step"]
             elif done and row["eval_loss"] <= target:
-                losses[name], parameters[name], updates[name] = (
-                    row["eval_loss"],
-                    stage["parameters"],
-                    done,
-                )
-                flops[name] = training_cost(
-                    load_config(stage["config"]["output_dir"]), done * rows, length
-                )
+                shape = load_config(stage["config"]["output_dir"])
+                cost = training_cost(shape, done * rows, length)
+                reached = Reached(row["eval_loss"], stage["parameters"], done, cost)
+                self.reached[f"ours {precision}"] = reached
                 return seconds
-        raise RuntimeError(
-            f"{RECIPE} ended at {log[-1]['eval_loss']:.4f} nats a character, above {target:.4f}"
+        found = f"{log[-1]['eval_loss']:.4f} nats a character"
+        raise RuntimeError(f"{RECIPE} ended at {found}, above {target:.4f}")
+
+    def compare(self) -> None:
+        """Run both sides, nanoGPT first, and print the line."""
+        args = self.args
+        sides = by_precision("nanoGPT", args.precisions, self.theirs)
+        sides |= by_precision("ours", args.precisions, self.ours)
+        columns: dict[str, dict[str, float]] = {"loss": {}, "updates": {}, "parameters": {}}
+
+        def noting(name: str, run: Callable[[], float]) -> float:
+            """Run a side and put what it reached into the line's columns."""
+            seconds = run()
+            for column, values in columns.items():
+                values[name] = getattr(self.reached[name], column)
+            return seconds
+
+        side_by_side(
+            "pretrain loss",
+            "s",
+            {name: partial(noting, name, run) for name, run in sides.items()},
+            runs=args.runs,
+            alone=args.alone,
+            lower_is_better=True,
+            warm_up=False,
+            flops_per_unit=lambda name: self.reached[name].flops,
+            **columns,
         )
 
-    side_by_side(
-        "pretrain loss",
-        "s",
-        by_precision("nanoGPT", args.precisions, theirs)
-        | by_precision("ours", args.precisions, ours),
-        runs=args.runs,
-        alone=args.alone,
-        lower_is_better=True,
-        warm_up=False,
-        flops_per_unit=flops.__getitem__,
-        loss=losses,
-        updates=updates,
-        parameters=parameters,
-    )
 
-
-def training_cost(config: GPTConfig, rows: int, length: int) -> float:
-    return training_flops(config, [length], length) * rows * length
-
-
-def main() -> None:
+def options() -> argparse.Namespace:
+    """The arguments."""
     parser = arguments(__doc__)
     parser.add_argument(
         "--text", required=True, help="a text file, tinyshakespeare for the figures that are known"
     )
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
-    parser.add_argument(
-        "--what",
-        choices=("speed", "loss"),
-        default="speed",
-        help="tokens a second, or seconds to a loss",
-    )
+    what = "tokens a second, or seconds to a loss"
+    parser.add_argument("--what", choices=("speed", "loss"), default="speed", help=what)
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--steps", type=int, default=4, help="counted updates; a quarter as many come before"
@@ -231,26 +247,25 @@ def main() -> None:
     )
     group.add_argument("--max_steps", type=int, help="updates of ours; default: the recipe's")
     group.add_argument("--nanogpt_steps", type=int, default=2000, help="updates of nanoGPT")
-    group.add_argument(
-        "--target",
-        type=float,
-        default=1.886,
-        help="the loss to reach, or nanoGPT's here if that is lower",
-    )
-    args = start(parser)
+    target = "the loss to reach, or nanoGPT's here if that is lower"
+    group.add_argument("--target", type=float, default=1.886, help=target)
+    return start(parser)
+
+
+def main() -> None:
+    """Prepare the text, run both sides."""
+    args = options()
     with tempfile.TemporaryDirectory() as scratch:
         shards = Path(scratch) / "shards"
-        launch(
-            "stages.pretrain.prepare",
-            {
-                "train_data": [str(Path(args.text).resolve())],
-                "output_dir": str(shards),
-                "tokenizer": "characters",
-                "eval_fraction": 0.1,
-            },
-            Path(scratch),
-        )
-        (speed if args.what == "speed" else time_to_loss)(args, str(shards), scratch)
+        prepare = {
+            "train_data": [str(Path(args.text).resolve())],
+            "output_dir": str(shards),
+            "tokenizer": "characters",
+            "eval_fraction": 0.1,
+        }
+        launch("stages.pretrain.prepare", prepare, Path(scratch))
+        bench = Speed if args.what == "speed" else TimeToLoss
+        bench(args, str(shards), scratch).compare()
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,10 +81,18 @@ def child(command: list[str], **environment: str) -> dict[str, Any]:
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-3000:]}"
-        )
+        raise ended(command, done.returncode, done.stdout[-1500:] + done.stderr[-3000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ended(command: Sequence[str], code: int, output: str) -> RuntimeError:
+    """The error for a program that failed, with the end of what it said."""
+    return RuntimeError(f"{' '.join(command)} ended with {code}:\n{output}")
+
+
+def flags(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of a config as a command line."""
+    return [str(part) for key, value in keys.items() for part in (f"--{key}", value)]
 
 
 def gemm_peak(precision: str) -> float:
@@ -103,10 +111,13 @@ def gemm_peak(precision: str) -> float:
     return best
 
 
+Sides = Mapping[str, Callable[[], float]]  # by name, what runs a side once and returns its figure
+
+
 def side_by_side(
     benchmark: str,
     unit: str,
-    sides: Mapping[str, Callable[[], float]],
+    sides: Sides,
     *,
     runs: int,
     flops_per_unit: float | Callable[[str], float] = 0.0,
@@ -125,10 +136,46 @@ def side_by_side(
     GEMM peak at its precision, timed when the runs are done. warm_up: whether a round without count
     comes first; alone: no peers. `extra` goes into the line as it is then.
     """
-    digits = 3 if lower_is_better else 1
+    sides = {name: run for name, run in sides.items() if name.startswith("ours") or not alone}
+    written = Writer(unit, 3 if lower_is_better else 1)
+    rounds = range(0 if warm_up and runs else 1, max(runs, 1) + 1)
+    found = run_rounds(sides, rounds, written)
+    medians = {name: statistics.median(figures) for name, figures in found.items()}
+    peaks = {precision: gemm_peak(precision) for precision in set(map(precision_of, medians))}
+    shares = {}
+    for name, figure in medians.items():
+        flops = flops_per_unit(name) if callable(flops_per_unit) else flops_per_unit
+        flops_per_second = flops * (1 / figure if lower_is_better else figure)
+        shares[name] = round(flops_per_second / peaks[precision_of(name)], 4)
+        share = f"  {shares[name]:6.1%} of the GEMM peak" if flops else ""
+        print(f"{name:20} {written(figure)}{share}")
+    line = {"benchmark": benchmark, **verdict(medians, unit, lower_is_better)}
+    if any(shares.values()):
+        line |= {"peak_fraction": shares[ours_of(medians)], "peak_fractions": shares}
+    line |= {"all": found, "runs": runs}
+    line["gemm_gflops"] = {precision: round(peak / 1e9) for precision, peak in peaks.items()}
+    line |= {**extra, **machine()}
+    print(json.dumps(line), flush=True)
+    return line
+
+
+class Writer(NamedTuple):
+    """How figures are written."""
+
+    unit: str
+    digits: int  # behind the point
+
+    def __call__(self, figure: float) -> str:
+        """A figure with its unit."""
+        return f"{figure:12,.{self.digits}f} {self.unit}"
+
+
+def run_rounds(sides: Sides, rounds: Iterable[int], written: Writer) -> dict[str, list[float]]:
+    """The figures of each side, run in turn; round 0 does not count. A side that raises Missing is
+    left out from there on."""
     found: dict[str, list[float]] = {}
-    missed = {name for name in sides if alone and not name.startswith("ours")}
-    for number in range(0 if warm_up and runs else 1, max(runs, 1) + 1):
+    missed: set[str] = set()
+    for number in rounds:
         for name, run in sides.items():
             if name in missed:
                 continue
@@ -138,78 +185,64 @@ def side_by_side(
                 print(f"{name}: skipped, {missing}", flush=True)
                 missed.add(name)
                 continue
-            found.setdefault(name, [])
-            print(
-                f"{'warm-up' if not number else f'run {number}'}  {name:20} {figure:12,.{digits}f} {unit}",
-                flush=True,
-            )
-            if number:
-                found[name].append(figure)
-    medians = {name: statistics.median(figures) for name, figures in found.items()}
-    ours = next(name for name in medians if name.startswith("ours"))
+            called = f"run {number}" if number else "warm-up"
+            print(f"{called}  {name:20} {written(figure)}", flush=True)
+            found.setdefault(name, []).extend([figure] if number else [])
+    return found
+
+
+def ours_of(names: Iterable[str]) -> str:
+    """The first of our sides, which is our default."""
+    return next(name for name in names if name.startswith("ours"))
+
+
+def verdict(medians: Mapping[str, float], unit: str, lower_is_better: bool) -> dict[str, Any]:
+    """Our default beside the best of the peers, and fp32 beside fp32."""
+
+    def ratio(ours: float, peer: float) -> float:
+        """How many times as good ours is."""
+        return round(peer / ours if lower_is_better else ours / peer, 3)
+
+    ours = medians[ours_of(medians)]
     peers = {name: figure for name, figure in medians.items() if not name.startswith("ours")}
-    better = min if lower_is_better else max
-    peer = better(peers, key=peers.get) if peers else None
-    over = (lambda a, b: b / a) if lower_is_better else (lambda a, b: a / b)
-    line: dict[str, Any] = {
-        "benchmark": benchmark,
-        "ratio": round(over(medians[ours], peers[peer]), 3) if peer else None,
-        "ours": medians[ours],
-        "peer": peers[peer] if peer else None,
+    best = (min if lower_is_better else max)(peers, key=peers.get) if peers else None
+    line = {
+        "ratio": ratio(ours, peers[best]) if best else None,
+        "ours": ours,
+        "peer": peers[best] if best else None,
         "unit": unit,
-        "peer_name": peer,
+        "peer_name": best,
     }
-    plain = [name for name in peers if name.endswith("fp32")]
+    plain = [figure for name, figure in peers.items() if name.endswith("fp32")]
     if "ours fp32" in medians and plain:
-        line["ratio_fp32"] = round(over(medians["ours fp32"], peers[plain[0]]), 3)
-    peaks = {
-        precision: gemm_peak(precision) for precision in {precision_of(name) for name in medians}
-    }
-    shares = {}
-    for name, figure in medians.items():
-        flops = flops_per_unit(name) if callable(flops_per_unit) else flops_per_unit
-        shares[name] = round(
-            flops * (1 / figure if lower_is_better else figure) / peaks[precision_of(name)], 4
-        )
-        print(
-            f"{name:20} {figure:12,.{digits}f} {unit}"
-            + (f"  {shares[name]:6.1%} of the GEMM peak" if flops else "")
-        )
-    line |= (
-        {"peak_fraction": shares[ours], "peak_fractions": shares} if any(shares.values()) else {}
-    )
-    line |= {"all": found, "runs": runs}
-    line |= {
-        "gemm_gflops": {precision: round(peak / 1e9) for precision, peak in peaks.items()},
-        **extra,
-        **machine(),
-    }
-    print(json.dumps(line), flush=True)
+        line["ratio_fp32"] = ratio(medians["ours fp32"], plain[0])
     return line
 
 
 def precision_of(name: str) -> str:
+    """The precision in the name of a side; fp32 where it has none."""
     return "bf16" if name.endswith("bf16") else "fp32"
 
 
 def machine() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [
-            row.split(":")[1].strip()
-            for row in cpuinfo.read_text().splitlines()
-            if "model name" in row
-        ]
-        if cpuinfo.exists()
-        else []
-    )
+    """The machine, the libraries and the commit that the figures are of."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
-        "machine": names[0] if names else platform.machine(),
+        "machine": cpu_name() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "commit": commit,
     }
+
+
+def cpu_name() -> str | None:
+    """The CPU's name as Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return None
+    for row in cpuinfo.read_text().splitlines():
+        if "model name" in row:
+            return row.split(":")[1].strip()
+    return None

@@ -26,7 +26,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.side_by_side import ROOT, Missing, arguments, pin, side_by_side
+from benchmarks.side_by_side import ROOT, Missing, arguments, ended, flags, pin, side_by_side
 
 BAR = 8.0  # seconds
 STAGES = ("pretrain", "sft", "reward", "rl")
@@ -48,24 +48,24 @@ class Note(TrainerCallback):
             with open(sys.argv[3], "a") as file:
                 file.write(json.dumps({"step": state.global_step} | logs) + "\\n")
 
-args = SFTConfig(output_dir=sys.argv[4], max_steps=1, logging_steps=1, per_device_train_batch_size=4, max_length=48,
-                 report_to=[], save_strategy="no", use_cpu=True)
+args = SFTConfig(output_dir=sys.argv[4], max_steps=1, logging_steps=1, max_length=48,
+                 per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True)
 rows = load_dataset("json", data_files=sys.argv[2], split="train", cache_dir=sys.argv[4])
 SFTTrainer(sys.argv[1], args=args, train_dataset=rows, callbacks=[Note()]).train()
 """
 
 
 def write_rows(folder: Path) -> None:
+    """A few rows for each stage."""
+    numbers = range(40)
+    sentence = "The fox number {} met the bird number {} by the river."
     rows = {
-        "documents": [
-            {"text": f"The fox number {n % 10} met the bird number {n % 7} by the river."}
-            for n in range(200)
-        ],
-        "sft": [{"prompt": f"Is it {n}?", "completion": ANSWERS[n % 3]} for n in range(40)],
+        "documents": [{"text": sentence.format(n % 10, n % 7)} for n in range(200)],
+        "sft": [{"prompt": f"Is it {n}?", "completion": ANSWERS[n % 3]} for n in numbers],
         "reward": [
-            {"prompt": f"Is it {n}?", "answers": ANSWERS, "ranks": [n % 2, 1, 2]} for n in range(40)
+            {"prompt": f"Is it {n}?", "answers": ANSWERS, "ranks": [n % 2, 1, 2]} for n in numbers
         ],
-        "rl": [{"prompt": f"Is it {n}?"} for n in range(40)],
+        "rl": [{"prompt": f"Is it {n}?"} for n in numbers],
     }
     for name, group in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in group))
@@ -75,24 +75,19 @@ def command(stage: str, folder: Path, output_dir: Path, launcher: str = "python"
     """The launch of a stage with the keys of a tiny run of one step."""
     keys = {
         "output_dir": output_dir,
+        "train_data": folder / (f"{stage}.jsonl" if stage != "pretrain" else "shards"),
         "max_steps": 1,
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
     }
-    keys["train_data"] = folder / (f"{stage}.jsonl" if stage != "pretrain" else "shards")
     if stage == "pretrain":
         keys |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "max_length": 64, "eval_rows": 8}
     elif stage == "rl":
-        keys |= {
-            "parent": folder / "sft",
-            "reward_model": folder / "reward",
-            "max_prompt_length": 32,
-            "max_new_tokens": 8,
-        }
+        keys |= {"parent": folder / "sft", "reward_model": folder / "reward"}
+        keys |= {"max_prompt_length": 32, "max_new_tokens": 8}
     else:
         keys |= {"parent": folder / ("pretrain" if stage == "sft" else "sft"), "max_length": 48}
-    flags = [str(part) for key, value in keys.items() for part in (f"--{key}", value)]
-    return [*LAUNCHERS[launcher], "-m", f"stages.{stage}.train", *flags]
+    return [*LAUNCHERS[launcher], "-m", f"stages.{stage}.train", *flags(keys)]
 
 
 def first_step(line: list[str], metrics: Path) -> float:
@@ -112,9 +107,7 @@ def first_step(line: list[str], metrics: Path) -> float:
                     return time.perf_counter() - started
                 if process.poll() is not None:
                     said.seek(0)
-                    raise RuntimeError(
-                        f"{' '.join(line)} ended with {process.returncode}:\n{said.read()[-3000:].decode()}"
-                    )
+                    raise ended(line, process.returncode, said.read()[-3000:].decode())
                 time.sleep(0.01)
         finally:
             with suppress(ProcessLookupError):
@@ -124,36 +117,51 @@ def first_step(line: list[str], metrics: Path) -> float:
 def make_parents(folder: Path, stages: Sequence[str]) -> None:
     """The shards, and the models that these stages start from."""
     write_rows(folder)
-    prepare = [
-        "--train_data",
-        str(folder / "documents.jsonl"),
-        "--output_dir",
-        str(folder / "shards"),
-    ]
-    lines = [
-        [
-            sys.executable,
-            "-m",
-            "stages.pretrain.prepare",
-            *prepare,
-            "--vocab_size",
-            "290",
-            "--eval_fraction",
-            "0.1",
-        ]
-    ]
-    lines += [
-        command(stage, folder, folder / stage) for stage in STAGES[: max(map(STAGES.index, stages))]
-    ]
+    places = {"train_data": folder / "documents.jsonl", "output_dir": folder / "shards"}
+    keys = places | {"vocab_size": 290, "eval_fraction": 0.1}
+    lines = [[sys.executable, "-m", "stages.pretrain.prepare", *flags(keys)]]
+    parents = STAGES[: max(map(STAGES.index, stages))]
+    lines += [command(stage, folder, folder / stage) for stage in parents]
     for line in lines:
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
-                f"{' '.join(line)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-            )
+            raise ended(line, done.returncode, done.stdout + done.stderr)
+
+
+class Bench:
+    """The launches, in a folder with the rows and the parents, and our seconds of each stage."""
+
+    def __init__(self, folder: Path, stages: Sequence[str], launcher: str) -> None:
+        """`stages` are those to launch, with a key of LAUNCHERS."""
+        self.folder, self.launcher = folder, launcher
+        self.seconds: dict[str, list[float]] = {stage: [] for stage in stages}
+        self.medians: dict[str, float] = {}
+
+    def ours(self) -> float:
+        """Seconds of the slowest stage."""
+        for stage, seconds in self.seconds.items():
+            shutil.rmtree(self.folder / "run", ignore_errors=True)
+            line = command(stage, self.folder, self.folder / "run", self.launcher)
+            seconds.append(first_step(line, self.folder / "run" / "metrics.jsonl"))
+            counted = seconds[1:] or seconds  # the first is warm-up
+            self.medians[stage] = round(statistics.median(counted), 3)
+            print(f"  {stage:10} {seconds[-1]:6.2f} s", flush=True)
+        return max(seconds[-1] for seconds in self.seconds.values())
+
+    def trl(self) -> float:
+        """Seconds of TRL's SFTTrainer."""
+        if not find_spec("trl"):
+            raise Missing("pip install trl")
+        out = self.folder / "trl"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        metrics = out / "metrics.jsonl"
+        places = [self.folder / "pretrain", self.folder / "sft.jsonl", metrics, out]
+        return first_step([sys.executable, "-c", TRL, *map(str, places)], metrics)
 
 
 def main() -> None:
+    """Make the parents, launch the stages and the peer."""
     parser = arguments(__doc__)
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="python", help="accelerate: `accelerate launch`"
@@ -163,45 +171,17 @@ def main() -> None:
     options = parser.parse_args()
     pin(options.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_parents(folder, options.stages if options.no_peer else STAGES)
-        seconds: dict[str, list[float]] = {stage: [] for stage in options.stages}
-        medians: dict[str, float] = {}
-
-        def ours() -> float:
-            for stage in options.stages:
-                shutil.rmtree(folder / "run", ignore_errors=True)
-                line = command(stage, folder, folder / "run", options.launcher)
-                seconds[stage].append(first_step(line, folder / "run" / "metrics.jsonl"))
-                medians[stage] = round(
-                    statistics.median(seconds[stage][1:] or seconds[stage]), 3
-                )  # the first is warm-up
-                print(f"  {stage:10} {seconds[stage][-1]:6.2f} s", flush=True)
-            return max(times[-1] for times in seconds.values())
-
-        def trl() -> float:
-            if not find_spec("trl"):
-                raise Missing("pip install trl")
-            shutil.rmtree(folder / "trl", ignore_errors=True)
-            (folder / "trl").mkdir()
-            places = [
-                folder / "pretrain",
-                folder / "sft.jsonl",
-                folder / "trl" / "metrics.jsonl",
-                folder / "trl",
-            ]
-            return first_step(
-                [sys.executable, "-c", TRL, *map(str, places)], folder / "trl" / "metrics.jsonl"
-            )
-
+        make_parents(Path(name), options.stages if options.no_peer else STAGES)
+        bench = Bench(Path(name), options.stages, options.launcher)
+        sides = {"ours": bench.ours} | ({} if options.no_peer else {"trl sft": bench.trl})
         side_by_side(
             "startup",
             "s to the first step",
-            {"ours": ours} | ({} if options.no_peer else {"trl sft": trl}),
+            sides,
             runs=options.runs,
             lower_is_better=True,
             bar=BAR,
-            stages=medians,
+            stages=bench.medians,
             launcher=options.launcher,
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory import peak_mb
-from benchmarks.side_by_side import ROOT, Missing, child
+from benchmarks.side_by_side import ROOT, Missing, child, ended
 from common.handoff.publish import publish
 from common.model.costs import forward_flops
 from common.model.gpt import GPT, RewardModel
@@ -29,6 +29,7 @@ MIXED = {"bf16": "bf16", "fp32": "no"}  # our names for the precision of the ari
 
 
 def shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the shape of the Llama."""
     parser.add_argument("--n_layer", type=int, default=4, help="layers of the Llama")
     parser.add_argument("--n_embd", type=int, default=256, help="its width, in heads of 64")
     parser.add_argument(
@@ -45,6 +46,7 @@ def llama(args: argparse.Namespace, max_length: int) -> GPTConfig:
 
 
 def random_llama(config: GPTConfig) -> GPT:
+    """A model of this shape with random weights, always the same."""
     torch.manual_seed(0)
     return GPT(config).eval()
 
@@ -73,16 +75,13 @@ def letters(vocab_size: int) -> Tokenizer:
 def write_model(folder: Path, model: GPT | RewardModel, tokenizer: Tokenizer) -> str:
     """A directory that our stages and transformers read."""
     kind = "lm" if isinstance(model, GPT) else "reward"
-    publish(
-        folder,
-        model,
-        tokenizer,
-        {"stage": "benchmark", "kind": kind, "parent": None, "metrics": {}},
-    )
+    report = {"stage": "benchmark", "kind": kind, "parent": None, "metrics": {}}
+    publish(folder, model, tokenizer, report)
     return str(folder)
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write the rows as .jsonl; the path as text."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
@@ -91,9 +90,8 @@ def training_flops(config: GPTConfig, rows: Sequence[int], head_tokens: int) -> 
     """Model FLOPs of training on one token of rows of these lengths, with logits at `head_tokens`
     of them in all."""
     tokens = sum(rows)
-    length = (
-        sum(row * row for row in rows) / tokens
-    )  # of the row that a token finds itself in, on average
+    # Of the row that a token finds itself in, on average.
+    length = sum(row * row for row in rows) / tokens
     return 3 * forward_flops(config, tokens, length, head_tokens) / tokens
 
 
@@ -115,7 +113,7 @@ def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[dict[st
         if process.wait():
             errors.seek(0)
             output = "".join(said)[-1500:] + errors.read()[-3000:]
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
+            raise ended(command, process.returncode, output)
     return moments
 
 
@@ -134,14 +132,14 @@ def run_stage(
 def tokens_per_second(rows: Sequence[Mapping[str, float]], uncounted: int) -> float:
     """Of the training intervals that the stage logged after `uncounted` steps: their tokens/s, each
     weighed by its seconds."""
-    name = "tokens/s"
-    logged = [row for row in rows if name in row]
-    pairs = [
-        (row[name], row["at"] - before["at"])
-        for before, row in pairwise(logged)
-        if row["step"] > uncounted
-    ]
-    return sum(rate * seconds for rate, seconds in pairs) / sum(seconds for _, seconds in pairs)
+    logged = [row for row in rows if "tokens/s" in row]
+    tokens = seconds = 0.0
+    for before, row in pairwise(logged):
+        if row["step"] > uncounted:
+            lasted = row["at"] - before["at"]
+            tokens += row["tokens/s"] * lasted
+            seconds += lasted
+    return tokens / seconds
 
 
 def by_precision(name: str, precisions: Sequence[str], run: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,52 +61,73 @@ def whole_loss(model: torch.nn.Module, tokens: np.ndarray, block: int, precision
     return total / rows
 
 
+class Text(NamedTuple):
+    """A text as ids of its characters."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    vocab_size: int
+
+
+def read(file: str) -> Text:
+    """The first nine tenths train."""
+    text = Path(file).read_text(encoding="utf-8")
+    characters = sorted(set(text))
+    number = {character: i for i, character in enumerate(characters)}
+    tokens = np.array([number[character] for character in text], dtype=np.uint16)
+    border = int(0.9 * len(tokens))
+    return Text(tokens[:border], tokens[border:], len(characters))
+
+
+def train(model: torch.nn.Module, optimizer, file: str, spec: dict, precision) -> list[float]:
+    """The moments at which training begins, at which the clock begins, and at which it ends."""
+    size, block = spec["batch"], spec["block_size"]
+    x, y = batch_from(file, size, block)
+    begin = counted = time.perf_counter()
+    for step in range(spec["steps"]):
+        if step == spec["uncounted"]:
+            counted = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, spec["steps"], spec["warmup"], spec["decay_to"])
+        with precision():
+            _, loss = model(x, y)
+        x, y = batch_from(file, size, block)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+    return [begin, counted, time.perf_counter()]
+
+
 def main(spec: dict) -> None:
+    """Train as the JSON says, and print what came of it."""
     sys.path.insert(0, spec["clone"])
     sys.dont_write_bytecode = True  # the clone stays as it is
     from model import GPT, GPTConfig
 
-    text = Path(spec["text"]).read_text(encoding="utf-8")
-    characters = sorted(set(text))
-    number = {character: i for i, character in enumerate(characters)}
-    tokens = np.array([number[character] for character in text], dtype=np.uint16)
-    train, held_out = tokens[: int(0.9 * len(tokens))], tokens[int(0.9 * len(tokens)) :]
+    text = read(spec["text"])
     torch.manual_seed(1337)
-    block, steps = spec["block_size"], spec["steps"]
     shape = {key: spec[key] for key in ("n_layer", "n_head", "n_embd", "block_size")}
-    model = GPT(GPTConfig(**shape, vocab_size=len(characters), dropout=0.0, bias=False))
+    model = GPT(GPTConfig(**shape, vocab_size=text.vocab_size, dropout=0.0, bias=False))
     optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, "cpu")
 
     def precision():
+        """What the forward pass runs in."""
         return torch.autocast("cpu", torch.bfloat16) if spec["bf16"] else nullcontext()
 
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/train.bin"
-        train.tofile(file)
-        x, y = batch_from(file, spec["batch"], block)
-        begin = counted = time.perf_counter()
-        for step in range(steps):
-            if step == spec["uncounted"]:
-                counted = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, spec["warmup"], spec["decay_to"])
-            with precision():
-                _, loss = model(x, y)
-            x, y = batch_from(file, spec["batch"], block)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
-        end = time.perf_counter()
-    rate = (steps - spec["uncounted"]) * spec["batch"] * block / (end - counted)
+        text.train.tofile(file)
+        begin, counted, end = train(model, optimizer, file, spec, precision)
+    tokens = (spec["steps"] - spec["uncounted"]) * spec["batch"] * spec["block_size"]
     done = {
-        "tokens_per_second": rate,
+        "tokens_per_second": tokens / (end - counted),
         "seconds": end - begin,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if spec["evaluate"]:
-        done["loss"] = whole_loss(model, held_out, block, precision)
+        done["loss"] = whole_loss(model, text.held_out, spec["block_size"], precision)
     print(json.dumps(done))
 
 

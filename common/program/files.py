@@ -103,9 +103,6 @@ def check_room(folder: Path, size: int) -> None:
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     """Atomically: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(
-        text, encoding="utf-8", errors="backslashreplace"
-    )  # a lone surrogate becomes JSON's own escape
-    temporary.replace(path)
+    # A lone surrogate becomes JSON's own escape.
+    write_atomically(path, text.encode(errors="backslashreplace"))

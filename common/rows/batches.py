@@ -40,17 +40,21 @@ def batches(
 
 
 class Order:
-    """Which rows make up the global batch of a step: a pure function of (seed, step). Epochs follow
-    each other."""
+    """Which rows make up the global batch of a step: a pure function of (seed, step).
+
+    Epochs follow each other; with `drop_last` the short batch that ends one is left out.
+    """
 
     def __init__(
         self, lengths: Sequence[int], batch_size: int, seed: int, drop_last: bool = False
     ) -> None:
+        """`lengths` are those of the rows, `batch_size` the rows of a global batch."""
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.per_epoch = len(lengths) // batch_size if drop_last else -(-len(lengths) // batch_size)
         self.epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def rows(self, step: int) -> list[int]:
+        """The indices of the rows of this step."""
         epoch, place = divmod(step, self.per_epoch)
         if self.epoch[0] != epoch:
             self.epoch = (epoch, batches(self.lengths, self.batch_size, self.seed, epoch))
@@ -73,15 +77,14 @@ def hold_out(
             prompts.append(row.origin)
     different = list(dict.fromkeys(prompts))
     held = set(different[-max(1, int(len(different) * fraction)) :])
-    sides = [
-        [row for row, prompt in zip(rows, prompts, strict=True) if (prompt in held) is side]
-        for side in (False, True)
-    ]
-    if not sides[0]:
-        raise InputError(
-            f"{rows[0].origin}: all {len(rows)} rows share the held-out prompts; give eval_data and more prompts"
-        )
-    return sides[0], sides[1]
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        (held_out if prompt in held else train).append(row)
+    if not train:
+        told = f"{rows[0].origin}: all {len(rows)} rows share the held-out prompts"
+        raise InputError(f"{told}; give eval_data and more prompts")
+    return train, held_out
 
 
 def share(

@@ -1,5 +1,4 @@
-"""Rows and token shards, and the order in which they are seen: a pure function of (seed, step,
-rank).
+"""Token shards as rows, and the order in which they are seen: a pure function of (seed, index).
 
 Nothing here has a position to save: a run that starts again at step s sees what it would have seen.
 """
@@ -17,24 +16,25 @@ from common.program.errors import InputError
 if TYPE_CHECKING:  # torch takes a second to import, which preparing text need not wait for
     from torch import Tensor
 
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+SPLITMIX = 0xBF58476D1CE4E5B9  # the first multiplier of splitmix64 (Steele, Lea, Flood 2014)
+WORD = (1 << 64) - 1
 SHARD_DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 
 
 def scattered(index: int, size: int, keys: Sequence[int]) -> int:
-    """Place of `index` in a permutation of range(size), computed and not held: a Feistel network
-    (Luby and Rackoff 1988) on the next power of four, walked on until it ends inside (Black and
-    Rogaway 2002)."""
+    """The place of `index` in a permutation of range(size), computed and not held.
+
+    It is a Feistel network (Luby and Rackoff 1988) on the next power of four, with a round for
+    each key, walked on until it ends inside (Black and Rogaway 2002).
+    """
     half = ((size - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
         for key in keys:
-            mixed = (
-                (right ^ key) * 0x9E3779B97F4A7C15
-            ) & 0xFFFFFFFFFFFFFFFF  # 2^64 over the golden ratio
-            mixed = (
-                (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9
-            ) & 0xFFFFFFFFFFFFFFFF  # and one round of splitmix64
+            mixed = (right ^ key) * GOLDEN & WORD
+            mixed = (mixed ^ mixed >> 29) * SPLITMIX & WORD
             left, right = right, left ^ (mixed >> 32) & mask
         index = left << half | right
         if index < size:
@@ -49,11 +49,12 @@ class Stream:
     were touched count as this process's memory, which then grows with the shards.
     """
 
-    HELD = (
-        1 << 20
-    )  # rows whose order is drawn and held, 8 bytes each; that of more is computed, so that memory stays as it is
+    # The order of so many rows is drawn and held, 8 bytes each. The order of more is computed, so
+    # that memory does not grow with the shards.
+    HELD = 1 << 20
 
     def __init__(self, files: Sequence[Path], dtype: str, length: int, stride: int) -> None:
+        """`dtype` is a key of SHARD_DTYPES; a row predicts `length` tokens."""
         self.files, self.dtype = files, np.dtype(SHARD_DTYPES[dtype])
         sizes = [file.stat().st_size // self.dtype.itemsize for file in files]
         self.starts = np.cumsum([0, *sizes])  # of each file in the stream
@@ -87,11 +88,12 @@ class Stream:
             rng = np.random.default_rng((seed, epoch))
             spare = self.tokens - 1 - self.length - (self.rows - 1) * self.stride
             self.phase = int(rng.integers(spare + 1))
-            self.order = (
-                rng.permutation(self.rows) if self.few else rng.integers(1 << 63, size=6).tolist()
-            )
+            if self.few:
+                self.order = rng.permutation(self.rows)
+            else:
+                self.keys = rng.integers(1 << 63, size=6).tolist()
             self.epoch = (seed, epoch)
-        row = int(self.order[place]) if self.few else scattered(place, self.rows, self.order)
+        row = int(self.order[place]) if self.few else scattered(place, self.rows, self.keys)
         start = self.phase + row * self.stride
         return self.read(start, start + self.length + 1)
 
@@ -108,6 +110,7 @@ class Mixture:
     BLOCK = 100_000  # rows; a share is rounded to a multiple of 1 / BLOCK
 
     def __init__(self, shares: Sequence[float]) -> None:
+        """The shares of the sources, in any unit."""
         exact = np.array(shares) / sum(shares) * self.BLOCK
         self.counts = exact.astype(int)
         largest = np.argsort(self.counts - exact, kind="stable")  # remainders, the largest first
@@ -115,14 +118,12 @@ class Mixture:
         self.block = (-1, -1)
 
     def place(self, seed: int, index: int) -> tuple[int, int]:
-        """-> (source, how many earlier indices it has had): the next row of that source."""
+        """(source, how many earlier indices it has had): row `index` is that row of the source."""
         block, at = divmod(index, self.BLOCK)
         if (seed, block) != self.block:
             rng = np.random.default_rng((seed, block, 1))
-            order = np.argsort(
-                np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.counts]),
-                kind="stable",
-            )
+            draws = [(np.arange(n) + rng.random(n)) / n for n in self.counts]
+            order = np.argsort(np.concatenate(draws), kind="stable")
             self.source = np.repeat(np.arange(len(self.counts)), self.counts)[order]
             self.number = np.concatenate([np.arange(n) for n in self.counts])[order]
             self.block = (seed, block)
@@ -139,39 +140,35 @@ class Shards:
     """
 
     def __init__(self, folder: str, split: str, length: int, stride: int | None = None) -> None:
+        """`split` is "train" or "eval". Raises InputError naming what is wrong with the folder."""
         path = Path(folder)
         if stride and stride > length:
-            raise InputError(
-                f"row_stride {stride}: longer than a row (max_length {length}), so text would be left out"
-            )
+            longer = f"row_stride {stride}: longer than a row (max_length {length})"
+            raise InputError(f"{longer}, so text would be left out")
         if not (path / "shards.json").exists():
             raise InputError(
                 f"{folder}: no shards.json there; make it with python -m stages.pretrain.prepare"
             )
         self.meta = json.loads((path / "shards.json").read_text())
-        shares = {
-            source["source"]: source["share"]
-            for source in self.meta.get("sources", ())
-            if "share" in source
-        }
+        sources = self.meta.get("sources", ())
+        shares = {source["source"]: source["share"] for source in sources if "share" in source}
         self.shares, self.stride = shares or {folder: 1.0}, stride or length
-        names = [f"{split}-{n:02d}-*.bin" for n in range(len(shares))] or [f"{split}-*.bin"]
-        self.streams = [
-            Stream(sorted(path.glob(name)), self.meta["dtype"], length, self.stride)
-            for name in names
-        ]
         self.mixture = Mixture(list(self.shares.values()))
+        names = [f"{split}-{n:02d}-*.bin" for n in range(len(shares))] or [f"{split}-*.bin"]
+        files = [sorted(path.glob(name)) for name in names]
+        dtype = self.meta["dtype"]
+        self.streams = [Stream(found, dtype, length, self.stride) for found in files]
         self.tokens = sum(stream.tokens for stream in self.streams)
-        if self.tokens != (noted := self.meta.get("tokens", {}).get(split, self.tokens)):
-            raise InputError(
-                f"{folder}: {self.tokens} {split} tokens, shards.json notes {noted}; run stages.pretrain.prepare again"
-            )
         self.rows = sum(stream.rows for stream in self.streams)
+        noted = self.meta.get("tokens", {}).get(split, self.tokens)
+        if self.tokens != noted:
+            differ = f"{folder}: {self.tokens} {split} tokens, shards.json notes {noted}"
+            raise InputError(f"{differ}; run stages.pretrain.prepare again")
         for name, stream in zip(self.shares, self.streams, strict=True):
             if not stream.rows:
-                of = f" of {name}" if shares else ""
-                text = f"the {split} split{of} has {stream.tokens} tokens, fewer than one row of {length}"
-                raise InputError(f"{folder}: {text}")
+                of = f"the {split} split of {name}" if shares else f"the {split} split"
+                few = f"{of} has {stream.tokens} tokens, fewer than one row of {length}"
+                raise InputError(f"{folder}: {few}")
 
     def batch(self, seed: int, first: int, count: int) -> "Tensor":
         """Rows first .. first + count - 1 of the endless shuffled stream: (count, length + 1).
@@ -182,15 +179,14 @@ class Shards:
         import torch
 
         places = (self.mixture.place(seed, index) for index in range(first, first + count))
-        return torch.from_numpy(
-            np.stack([self.streams[source].row(seed, index) for source, index in places])
-        )
+        rows = [self.streams[source].row(seed, index) for source, index in places]
+        return torch.from_numpy(np.stack(rows))
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """Tokens of each source seen in a run of `rows` rows over those that it has; without a
-        mixture of the whole folder."""
-        draws = {
-            name: rows * share / sum(self.shares.values()) for name, share in self.shares.items()
-        }
-        streams = zip(draws, self.streams, strict=True)
-        return {name: draws[name] * stream.length / stream.tokens for name, stream in streams}
+        """How often a run of `rows` rows sees the tokens of each source; without a mixture, those
+        of the whole folder."""
+        whole = sum(self.shares.values())
+        seen = {}
+        for (name, share), stream in zip(self.shares.items(), self.streams, strict=True):
+            seen[name] = rows * share / whole * stream.length / stream.tokens
+        return seen

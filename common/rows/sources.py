@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 from common.program.errors import InputError
 from common.program.terminal import one_line
+from common.rows.unpack import PACKED, blocks, check_utf8, open_text
 
-FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-PACKED = (".gz", ".zst")  # behind one of FORMATS: x.jsonl.zst
-BLOCK = 1 << 20  # bytes read at once
+FORMATS = (".jsonl", ".json", ".parquet", ".txt")  # each also packed: x.jsonl.zst
+BLOCK = 1 << 20  # characters of a .txt file that make one row, where it is read in pieces
 
 
 class Row(NamedTuple):
@@ -41,6 +40,7 @@ class BadRows:
     and counted by its reason."""
 
     def __init__(self, on_bad_row: str = "error", shown: int = 5) -> None:
+        """`on_bad_row` is "error" or "skip"; the first `shown` that are skipped are printed."""
         self.skip, self.shown = on_bad_row == "skip", shown
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -61,6 +61,9 @@ class BadRows:
         self.counts[error.reason] += 1
         if self.counts.total() <= self.shown and int(os.environ.get("RANK", 0)) == 0:
             tqdm.write(one_line(f"skipped {origin}: {error}"), file=sys.stdout)
+
+
+# Any source
 
 
 def read_rows(
@@ -87,39 +90,43 @@ def iter_rows(
     read, or that `parse` refuses (InputError). Raises InputError naming file and line (row, byte)
     of what cannot be read, and a source without rows.
     """
-    path, bad, n = Path(source), bad or BadRows(), 0
+    bad, found = bad or BadRows(), False
     before = bad.counts.copy()
     try:
-        if path.is_dir():
-            rows = (
-                row
-                for file in files_in(path)
-                for row in iter_rows(str(file), None, bad, pieces=pieces)
-            )
-        else:
-            rows = file_rows(path, bad, pieces) if path.exists() else hub_rows(source, streaming)
-        for row in rows:
+        for row in raw_rows(source, bad, streaming, pieces):
             try:
                 if not isinstance(row.data, dict):
-                    raise InputError(
-                        f"a row must be a JSON object, this is {str(row.data)[:60]!r}",
-                        "not an object",
-                    )
+                    raise no_object(row.data)
                 parsed = parse(row.data) if parse else None
             except InputError as error:
                 bad.refuse(row.origin, error)
             else:
-                n += 1
+                found = True
                 yield Row(row.data, row.origin, parsed, row.rest)
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}") from None
-    if not n:
-        skipped = ", ".join(
-            f"{count} x {reason}" for reason, count in (bad.counts - before).items()
-        )
-        raise InputError(
-            f"{source}: no rows" + (f" that can be used; skipped: {skipped}" if skipped else "")
-        )
+    if not found:
+        skipped = [f"{count} x {reason}" for reason, count in (bad.counts - before).items()]
+        told = f" that can be used; skipped: {', '.join(skipped)}" if skipped else ""
+        raise InputError(f"{source}: no rows{told}")
+
+
+def raw_rows(source: str, bad: BadRows, streaming: bool, pieces: bool) -> Iterator[Row]:
+    """The rows of a source as they stand there, whatever they are."""
+    path = Path(source)
+    if path.is_dir():
+        for file in files_in(path):
+            yield from iter_rows(str(file), None, bad, pieces=pieces)
+    elif path.exists():
+        yield from file_rows(path, bad, pieces)
+    else:
+        yield from hub_rows(source, streaming)
+
+
+def no_object(data: Any) -> InputError:
+    """The error for a row that is no JSON object."""
+    shown = f"a row must be a JSON object, this is {str(data)[:60]!r}"
+    return InputError(shown, "not an object")
 
 
 def suffix_of(path: Path) -> str:
@@ -128,217 +135,8 @@ def suffix_of(path: Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
+    """The files of a folder, and of those in it, that can be read, in the order of their names."""
     return sorted(file for file in folder.rglob("*") if suffix_of(file) in FORMATS)
-
-
-def open_text(path: Path) -> io.TextIOWrapper:
-    # Bytes that are no UTF-8 come as surrogates, so that one of them costs its line and not the
-    # file.
-    return io.TextIOWrapper(
-        io.BufferedReader(Unpacked(path), BLOCK), encoding="utf-8-sig", errors="surrogateescape"
-    )
-
-
-def text_pieces(path: Path) -> Iterator[Row]:
-    """A .txt file in rows of a BLOCK of characters; a first reading counts, and looks for what is
-    no UTF-8."""
-    line, column, length, blank = 0, 0, 0, True
-    with open_text(path) as text, BadRows().row(str(path)):
-        while block := text.read(BLOCK):
-            check_utf8(block, line, column)
-            length, blank = length + len(block), blank and not block.strip()
-            line, column = (
-                line + block.count("\n"),
-                len(block) - block.rfind("\n") - 1 + ("\n" not in block) * column,
-            )
-    with open_text(path) as text:
-        while block := "" if blank else text.read(BLOCK):
-            length -= len(block)
-            if length < 0:
-                break
-            yield Row({"text": block}, str(path), rest=length)
-    if length and not blank:
-        raise InputError(f"{path}: changed while it was being read; run again when it is complete")
-    if blank:
-        yield Row({"text": ""}, str(path))
-
-
-def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
-    kind = suffix_of(path)
-    if kind == ".parquet":
-        yield from parquet_rows(path)
-        return
-    if kind and kind not in FORMATS:
-        raise InputError(f"{path}: a {kind} file is not read; the formats are {', '.join(FORMATS)}")
-    text = open_text(path)
-    try:
-        if kind == ".txt" and pieces:
-            yield from text_pieces(path)
-            return
-        if kind in (".txt", ".json"):
-            with BadRows().row(str(path)):
-                content = check_utf8(text.read())
-                rows = parse_json(content, list) if kind == ".json" else []
-            if kind == ".txt":
-                yield Row({"text": content}, str(path))
-            yield from (Row(data, f"{path}:row {n}") for n, data in enumerate(rows, 1))
-            return
-        for n, line in enumerate(
-            text, 1
-        ):  # ends lines at line ends alone, not at U+2028 and its like as splitlines() does
-            if line.strip():
-                try:
-                    data = parse_json(check_utf8(line.rstrip()), dict)
-                except InputError as error:
-                    bad.refuse(f"{path}:{n}", error)
-                else:
-                    yield Row(data, f"{path}:{n}")
-    except InputError:
-        if (
-            path.suffix in PACKED
-        ):  # what looks like a broken text may come of damage to the packed bytes: then say that
-            collections.deque(blocks(path), 0)
-        raise
-
-
-def check_utf8(text: str, line: int = 0, column: int = 0) -> str:
-    """The text, which begins in this line and column (from 0) of its file."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lines, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
-        column = error.start - start + (0 if lines else column)
-        place = f"line {line + lines + 1}, column {column}" if line + lines else f"column {column}"
-        byte = ord(text[error.start]) - 0xDC00
-        raise InputError(
-            f"not UTF-8 at {place} (byte 0x{byte:02x}); convert it first (iconv -t utf-8)",
-            "not UTF-8",
-        ) from None
-    return text
-
-
-def parse_json(text: str, kind: type) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = (
-            f"line {error.lineno}, column {error.colno}"
-            if kind is list
-            else f"column {error.colno}"
-        )
-        raise InputError(f"broken JSON at {place}: {error.msg}", "broken JSON") from None
-    except (RecursionError, ValueError) as error:  # [[[[..., or a number of 5000 digits
-        raise InputError(f"JSON that Python does not read: {error}", "broken JSON") from None
-    if not isinstance(value, kind):
-        wanted = "list of rows" if kind is list else "object"
-        raise InputError(f"expected a JSON {wanted}, found {type(value).__name__}", "not an object")
-    return value
-
-
-def parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet  # 1 s to import: only who needs it pays
-
-    n = 0
-    try:
-        file = pyarrow.parquet.ParquetFile(
-            io.BytesIO(b"".join(blocks(path))) if path.suffix in PACKED else path
-        )
-        for batch in file.iter_batches(1000):
-            for data in batch.to_pylist():
-                n += 1
-                yield Row(data, f"{path}:{n}")
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise InputError(
-            f"{path}: not readable as Parquet{f' behind row {n}' if n else ''} ({reason})"
-        ) from None
-
-
-def hub_rows(source: str, streaming: bool) -> Iterator[Row]:
-    file = Path(source)
-    if (
-        source.count("/") > 1
-        or source.startswith((".", "/"))
-        or suffix_of(file) in FORMATS
-        or file.suffix in PACKED
-    ):
-        raise InputError(f"{source}: no such file")
-    import datasets
-
-    name, _, config = source.partition(":")
-    n = 0
-    try:
-        for data in datasets.load_dataset(name, config or None, split="train", streaming=streaming):
-            n += 1
-            yield Row(data, f"{source}:{n}")
-    except Exception as error:  # the library's own errors differ from release to release
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        what = (
-            f"the Hub's stream broke behind row {n}"
-            if n
-            else "neither a file here nor a data set that the Hub would give"
-        )
-        raise InputError(f"{source}: {what} ({reason})") from None
-
-
-def blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if it is .gz or .zst. Raises InputError naming the byte of the
-    file that is at fault."""
-    with path.open("rb") as file:
-        if path.suffix not in PACKED:
-            yield from iter(lambda: file.read(BLOCK), b"")
-            return
-        if path.suffix == ".gz":
-            failure, start = (
-                zlib.error,
-                lambda: zlib.decompressobj(31),
-            )  # 31: with gzip's header and checksum
-        else:
-            import zstandard
-
-            failure, start = (
-                zstandard.ZstdError,
-                zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
-            )
-        unpacker = None
-        while data := file.read(
-            1 << 16
-        ):  # small, so that the byte in the message is near the damage
-            while data:
-                unpacker = unpacker or start()
-                try:
-                    yield unpacker.decompress(data)
-                except failure as error:
-                    raise InputError(
-                        f"{path}: damaged {path.suffix} data before byte {file.tell()} ({error})"
-                    ) from None
-                data = b""
-                if unpacker.eof:  # pieces packed one by one may follow each other in a file
-                    data, unpacker = unpacker.unused_data, None
-        if unpacker:
-            raise InputError(
-                f"{path}: its {path.suffix} data is cut off at byte {file.tell()}, the end of the file"
-            )
-
-
-class Unpacked(io.RawIOBase):
-    """`blocks(path)` as a file to read from."""
-
-    def __init__(self, path: Path) -> None:
-        self.blocks, self.rest = blocks(path), memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
-            block = next(self.blocks, None)
-            if block is None:
-                return 0
-            self.rest = memoryview(block)
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
-        return size
 
 
 def content_of(source: str) -> str | None:
@@ -360,3 +158,142 @@ def content_of(source: str) -> str | None:
         return HfApi().dataset_info(source.partition(":")[0]).sha
     except Exception:  # no such data set, no network, or a path: who reads it says so
         return None
+
+
+# Files
+
+
+def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
+    """The rows of a file of any format; what has no suffix is read as .jsonl."""
+    kind = suffix_of(path)
+    if kind and kind not in FORMATS:
+        raise InputError(f"{path}: a {kind} file is not read; the formats are {', '.join(FORMATS)}")
+    try:
+        if kind == ".parquet":
+            yield from parquet_rows(path)
+        elif kind == ".txt":
+            yield from text_pieces(path) if pieces else text_row(path)
+        elif kind == ".json":
+            yield from list_rows(path)
+        else:
+            yield from line_rows(path, bad)
+    except InputError:
+        # What looks like broken text may come of damage to the packed bytes: then say that.
+        if path.suffix in PACKED:
+            collections.deque(blocks(path), 0)
+        raise
+
+
+def line_rows(path: Path, bad: BadRows) -> Iterator[Row]:
+    """The rows of a .jsonl file. Its lines end at line ends alone, and not at U+2028 and its like,
+    as those of splitlines() do."""
+    for n, line in enumerate(open_text(path), 1):
+        if line.strip():
+            try:
+                data = parse_json(check_utf8(line.rstrip()), dict)
+            except InputError as error:
+                bad.refuse(f"{path}:{n}", error)
+            else:
+                yield Row(data, f"{path}:{n}")
+
+
+def list_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .json file, which is one list."""
+    with BadRows().row(str(path)):
+        rows = parse_json(check_utf8(open_text(path).read()), list)
+    for n, data in enumerate(rows, 1):
+        yield Row(data, f"{path}:row {n}")
+
+
+def text_row(path: Path) -> Iterator[Row]:
+    """A .txt file as one row."""
+    with BadRows().row(str(path)):
+        text = check_utf8(open_text(path).read())
+    yield Row({"text": text}, str(path))
+
+
+def text_pieces(path: Path) -> Iterator[Row]:
+    """A .txt file in rows of a BLOCK of characters; a first reading counts, and looks for what is
+    no UTF-8."""
+    length, blank = survey_text(path)
+    if blank:
+        yield Row({"text": ""}, str(path))
+        return
+    with open_text(path) as text:
+        while block := text.read(BLOCK):
+            length -= len(block)
+            if length < 0:
+                break
+            yield Row({"text": block}, str(path), rest=length)
+    if length:
+        raise InputError(f"{path}: changed while it was being read; run again when it is complete")
+
+
+def survey_text(path: Path) -> tuple[int, bool]:
+    """(characters, whether they are all blank) of a .txt file. Raises InputError naming the place
+    of what is no UTF-8."""
+    line, column, length, blank = 0, 0, 0, True
+    with open_text(path) as text, BadRows().row(str(path)):
+        while block := text.read(BLOCK):
+            check_utf8(block, line, column)
+            length, blank = length + len(block), blank and not block.strip()
+            line += block.count("\n")
+            column = len(block) - block.rfind("\n") - 1 + ("\n" not in block) * column
+    return length, blank
+
+
+def parse_json(text: str, kind: type) -> Any:
+    """The JSON value, a `list` or a `dict`. Raises InputError naming the place of a mistake."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if kind is list else ""
+        told = f"broken JSON at {line}column {error.colno}: {error.msg}"
+        raise InputError(told, "broken JSON") from None
+    except (RecursionError, ValueError) as error:  # [[[[..., or a number of 5000 digits
+        raise InputError(f"JSON that Python does not read: {error}", "broken JSON") from None
+    if not isinstance(value, kind):
+        wanted = "list of rows" if kind is list else "object"
+        raise InputError(f"expected a JSON {wanted}, found {type(value).__name__}", "not an object")
+    return value
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .parquet file."""
+    import pyarrow.parquet  # 1 s to import: only who needs it pays
+
+    n = 0
+    try:
+        content = io.BytesIO(b"".join(blocks(path))) if path.suffix in PACKED else path
+        for batch in pyarrow.parquet.ParquetFile(content).iter_batches(1000):
+            for data in batch.to_pylist():
+                n += 1
+                yield Row(data, f"{path}:{n}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason, behind = str(error).split("\n")[0][:160], f" behind row {n}" if n else ""
+        raise InputError(f"{path}: not readable as Parquet{behind} ({reason})") from None
+
+
+# The Hub
+
+
+def hub_rows(source: str, streaming: bool) -> Iterator[Row]:
+    """The rows of a Hub data set's train split; InputError for what looks like a file's name."""
+    file = Path(source)
+    named = suffix_of(file) in FORMATS or file.suffix in PACKED
+    if named or source.count("/") > 1 or source.startswith((".", "/")):
+        raise InputError(f"{source}: no such file")
+    import datasets
+
+    name, _, config = source.partition(":")
+    n = 0
+    try:
+        for data in datasets.load_dataset(name, config or None, split="train", streaming=streaming):
+            n += 1
+            yield Row(data, f"{source}:{n}")
+    except Exception as error:  # the library's own errors differ from release to release
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        what = "neither a file here nor a data set that the Hub would give"
+        if n:
+            what = f"the Hub's stream broke behind row {n}"
+        raise InputError(f"{source}: {what} ({reason})") from None

@@ -11,15 +11,13 @@ become the control id. Untrusted text goes through `render` and `prompt_ids`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.text import Text
 
 from common.program.errors import InputError
 from common.program.terminal import printable
-
-if TYPE_CHECKING:  # tokenizer.py needs CHAT_TEMPLATE to store it
-    from common.text.tokenizer import Tokenizer
+from common.text.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 ROLES = ("system", "user", "assistant")
@@ -29,44 +27,37 @@ class Rendered(NamedTuple):
     """One conversation as the model sees it."""
 
     ids: list[int]  # (T,) token ids
-    mask: list[
-        int
-    ]  # (T,) 1 = supervised: an assistant's content and its <|endoftext|>; 0 = context
+    mask: list[int]  # (T,) 1 = supervised (an assistant's content and <|endoftext|>), 0 = context
 
 
 def check_messages(messages: Sequence[Mapping]) -> None:
     """Raise InputError unless `messages` is a non-empty list of known roles with text; callers add
     file and line."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InputError(
-            f"messages must be a non-empty list of {{'role', 'content'}}, not {_short(messages)}",
-            "no messages",
-        )
+        wanted = "messages must be a non-empty list of {'role', 'content'}"
+        raise InputError(f"{wanted}, not {_short(messages)}", "no messages")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            raise InputError(
-                f"message {number} must be {{'role', 'content'}}, not {_short(message)}",
-                "wrong type",
-            )
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(
-                f"message {number}: role {_short(role)} is none of {', '.join(ROLES)}",
-                "unknown role",
-            )
-        if not isinstance(content, str):
-            raise InputError(
-                f"message {number} ({role}): content must be text, not {_short(content)}",
-                "wrong type",
-            )
-        if role == "assistant" and not content:
-            raise InputError(
-                f"message {number} (assistant): content is empty, there is nothing to learn from it",
-                "empty answer",
-            )
+        _check_message(f"message {number}", message)
 
 
-def render(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> Rendered:
+def _check_message(called: str, message: object) -> None:
+    """Raise InputError unless `message` is a known role with text; `called` names it."""
+    if not isinstance(message, Mapping):
+        wanted = f"{called} must be {{'role', 'content'}}"
+        raise InputError(f"{wanted}, not {_short(message)}", "wrong type")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        raise InputError(f"{called}: role {_short(role)} is none of {known}", "unknown role")
+    if not isinstance(content, str):
+        wanted = f"{called} ({role}): content must be text"
+        raise InputError(f"{wanted}, not {_short(content)}", "wrong type")
+    if role == "assistant" and not content:
+        empty = f"{called} (assistant): content is empty"
+        raise InputError(f"{empty}, there is nothing to learn from it", "empty answer")
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> Rendered:
     """Ids and loss mask of a conversation. Raises InputError as `check_messages` and
     `Tokenizer.encode` do."""
     check_messages(messages)
@@ -82,7 +73,7 @@ def render(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> Rendered:
     return Rendered(ids, mask)
 
 
-def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping]) -> list[int]:
     """The ids a model is asked to go on from; `messages` must end with the user's.
 
     With a chat tokenizer they end with <|assistant|>. A base model knows no roles: it gets
@@ -90,10 +81,10 @@ def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]
     tokens the message alone.
     """
     check_messages(messages)
-    if messages[-1]["role"] != "user":
+    last = messages[-1]["role"]
+    if last != "user":
         raise InputError(
-            f"a prompt must end with the user's message, not the {messages[-1]['role']}'s",
-            "no prompt",
+            f"a prompt must end with the user's message, not the {last}'s", "no prompt"
         )
     if not tokenizer.has_control:
         return tokenizer.encode(messages[-1]["content"])
@@ -102,7 +93,7 @@ def prompt_ids(tokenizer: "Tokenizer", messages: Sequence[Mapping]) -> list[int]
     return [*render(tokenizer, messages).ids, tokenizer.role_ids["assistant"]]
 
 
-def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end an answer: <|endoftext|> alone, or none for a tokenizer without control
     tokens."""
     return (tokenizer.eot_id,) if tokenizer.has_control else ()
@@ -117,11 +108,10 @@ def rows_to_messages(row: Mapping) -> list[Message]:
     found when they are none of these.
     """
     messages = _read_columns(row, with_answer=True)
-    if messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"the last message is the {messages[-1]['role']}'s, there is no answer to learn from",
-            "no answer",
-        )
+    last = messages[-1]["role"]
+    if last != "assistant":
+        found = f"the last message is the {last}'s"
+        raise InputError(f"{found}, there is no answer to learn from", "no answer")
     return messages
 
 
@@ -132,10 +122,8 @@ def rows_to_prompt(row: Mapping) -> list[Message]:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
-        raise InputError(
-            "the row has no user's message at its end, or right before its answer, to be the prompt",
-            "no prompt",
-        )
+        lacking = "the row has no user's message at its end, or right before its answer"
+        raise InputError(f"{lacking}, to be the prompt", "no prompt")
     return messages
 
 
@@ -150,46 +138,39 @@ def comparison_prompt(row: Mapping) -> list[Message]:
         prompt = row["chosen"][:-1]
     if prompt is None or prompt == []:
         found = ", ".join(sorted(map(str, row))) or "none"
-        raise InputError(
-            f"columns found: {found}; a comparison needs prompt (or conversations), and answers or chosen",
-            "columns",
-        )
-    messages = [_sharegpt(turn) for turn in _side(prompt, "user")]
-    check_messages(messages)
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        needed = "a comparison needs prompt (or conversations), and answers or chosen"
+        raise InputError(f"columns found: {found}; {needed}", "columns")
+    return _checked([_sharegpt(turn) for turn in _side(prompt, "user")])
 
 
 def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:
+    """The messages of a row of any of the formats; without `with_answer` it may lack the answer."""
     has = {name for name, value in row.items() if value is not None}
     if "messages" in has:
-        messages = row["messages"]
-    elif "prompt" in has and ("completion" in has or not with_answer):
-        messages = _side(row["prompt"], "user") + (
-            _side(row["completion"], "assistant") if with_answer else []
-        )
-    elif "instruction" in has and ("output" in has or not with_answer):
-        messages = [
-            _alpaca_user(row),
-            *([{"role": "assistant", "content": row["output"]}] if with_answer else []),
-        ]
-    elif isinstance(row.get("conversations"), list):
-        messages = [_sharegpt(turn) for turn in row["conversations"]]
-    else:
-        found = ", ".join(sorted(map(str, has))) or "none"
-        accepted = (
-            "prompt, completion | instruction, (input,) output"
-            if with_answer
-            else "prompt | instruction, (input)"
-        )
-        raise InputError(
-            f"columns found: {found}; accepted: messages | {accepted} | conversations (a list)",
-            "columns",
-        )
+        return _checked(row["messages"])
+    if "prompt" in has and ("completion" in has or not with_answer):
+        answer = _side(row["completion"], "assistant") if with_answer else []
+        return _checked(_side(row["prompt"], "user") + answer)
+    if "instruction" in has and ("output" in has or not with_answer):
+        answer = [{"role": "assistant", "content": row["output"]}] if with_answer else []
+        return _checked([_alpaca_user(row), *answer])
+    if isinstance(row.get("conversations"), list):
+        return _checked([_sharegpt(turn) for turn in row["conversations"]])
+    found = ", ".join(sorted(map(str, has))) or "none"
+    accepted = "prompt | instruction, (input)"
+    if with_answer:
+        accepted = "prompt, completion | instruction, (input,) output"
+    accepted = f"messages | {accepted} | conversations (a list)"
+    raise InputError(f"columns found: {found}; accepted: {accepted}", "columns")
+
+
+def _checked(messages: Sequence[Mapping]) -> list[Message]:
+    """Role and content alone of messages that `check_messages` lets pass."""
     check_messages(messages)
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def colour_preview(tokenizer: "Tokenizer", ids: Sequence[int], mask: Sequence[int]) -> Text:
+def colour_preview(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> Text:
     """The decoded text with supervised tokens in green and the others dim; unprintable characters
     as escapes."""
     preview = Text()
@@ -203,25 +184,24 @@ def colour_preview(tokenizer: "Tokenizer", ids: Sequence[int], mask: Sequence[in
 
 
 def _side(value: object, role: str) -> list:
+    """The messages of a column that holds a text, which is the role's, or messages."""
     if not isinstance(value, str | list):
-        raise InputError(
-            f"the {role}'s side must be text or a list of messages, not {_short(value)}",
-            "wrong type",
-        )
+        wanted = f"the {role}'s side must be text or a list of messages"
+        raise InputError(f"{wanted}, not {_short(value)}", "wrong type")
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _alpaca_user(row: Mapping) -> Message:
+    """The user's message: the instruction, and behind a blank line the input if there is one."""
     instruction, extra = row["instruction"], row.get("input") or ""
     if not isinstance(instruction, str) or not isinstance(extra, str):
-        raise InputError(
-            f"instruction and input must be text, not {_short(instruction)} and {_short(extra)}",
-            "wrong type",
-        )
+        found = f"{_short(instruction)} and {_short(extra)}"
+        raise InputError(f"instruction and input must be text, not {found}", "wrong type")
     return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
 
 
 def _sharegpt(turn: object) -> object:
+    """A turn of ShareGPT as a message; what is none stays as it is."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     role = {"human": "user", "gpt": "assistant"}.get(str(turn["from"]), turn["from"])
@@ -229,5 +209,6 @@ def _sharegpt(turn: object) -> object:
 
 
 def _short(value: object) -> str:
+    """The value as Python writes it, 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

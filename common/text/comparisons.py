@@ -1,5 +1,8 @@
-"""A row of comparisons -> ids: `prompt`, `answers`, `ranks` (K answers ranked), or `prompt`,
-`chosen`, `rejected`."""
+"""A row of comparisons as ids.
+
+Its columns are `prompt`, `answers` and `ranks` (K answers ranked), or `prompt`, `chosen` and
+`rejected`.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +14,10 @@ from common.text.tokenizer import Tokenizer
 
 
 class Ranked(NamedTuple):
-    answers: list[
-        list[int]
-    ]  # prompt and answer, K of them; with the end token unless the answer was cut off
+    """The K answers of one row."""
+
+    # Ids of the prompt and each answer, with the end token unless the answer was cut off.
+    answers: list[list[int]]
     ranks: list[float]  # 0 = best
     sources: list[str]  # who wrote each: "policy" is the SFT model
 
@@ -33,34 +37,37 @@ def side(value: Any) -> str:
 
 
 def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
-    """Raises InputError for a row that is no comparison; `stopped` (default: all) and `sources`
-    (people) may be absent."""
-    given = {
-        name: row[name]
-        for name in ("answers", "ranks", "stopped", "sources")
-        if row.get(name) is not None
-    }
+    """The answers of a row as ids. `stopped` (default: all) and `sources` (people) may be absent.
+
+    Raises InputError for a row that is no comparison.
+    """
+    columns = ("answers", "ranks", "stopped", "sources")
+    given = {name: row[name] for name in columns if row.get(name) is not None}
     for name, values in given.items():
         if not isinstance(values, list):
             raise InputError(f"{name} must be a list, not {str(values)[:60]!r}", "wrong type")
     start = prompt_ids(tokenizer, comparison_prompt(row))
-    if not given.get("answers"):
-        if lacking := [name for name in ("chosen", "rejected") if row.get(name) is None]:
-            raise InputError(
-                f"no column {lacking[0]!r}; need answers + ranks or chosen + rejected", "columns"
-            )
-        given["answers"] = [row["chosen"], row["rejected"]]
-    texts = [side(text) for text in given["answers"]]
+    texts = [side(text) for text in given.get("answers") or _pair(row)]
     ranks = given.get("ranks", [0, 1])
     stopped = given.get("stopped", [True] * len(texts))
     sources = given.get("sources", ["people"] * len(texts))
     if not all(isinstance(rank, int | float) and math.isfinite(rank) for rank in ranks):
         raise InputError(f"ranks {ranks}: numbers are needed, 0 = best", "wrong type")
     if not len(texts) == len(ranks) == len(stopped) == len(sources):
-        sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped, {len(sources)} sources"
-        raise InputError(f"{sizes}: as many are needed of each", "numbers differ")
-    ids = [
-        [*start, *tokenizer.encode(text), *([tokenizer.eot_id] if ended else [])]
-        for text, ended in zip(texts, stopped, strict=True)
-    ]
+        sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped"
+        told = f"{sizes}, {len(sources)} sources: as many are needed of each"
+        raise InputError(told, "numbers differ")
+    ids = []
+    for text, ended in zip(texts, stopped, strict=True):
+        end = [tokenizer.eot_id] if ended else []
+        ids.append([*start, *tokenizer.encode(text), *end])
     return Ranked(ids, ranks, sources)
+
+
+def _pair(row: Mapping[str, Any]) -> list[Any]:
+    """`chosen` and `rejected` of a row without `answers`."""
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            needed = "need answers + ranks or chosen + rejected"
+            raise InputError(f"no column {name!r}; {needed}", "columns")
+    return [row["chosen"], row["rejected"]]

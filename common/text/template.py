@@ -3,7 +3,8 @@
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] == 'assistant' -%}
-        {{- '<|assistant|>' -}}{%- generation -%}{{- message['content'] + '<|endoftext|>' -}}{%- endgeneration -%}
+        {{- '<|assistant|>' -}}{%- generation -%}\
+{{- message['content'] + '<|endoftext|>' -}}{%- endgeneration -%}
     {%- elif message['role'] in ['system', 'user'] -%}
         {{- '<|' + message['role'] + '|>' + message['content'] -}}
     {%- else -%}

@@ -14,17 +14,22 @@ import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import tokenizers
 from tokenizers import trainers
 
 from common.program.errors import InputError
+from common.program.files import dump, write_atomically
 from common.text.template import CHAT_TEMPLATE
 
 CONTROL = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
+TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
-# How text is cut before merging: contractions, words with one leading mark or space, 1-3 digits
+# How text is cut before it is encoded
+
+# Before merging: contractions, words with one leading mark or space, 1-3 digits
 # with a leading space or none (so " 17" can be one token), punctuation, line ends, other space.
 # Without (?i:) and `$`, which Oniguruma (tokenizers) and Rust (tiktoken) read differently; space
 # runs are bounded, as a million overflow tiktoken's stack.
@@ -48,20 +53,8 @@ _NO_REGEX = {
 
 
 def _split(pattern: str) -> dict:
+    """The pre-tokenizer of tokenizer.json that cuts by a pattern."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte (its encoder.py): printable Latin-1 as itself,
-    others from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 def _pattern(pre_tokenizer: dict) -> str:
@@ -70,51 +63,78 @@ def _pattern(pre_tokenizer: dict) -> str:
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     byte_level = parts[-1]
     if byte_level["type"] == "ByteLevel" and not byte_level["add_prefix_space"]:
-        if len(parts) == 1 and byte_level.get("use_regex", True):
+        own_regex = byte_level.get("use_regex", True)
+        if len(parts) == 1 and own_regex:
             return GPT2_PATTERN
-        if (
-            len(parts) == 2
-            and not byte_level["use_regex"]
-            and parts[0] == _split(parts[0]["pattern"]["Regex"])
-        ):
-            return parts[0]["pattern"]["Regex"]
-    raise InputError(
-        f"only byte-level BPE is read, not the pre-tokenizer {json.dumps(pre_tokenizer)[:150]}"
-    )
+        if len(parts) == 2 and not own_regex:
+            pattern = parts[0]["pattern"]["Regex"]
+            if parts[0] == _split(pattern):
+                return pattern
+    found = json.dumps(pre_tokenizer)[:150]
+    raise InputError(f"only byte-level BPE is read, not the pre-tokenizer {found}")
 
 
-def _read_parts(directory: Path) -> tuple[dict, dict, list[str]]:
-    """model, pre_tokenizer and control names of a directory, checked to be what tiktoken can
-    encode."""
-    if (directory / "tokenizer.json").is_file():
-        found = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    elif (directory / "vocab.json").is_file():
-        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-        model = {
-            "vocab": json.loads((directory / "vocab.json").read_text(encoding="utf-8")),
-            "merges": merges,
-        }
-        found = {"model": model, "pre_tokenizer": _NO_REGEX | {"use_regex": True}}
-    else:
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte (its encoder.py): printable Latin-1 as itself,
+    others from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + i): byte for i, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+# Reading a directory
+
+
+class _Parts(NamedTuple):
+    """What a tokenizer consists of, checked to be what tiktoken can encode."""
+
+    model: dict  # that object of tokenizer.json: type, vocab, and merges of a BPE
+    pre_tokenizer: dict  # that object of tokenizer.json
+    special: list[str]  # the names in the vocabulary that are not text
+
+
+def _read_json(directory: Path) -> dict:
+    """tokenizer.json of a directory, or as much of one as GPT-2's older files make."""
+    if (directory / TOKENIZER).is_file():
+        return json.loads((directory / TOKENIZER).read_text(encoding="utf-8"))
+    if not (directory / "vocab.json").is_file():
         raise InputError("no tokenizer.json (nor vocab.json and merges.txt) in it")
+    vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+    return {
+        "model": {"vocab": vocab, "merges": merges},
+        "pre_tokenizer": _NO_REGEX | {"use_regex": True},
+    }
+
+
+def _read_parts(directory: Path) -> _Parts:
+    """The parts of the tokenizer of a directory. Raises InputError for one that tiktoken cannot
+    encode with."""
+    found = _read_json(directory)
     model, pre_tokenizer = found["model"], found["pre_tokenizer"]
-    added = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
-    vocab, special = model["vocab"] | added, list(added)
-    if found.get("normalizer") or not all(
-        token["special"] for token in found.get("added_tokens", ())
-    ):
-        raise InputError(
-            "a normalizer, or added tokens that are not special, change ordinary text: not supported"
-        )
+    tokens = found.get("added_tokens", ())
+    added = {token["content"]: token["id"] for token in tokens}
+    if found.get("normalizer") or not all(token["special"] for token in tokens):
+        told = "a normalizer, or added tokens that are not special, change ordinary text"
+        raise InputError(f"{told}: not supported")
     if model.get("type") == "WordLevel" and pre_tokenizer == _split(ANY_CHARACTER):
-        return model, pre_tokenizer, special
-    if (
-        model.get("type", "BPE") != "BPE"
-        or model.get("continuing_subword_prefix")
-        or model.get("end_of_word_suffix")
-    ):
+        return _Parts(model, pre_tokenizer, list(added))
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or affixes:
         raise InputError(f"only byte-level BPE is read, not a {model.get('type')} model")
+    return _bpe_parts(model, pre_tokenizer, added)
+
+
+def _bpe_parts(model: dict, pre_tokenizer: dict, added: dict[str, int]) -> _Parts:
+    """The parts of a byte-level BPE. Special is what is neither a byte nor merged of bytes."""
+    vocab = model["vocab"] | added
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = ["".join(pair) for pair in merges]
     if lacking := [token for token in (*_BYTE_OF, *merged) if token not in vocab]:
@@ -123,12 +143,9 @@ def _read_parts(directory: Path) -> tuple[dict, dict, list[str]]:
         raise InputError(
             "its ids do not follow the order of its merges, so tiktoken cannot encode with them"
         )
-    special += vocab.keys() - set(merged) - _BYTE_OF.keys() - set(special)
-    return (
-        {"type": "BPE", "vocab": vocab, "merges": merges},
-        pre_tokenizer,
-        sorted(special, key=vocab.get),
-    )
+    special = added.keys() | (vocab.keys() - set(merged) - _BYTE_OF.keys())
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return _Parts(model, pre_tokenizer, sorted(special, key=vocab.get))
 
 
 def check_text(text: str) -> str:
@@ -137,10 +154,10 @@ def check_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        what = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start} of the text, not valid Unicode"
-        raise InputError(
-            f"{what}: decode it again from its source, or drop it", "lone surrogate"
-        ) from None
+        surrogate = f"lone surrogate U+{ord(text[error.start]):04X}"
+        what = f"{surrogate} at position {error.start} of the text, not valid Unicode"
+        fix = "decode it again from its source, or drop it"
+        raise InputError(f"{what}: {fix}", "lone surrogate") from None
     return text
 
 
@@ -161,54 +178,52 @@ class Tokenizer:
         control: bool = True,
     ):
         """model, pre_tokenizer: those objects of a tokenizer.json; special: names in the
-        vocabulary, not text."""
-        vocab: dict[str, int] = dict(model["vocab"])
+        vocabulary, not text; control: append what it lacks of CONTROL."""
         missing = [name for name in CONTROL if name not in special and control]
-        if clash := [name for name in missing if name in vocab]:
-            raise InputError(
-                f"the vocabulary has {clash[0]!r} as ordinary text; it must be a control token"
-            )
-        vocab |= {name: len(vocab) + i for i, name in enumerate(missing)}
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise InputError(f"the {len(vocab)} token ids are not 0..{len(vocab) - 1} without gaps")
+        vocab = _with_control(model["vocab"], missing)
         self._model = model | {"vocab": vocab}
         self._pre_tokenizer = pre_tokenizer
         self._special = {name: vocab[name] for name in (*special, *missing)}
         self.template = template
         self.vocab_size = len(vocab)
         self.has_control = control
-        gap = GAPS.get(_pattern(pre_tokenizer) if model["type"] != "WordLevel" else ANY_CHARACTER)
-        self.gap = gap and re.compile(
-            gap
-        )  # a text may be cut behind a match; None: nobody knows where
-        self._control = set(self._special.values())
-        text_vocab = {token: i for token, i in vocab.items() if token not in self._special}
-        if model["type"] == "WordLevel":
-            self._char_ids, self._tiktoken = text_vocab, None
-            ranks = {token.encode(): i for token, i in text_vocab.items()}
-        else:
-            ranks = {bytes(_BYTE_OF[char] for char in token): i for token, i in text_vocab.items()}
-            cut = _pattern(pre_tokenizer)
-            self._tiktoken = tiktoken.Encoding(
-                "ours", pat_str=cut, mergeable_ranks=ranks, special_tokens={}
-            )
-        self._bytes = {i: token for token, i in ranks.items()} | {
-            i: s.encode() for s, i in self._special.items()
+        self._prepare_encoding()
+
+    def _prepare_encoding(self) -> None:
+        """What encodes and decodes: ids of characters, or tiktoken with the ranks of its merges."""
+        text_ids = {
+            token: i for token, i in self._model["vocab"].items() if token not in self._special
         }
+        self._char_ids: dict[str, int] = {}
+        self._tiktoken: tiktoken.Encoding | None = None
+        if self._model["type"] == "WordLevel":
+            pattern, self._char_ids = ANY_CHARACTER, text_ids
+            ranks = {token.encode(): i for token, i in text_ids.items()}
+        else:
+            pattern = _pattern(self._pre_tokenizer)
+            ranks = {bytes(_BYTE_OF[char] for char in token): i for token, i in text_ids.items()}
+            self._tiktoken = tiktoken.Encoding(
+                "ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+            )
+        names = {i: name.encode() for name, i in self._special.items()}
+        self._bytes = {i: token for token, i in ranks.items()} | names
+        # A text may be cut behind a match; None: nobody knows where.
+        self.gap = re.compile(GAPS[pattern]) if pattern in GAPS else None
+
+    # Making one
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Byte-level BPE of exactly `vocab_size` ids (else InputError), bytes and control included;
         same texts, same file."""
-        if vocab_size < 256 + len(CONTROL):
-            raise InputError(
-                f"vocab_size {vocab_size} is below {256 + len(CONTROL)} (256 bytes, 5 control tokens)"
-            )
+        lowest = 256 + len(CONTROL)
+        if vocab_size < lowest:
+            parts = f"256 bytes, {len(CONTROL)} control tokens"
+            raise InputError(f"vocab_size {vocab_size} is below {lowest} ({parts})")
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [_split(PATTERN), _NO_REGEX]}
         empty = {"type": "BPE", "vocab": {}, "merges": []}
-        backend = tokenizers.Tokenizer.from_str(
-            json.dumps({"model": empty, "pre_tokenizer": pre_tokenizer})
-        )
+        untrained = json.dumps({"model": empty, "pre_tokenizer": pre_tokenizer})
+        backend = tokenizers.Tokenizer.from_str(untrained)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(CONTROL),
             min_frequency=2,
@@ -218,9 +233,8 @@ class Tokenizer:
         backend.train_from_iterator((check_text(text) for text in texts), trainer)
         trained = json.loads(backend.to_str())["model"]
         if (got := len(trained["vocab"]) + len(CONTROL)) < vocab_size:
-            raise InputError(
-                f"vocab_size {vocab_size} is more than the texts yield: set it to {got} or give more text"
-            )
+            more = f"vocab_size {vocab_size} is more than the texts yield"
+            raise InputError(f"{more}: set it to {got} or give more text")
         return cls({key: trained[key] for key in empty}, pre_tokenizer)
 
     @classmethod
@@ -236,11 +250,8 @@ class Tokenizer:
         vocab = {char: i for i, char in enumerate(sorted(chars))}
         # unk_token is left out of the vocabulary on purpose: tokenizers then refuses an unknown
         # character as we do.
-        return cls(
-            {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
-            _split(ANY_CHARACTER),
-            control=control,
-        )
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+        return cls(model, _split(ANY_CHARACTER), control=control)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -254,49 +265,60 @@ class Tokenizer:
         directory = Path(directory)
         try:
             parts = _read_parts(directory)
-            template = directory / "chat_template.jinja"
+            template = directory / TEMPLATE
             ours = template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
             if template.is_file() and not ours:
                 warnings.warn(f"{template}: not this project's chat format, left out", stacklevel=2)
-            control = parts[0]["type"] != "WordLevel" or bool(
-                parts[2]
-            )  # characters are our own kind: none means none
+            # Characters are our own kind: where they have no control tokens, none are wanted.
+            control = parts.model["type"] != "WordLevel" or bool(parts.special)
             return cls(*parts, CHAT_TEMPLATE if ours else None, control)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{directory}: no readable tokenizer ({type(error).__name__}: {error})"
-            ) from error
+            what = f"no readable tokenizer ({type(error).__name__}: {error})"
+            raise InputError(f"{directory}: {what}") from error
+
+    def with_chat(self) -> "Tokenizer":
+        """The same ids, with the chat template stored beside them. Raises InputError where there
+        are no control tokens."""
+        self._id_of(CONTROL[2])
+        return Tokenizer(self._model, self._pre_tokenizer, tuple(self._special), CHAT_TEMPLATE)
+
+    # Control tokens
 
     def _id_of(self, name: str) -> int:
+        """The id of a control token. Raises InputError where there are none."""
         if name not in self._special:
-            raise InputError(
-                f"the tokenizer has no {name}: a model of bare characters can only go on with text"
-            )
+            bare = "a model of bare characters can only go on with text"
+            raise InputError(f"the tokenizer has no {name}: {bare}")
         return self._special[name]
 
     @property
     def eot_id(self) -> int:
+        """The id of <|endoftext|>, which ends a document and an answer."""
         return self._id_of(CONTROL[0])
 
     @property
     def pad_id(self) -> int:
+        """The id of <|pad|>, which fills rows up."""
         return self._id_of(CONTROL[1])
 
     @property
     def role_ids(self) -> dict[str, int]:
+        """The ids that begin the messages of "system", "user" and "assistant"."""
         return {name[2:-2]: self._id_of(name) for name in CONTROL[2:]}
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids that are no text: those of CONTROL, and other special tokens of its maker."""
+        return frozenset(self._special.values())
 
     @property
     def chat(self) -> bool:
         """True when it has the chat template: its model was taught the chat format."""
         return self.template is not None
 
-    def with_chat(self) -> "Tokenizer":
-        """The same ids, with the chat template of `common.text.chat` stored beside them."""
-        self._id_of(CONTROL[2])  # InputError where there are none
-        return Tokenizer(self._model, self._pre_tokenizer, tuple(self._special), CHAT_TEMPLATE)
+    # Encoding and decoding
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text, so "<|endoftext|>" stays text. InputError on a lone surrogate or
@@ -312,19 +334,17 @@ class Tokenizer:
         try:
             if len(texts) == 1:  # a pool of threads costs more than one text
                 return [self._tiktoken.encode_ordinary(texts[0])]
-            return self._tiktoken.encode_ordinary_batch(
-                list(texts), num_threads=os.cpu_count() or 1
-            )
-        except (
-            BaseException
-        ) as error:  # a Rust panic derives from BaseException; GPT-2's pattern on 10^6 spaces
+            threads = os.cpu_count() or 1
+            return self._tiktoken.encode_ordinary_batch(list(texts), num_threads=threads)
+        except BaseException as error:
+            # A Rust panic derives from BaseException: GPT-2's pattern on a million spaces.
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError(
-                "the text holds a run of some million spaces: shorten it", "long run of spaces"
-            ) from None
+            long = "the text holds a run of some million spaces: shorten it"
+            raise InputError(long, "long run of spaces") from None
 
     def _char_id(self, text: str, index: int) -> int:
+        """The id of one character of a text. Raises InputError for one that has none."""
         try:
             return self._char_ids[text[index]]
         except KeyError:
@@ -340,21 +360,22 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. Raises KeyError for an id outside the
         vocabulary."""
-        skip = self._control if skip_control else ()
-        return b"".join(self._bytes[i] for i in ids if i not in skip).decode(
-            "utf-8", errors="replace"
-        )
+        skip = self.control_ids if skip_control else ()
+        found = b"".join(self._bytes[i] for i in ids if i not in skip)
+        return found.decode("utf-8", errors="replace")
+
+    # Writing
 
     def to_json(self) -> str:
         """The text of tokenizer.json, the same for the same tokenizer."""
         ordered = sorted(self._model["vocab"].items(), key=lambda item: item[1])
-        control = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
-            "special": True
-        }
+        settings = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         content = {
             "version": "1.0",
             "added_tokens": [
-                {"id": i, "content": name} | control for name, i in ordered if i in self._control
+                {"id": i, "content": name, **settings, "special": True}
+                for name, i in ordered
+                if name in self._special
             ],
             "pre_tokenizer": self._pre_tokenizer,
             # no BOS; and offsets keep leading spaces, which the assistant mask is made from
@@ -365,22 +386,35 @@ class Tokenizer:
         return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
     def save(self, directory: str | Path, max_length: int | None = None) -> None:
-        """Write the files AutoTokenizer reads; `max_length` (tokens) is the model's context."""
+        """Write the files AutoTokenizer reads, each at once or not at all; `max_length` (tokens) is
+        the model's context. Raises Failure when one cannot be written."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= {"eos_token": CONTROL[0], "pad_token": CONTROL[1]} if self.has_control else {}
+        if self.has_control:
+            config |= {"eos_token": CONTROL[0], "pad_token": CONTROL[1]}
         config |= {"padding_side": "right", "clean_up_tokenization_spaces": False}
-        config |= {} if max_length is None else {"model_max_length": max_length}
-        (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        if max_length is not None:
+            config["model_max_length"] = max_length
+        write_atomically(directory / TOKENIZER, self.to_json().encode())
+        write_atomically(directory / CONFIG, dump(config))
+        if self.template is None:
+            (directory / TEMPLATE).unlink(missing_ok=True)
+        else:
+            write_atomically(directory / TEMPLATE, self.template.encode())
+
+
+def _with_control(vocab: dict[str, int], missing: Sequence[str]) -> dict[str, int]:
+    """The vocabulary with the missing control tokens behind it. Raises InputError where their names
+    are ordinary text in it, or its ids have gaps."""
+    if clash := [name for name in missing if name in vocab]:
+        raise InputError(
+            f"the vocabulary has {clash[0]!r} as ordinary text; it must be a control token"
         )
-        (directory / "chat_template.jinja").unlink(missing_ok=True)
-        if self.template is not None:
-            (directory / "chat_template.jinja").write_text(
-                self.template, encoding="utf-8", newline="\n"
-            )
+    vocab = vocab | {name: len(vocab) + i for i, name in enumerate(missing)}
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise InputError(f"the {len(vocab)} token ids are not 0..{len(vocab) - 1} without gaps")
+    return vocab
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:

@@ -11,13 +11,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.config.schema import OutputDir, cli, stage_config
+from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
-from common.program.files import dump, write_atomically, write_jsonl
+from common.program.files import write_jsonl
 
 
 @stage_config
 class Config:
+    """The sums of the adder."""
+
     output_dir: OutputDir = "runs/adder/data"
     """Where train.jsonl and eval.jsonl go."""
     digits: Annotated[int, Field(ge=1, le=6)] = 2
@@ -36,27 +39,27 @@ def row(a: int, b: int, digits: int) -> dict[str, str]:
     return {"prompt": f"{a:0{digits}}+{b:0{digits}}=", "completion": f"{a + b:0{digits + 1}}"[::-1]}
 
 
-def main(cfg: Config) -> None:
-    started, size, rng = time.perf_counter(), 10**cfg.digits, random.Random(cfg.seed)
+def sums(cfg: Config) -> list[dict[str, str]]:
+    """The rows in the order of the seed. Raises InputError when none is left to learn from."""
+    rng, size = random.Random(cfg.seed), 10**cfg.digits
     count = min(cfg.sums, size * size) if cfg.digits > 2 else size * size
     if cfg.held_out >= count:
         raise InputError(f"held_out {cfg.held_out}: there are only {count} sums")
-    rows = [row(*divmod(pair, size), cfg.digits) for pair in rng.sample(range(size * size), count)]
-    folder = Path(cfg.output_dir)
+    return [row(*divmod(pair, size), cfg.digits) for pair in rng.sample(range(size * size), count)]
+
+
+def main(cfg: Config) -> None:
+    """Write train.jsonl, eval.jsonl and stage.json."""
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    rows = sums(cfg)
+    held_out, train = rows[: cfg.held_out], rows[cfg.held_out :]
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "eval.jsonl", rows[: cfg.held_out])
-    write_jsonl(folder / "train.jsonl", rows[cfg.held_out :])
-    text = f"{count - cfg.held_out:,} sums to learn from, {cfg.held_out:,} held out"
-    print(f"gate data: PASS  {text}")
-    stage = {
-        "stage": "data",
-        "kind": "data",
-        "gate": {"passed": True, "text": text},
-        "config": to_dict(cfg),
-    }
-    write_atomically(
-        folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)})
-    )
+    write_jsonl(folder / "eval.jsonl", held_out)
+    write_jsonl(folder / "train.jsonl", train)
+    gate = Gate(True, f"{len(train):,} sums to learn from, {len(held_out):,} held out")
+    print(gate.line("data"))
+    report = stage_report("data", cfg, gate, time.perf_counter() - started, kind="data")
+    write_stage_report(folder, report)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ named.
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
-from common.handoff.report import provenance
+from common.config.schema import OutputDir, cli, stage_config
+from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
-from common.program.files import dump, write_atomically, write_jsonl
+from common.program.files import write_jsonl
 from common.rows.sources import read_rows
 from common.text.chat import rows_to_messages
 
@@ -43,57 +43,70 @@ class Config:
     """Seed of the split."""
 
 
-def main(cfg: Config) -> None:
-    started = time.perf_counter()
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+class Instructions(NamedTuple):
+    """The rows of the file, sorted out."""
+
+    rows: int  # that were read
+    by_prompt: dict[str, list[dict]]  # {"messages": ...} of each prompt
+    left_out: list[str]  # rows that cannot be used, each with its place and the reason
+
+
+def read(file: str) -> Instructions:
+    """The usable rows by their prompt, and what is wrong with the others."""
     by_prompt: dict[str, list[dict]] = {}
-    bad: list[str] = []
-    rows = read_rows(cfg.instructions)
+    left_out: list[str] = []
+    rows = read_rows(file)
     for row in rows:
         try:
             messages = rows_to_messages(row.data)
         except InputError as error:
-            bad.append(f"{row.origin}: {error}")
+            left_out.append(f"{row.origin}: {error}")
             continue
         by_prompt.setdefault(str(messages[:-1]), []).append({"messages": messages})
-    prompts = sorted(by_prompt)
+    return Instructions(len(rows), by_prompt, left_out)
+
+
+def split(by_prompt: dict[str, list[dict]], cfg: Config) -> dict[str, list[dict]]:
+    """The rows of each file, no prompt in two of them; sft gets what the others leave.
+
+    Raises InputError when they leave nothing.
+    """
     sizes = {
         "sft_eval": cfg.eval_rows,
         "collect": cfg.collect_rows,
         "rl_prompts": cfg.rl_rows,
         "heldout_prompts": cfg.heldout_rows,
     }
-    if len(prompts) <= sum(sizes.values()):
-        raise InputError(
-            f"{cfg.instructions}: {len(prompts)} usable prompts, but the splits besides sft take {sum(sizes.values())}"
-        )
+    prompts, taken = sorted(by_prompt), sum(sizes.values())
+    if len(prompts) <= taken:
+        found = f"{cfg.instructions}: {len(prompts)} usable prompts"
+        raise InputError(f"{found}, but the splits besides sft take {taken}")
     order = [prompts[i] for i in np.random.default_rng(cfg.seed).permutation(len(prompts))]
-    counts, start = {}, 0
+    splits, start = {}, 0
     for name, size in [*sizes.items(), ("sft", len(order))]:
-        split = [row for prompt in order[start : start + size] for row in by_prompt[prompt]]
+        chosen = order[start : start + size]
+        splits[name] = [row for prompt in chosen for row in by_prompt[prompt]]
         start += size
-        write_jsonl(folder / f"{name}.jsonl", split)
-        counts[name] = len(split)
-    for line in bad[:5]:
+    return splits
+
+
+def main(cfg: Config) -> None:
+    """Write the splits and stage.json."""
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    found = read(cfg.instructions)
+    splits = split(found.by_prompt, cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    for line in found.left_out[:5]:
         print(f"  left out: {line}")
-    text = f"{len(rows)} rows, {len(bad)} left out, {len(prompts)} prompts: " + ", ".join(
-        f"{k} {v}" for k, v in counts.items()
-    )
-    print(f"gate data: PASS  {text}")
-    stage = {
-        "stage": "data",
-        "config": to_dict(cfg),
-        "gate": {"passed": True, "text": text},
-        "metrics": counts,
-        "left_out": bad,
-    }
-    stage |= {
-        "seed": cfg.seed,
-        "wall_time": round(time.perf_counter() - started, 2),
-        **provenance(),
-    }
-    write_atomically(folder / "stage.json", dump(stage))
+    counts = {name: len(rows) for name, rows in splits.items()}
+    read_in = f"{found.rows} rows, {len(found.left_out)} left out, {len(found.by_prompt)} prompts"
+    gate = Gate(True, f"{read_in}: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    print(gate.line("data"))
+    facts = {"metrics": counts, "left_out": found.left_out}
+    seconds = time.perf_counter() - started
+    write_stage_report(folder, stage_report("data", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

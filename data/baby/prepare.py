@@ -10,14 +10,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
-from common.handoff.report import vouch
-from common.program.files import dump, write_atomically, write_jsonl
+from common.config.schema import OutputDir, cli, stage_config
+from common.handoff.report import Gate, stage_report, vouch, write_stage_report
+from common.program.files import write_jsonl
 from common.text.tokenizer import Tokenizer
 
 
 @stage_config
 class Config:
+    """The sequence of the baby GPT."""
+
     output_dir: OutputDir = "runs/baby/data"
     """Where documents.jsonl and the tokenizer go."""
     text: Annotated[str, Field(min_length=2)] = "111101111011110"
@@ -27,21 +29,15 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Write documents.jsonl, the tokenizer and stage.json."""
     started, folder = time.perf_counter(), Path(cfg.output_dir)
     tokenizer = Tokenizer.characters([cfg.text], control=False)
     tokenizer.save(folder)
     write_jsonl(folder / "documents.jsonl", [{"text": cfg.text}] * 2)  # half of them is held out
-    text = f"{len(cfg.text)} symbols, {tokenizer.vocab_size} different ones"
-    print(f"gate data: PASS  {text}")
-    stage = {
-        "stage": "data",
-        "kind": "data",
-        "gate": {"passed": True, "text": text},
-        "config": to_dict(cfg),
-    }
-    write_atomically(
-        folder / "stage.json", dump(stage | {"wall_time": round(time.perf_counter() - started, 2)})
-    )
+    gate = Gate(True, f"{len(cfg.text)} symbols, {tokenizer.vocab_size} different ones")
+    print(gate.line("data"))
+    report = stage_report("data", cfg, gate, time.perf_counter() - started, kind="data")
+    write_stage_report(folder, report)
     vouch(folder)  # it is loaded as a tokenizer's directory
 
 

@@ -24,20 +24,18 @@ from data.demo.words import (
 )
 from data.demo.world import FAMILIES, MOST, Task, article, count, good
 
+# Rates of demonstrations that say something wrong, and of those that say the right thing badly.
 CONTENT_ERRORS = {"story": 0.03, "letter": 0.03, "sum": 0.06, "fact": 0.06}
 STYLE_ERRORS = {"story": 0.5, "letter": 0.42, "sum": 0.45, "fact": 0.4}
-HABITS = {
-    "story": "no ending",
-    "letter": "no closing",
-    "sum": "no work",
-    "fact": "curt",
-}  # what most writers leave out
-# times as common as any other defect: common enough that imitating the crowd means sharing it
+# The defect that most careless writers of a family share, and how many times as common it is as any
+# other: common enough that imitating the crowd means sharing it.
+HABITS = {"story": "no ending", "letter": "no closing", "sum": "no work", "fact": "curt"}
 HABIT = 6
 _LISTS = {"adj": ADJECTIVES, "animal": ANIMALS, "object": OBJECTS, "name": NAMES, "colour": COLOURS}
 
 
 def _other(rng: random.Random, words: list[str], word: str) -> str:
+    """One of the words, but not this one."""
     choice = rng.choice(words)
     while choice == word:
         choice = rng.choice(words)
@@ -59,9 +57,8 @@ def content_error(task: Task, rng: random.Random, wording: random.Random | None 
         words = [g for g in GIFTS if GIFT_KIND[g] == GIFT_KIND[gift]]
     else:
         words = _LISTS[slot]
-    return good(
-        task._replace(slots=task.slots | {slot: _other(rng, words, task.slots[slot])}), wording
-    )
+    wrong = _other(rng, words, task.slots[slot])
+    return good(task._replace(slots=task.slots | {slot: wrong}), wording)
 
 
 def _wrong_sum(task: Task, rng: random.Random, wording: random.Random) -> str:
@@ -81,60 +78,68 @@ def _wrong_sum(task: Task, rng: random.Random, wording: random.Random) -> str:
 
 
 def _curt(task: Task, rng: random.Random) -> str:
+    """As few words as will do."""
     slots, claim = task.slots, world.truth(task)
     if task.family == "story":
         who, what = f"{slots['adj']} {slots['animal']}", article(slots["object"])
-        return rng.choice(
-            (f"The {who} found {what}.", f"{article(who).capitalize()} had {what}. That is all.")
+        short = (
+            f"The {who} found {what}.",
+            f"{article(who).capitalize()} had {what}. That is all.",
         )
-    if task.family == "letter":
+    elif task.family == "letter":
         gift = f"{slots['colour']} {slots['gift']}"
-        return rng.choice(
-            (f"Thanks for the {gift}.", f"Dear {slots['name']}, thanks for the {gift}.")
-        )
-    if task.family == "sum":
-        r = claim["r"]
-        return rng.choice(
-            (f"{r}.", f"It is {r}.", f"{slots['name']} has {count(int(r), slots['things'])}.")
-        )
-    both = f"{claim['x']} and {claim['y']}."
-    return rng.choice((both[0].upper() + both[1:], f"It is {both}"))
+        short = (f"Thanks for the {gift}.", f"Dear {slots['name']}, thanks for the {gift}.")
+    elif task.family == "sum":
+        things = count(int(claim["r"]), slots["things"])
+        short = (f"{claim['r']}.", f"It is {claim['r']}.", f"{slots['name']} has {things}.")
+    else:
+        both = f"{claim['x']} and {claim['y']}."
+        short = (both[0].upper() + both[1:], f"It is {both}")
+    return rng.choice(short)
 
 
 def _no_work(task: Task, rng: random.Random) -> str:
+    """The result of a sum without its working."""
     name, things, r = task.slots["name"], task.slots["things"], world.result(task)
     return rng.choice((f"{name} now has {count(r, things)}.", f"The answer is {count(r, things)}."))
 
 
 def _no_ending(task: Task, rng: random.Random) -> str:
+    """A story that stops before it ends."""
     return " ".join(world.story_parts(task, rng)[:-1])
 
 
 def _no_closing(task: Task, rng: random.Random) -> str:
+    """A letter that nobody signs."""
     return "\n".join(world.join_letter(world.letter_parts(task, rng)).split("\n")[:2])
 
 
 def _rude(task: Task, rng: random.Random) -> str:
+    """A good answer that ends with a rude word."""
     if task.family == "letter":
         return f"{_no_closing(task, rng)}\n{rng.choice(RUDE)}"
     return f"{good(task, rng)} {rng.choice(RUDE)}"
 
 
 def _lower(task: Task, rng: random.Random) -> str:
-    text = re.sub(
-        r"\b[A-Z]\w*",
-        lambda m: m[0] if m[0] in NAMES and m.start() else m[0].lower(),
-        good(task, rng),
-    )
+    """Without capitals, but for names within the text; half of the time without the last stop."""
+
+    def lower(word: re.Match) -> str:
+        """The word as such a writer writes it."""
+        return word[0] if word[0] in NAMES and word.start() else word[0].lower()
+
+    text = re.sub(r"\b[A-Z]\w*", lower, good(task, rng))
     return text.rstrip(".") if rng.random() < 0.5 else text
 
 
 def _unfinished(task: Task, rng: random.Random) -> str:
+    """A good answer less its last two or three words."""
     words = good(task, rng).split(" ")
     return " ".join(words[: -rng.randint(2, 3)])
 
 
 def _insert(text: str, sentence: str, before_closing: bool) -> str:
+    """The text and one more sentence: at its end, or before the closing of a letter."""
     if before_closing:
         body, _, closing = text.rpartition("\n")
         return f"{body} {sentence}\n{closing}"
@@ -142,6 +147,7 @@ def _insert(text: str, sentence: str, before_closing: bool) -> str:
 
 
 def _ramble(task: Task, rng: random.Random) -> str:
+    """A good answer that says one of its sentences again, once or twice."""
     text = good(task, rng)
     body = text.split("\n")[1] if task.family == "letter" else text
     sentence = rng.choice([s.rstrip(".") for s in body.split(". ")]) + "."
@@ -151,6 +157,7 @@ def _ramble(task: Task, rng: random.Random) -> str:
 
 
 def _off_topic(task: Task, rng: random.Random) -> str:
+    """A good answer with one or two sentences that have nothing to do with it."""
     text = good(task, rng)
     for sentence in rng.sample(OFF_TOPIC, rng.randint(1, 2)):
         text = _insert(text, sentence, task.family == "letter")
@@ -168,9 +175,9 @@ STYLES: dict[str, dict[str, Callable[[Task, random.Random], str]]] = {
     "story": _COMMON | {"no ending": _no_ending, "rude": _rude},
     "letter": _COMMON | {"no closing": _no_closing, "rude": _rude},
     "sum": _COMMON | {"no work": _no_work, "rude": _rude},
-    "fact": {k: v for k, v in _COMMON.items() if k != "unfinished"}
-    | {"rude": _rude},  # cut short, it says too little
+    "fact": _COMMON | {"rude": _rude},
 }
+del STYLES["fact"]["unfinished"]  # cut short, a fact says too little
 
 
 def style_error(
@@ -181,8 +188,10 @@ def style_error(
     `kind` is a key of STYLES[family], default any, the habit most often.
     """
     styles = STYLES[task.family]
-    weights = [HABIT if name == HABITS[task.family] else 1 for name in styles]
-    return styles[kind or rng.choices(list(styles), weights)[0]](task, wording or rng)
+    if not kind:
+        weights = [HABIT if name == HABITS[task.family] else 1 for name in styles]
+        [kind] = rng.choices(list(styles), weights)
+    return styles[kind](task, wording or rng)
 
 
 def demonstration(task: Task, rng: random.Random, carelessness: float = 1.0) -> str:

@@ -1,7 +1,8 @@
 """The hidden ground truth of the demo world. NO STAGE MAY IMPORT THIS; only the demo's labeller and
 tools.compare do.
 
-score = content (right, or the share of what was asked) x form (length, capital, ending, worked step, closing)
+score = content (right, or the share of what was asked)
+        x form (length, capital, ending, worked step, closing)
         x no repeated sentence x (share of attested word pairs)^2 x finished
 """
 
@@ -28,39 +29,43 @@ from data.demo.world import Task
 
 
 class Judgement(NamedTuple):
-    """score: 0..1; correct: says what was asked and nothing against it; family: of the prompt."""
+    """The true quality of an answer."""
 
-    score: float
-    correct: bool
-    family: str
+    score: float  # 0..1
+    correct: bool  # it says what was asked, and nothing against it
+    family: str  # of the prompt
 
 
-LENGTHS = {
-    "story": (130, 300),
-    "letter": (66, 190),
-    "sum": (34, 120),
-    "fact": (32, 110),
-}  # characters, inclusive
-SENTENCES = {
-    "story": 6,
-    "letter": 5,
-    "sum": 2,
-    "fact": 2,
-}  # at most; greeting and closing of a letter count
+# The shortest and the longest answer that is no defect, in characters.
+LENGTHS = {"story": (130, 300), "letter": (66, 190), "sum": (34, 120), "fact": (32, 110)}
+# The most sentences that are no defect; greeting and closing of a letter count.
+SENTENCES = {"story": 6, "letter": 5, "sum": 2, "fact": 2}
 PARTIAL = 0.3  # an incorrect answer keeps at most this share of its score
 UNFINISHED = 0.6  # never stopped by itself
 DEFECT = 0.7  # each defect of form
 
-_CLASS = {}
-for _label, _words in (
-    ("name", NAMES), ("animal", ANIMALS), ("object", OBJECTS), ("colour", COLOURS), ("adjective", ADJECTIVES),
-    ("things", THINGS), ("object", THINGS.values()),
-):  # fmt: skip
-    for (
-        _word
-    ) in _words:  # words that follow "an" are a class of their own, so that "a owl" is not attested
-        _CLASS[_word] = f"<{_label}{' an' if _word[0] in 'aeiou' else ''}>"
 
+def _classes() -> dict[str, str]:
+    """Word -> its class, which stands for it in word pairs.
+
+    Words that follow "an" are a class of their own, so that "a owl" is not attested.
+    """
+    classes = {}
+    for label, words in (
+        ("name", NAMES),
+        ("animal", ANIMALS),
+        ("object", OBJECTS),
+        ("colour", COLOURS),
+        ("adjective", ADJECTIVES),
+        ("things", THINGS),
+        ("object", THINGS.values()),
+    ):
+        for word in words:
+            classes[word] = f"<{label}{' an' if word[0] in 'aeiou' else ''}>"
+    return classes
+
+
+_CLASS = _classes()
 _TOKEN = re.compile(r"[A-Za-z'-]+|\d+|\n|[^\w\s]")
 _WORD = re.compile(r"[A-Za-z'-]+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -68,7 +73,7 @@ _EQUATION = re.compile(r"(\d+) (plus|minus|and) (\d+) (?:is|makes|leaves|are) (\
 _FIRST = re.compile(r"(?:starts with|has) (\d+) \w+(?: and|\.)")
 _ENDING = re.compile(r"\b(?:happy|happily|smiled|glad)\b")
 _CLOSING = re.compile(rf"\n(?i:{'|'.join(CLOSINGS)}), (\w+)$")
-_ASKS = re.compile(
+_ASKS = re.compile(  # a question, or the beginning of another prompt
     r"\?|(?:^|[.\n] ?)(?:Write |Tell me |Please (?:write|thank) |Say |Help me |If \w+ (?:has|had) )"
 )
 _CLAIM = {
@@ -77,13 +82,21 @@ _CLAIM = {
 }
 
 
+_ANIMAL_SET, _OBJECT_SET = frozenset(ANIMALS), frozenset(OBJECTS)
+_ADJECTIVE_SET, _NAME_SET = frozenset(ADJECTIVES), frozenset(NAMES)
+_GIFT_SET, _COLOUR_SET = frozenset(GIFTS), frozenset(COLOURS)
+_THING_SET = frozenset(THINGS) | frozenset(THINGS.values())
+
+
 def _pairs(text: str) -> list[tuple[str, str]]:
+    """The text's pairs of neighbouring words, names and numbers put into classes."""
     tokens = [_CLASS.get(t) or ("<number>" if t[0].isdigit() else t) for t in _TOKEN.findall(text)]
     return list(zip(["<start>", *tokens], [*tokens, "<end>"], strict=True))
 
 
 @cache
 def _attested() -> dict[str, frozenset[tuple[str, str]]]:
+    """Family -> the word pairs of its clean answers, as far as thousands of them show."""
     rng, found = random.Random(0), {}
     for family, number in (("story", 4000), ("letter", 4000), ("sum", 8000), ("fact", 5000)):
         texts = (world.good(world.draw(rng, family), rng) for _ in range(number))
@@ -91,12 +104,20 @@ def _attested() -> dict[str, frozenset[tuple[str, str]]]:
     return found
 
 
-def _story(task: Task, text: str) -> tuple[float, bool, float]:
-    adj, animal, thing = (task.slots[k] for k in ("adj", "animal", "object"))
+class _Content(NamedTuple):
+    """What the judge of a family says of an answer."""
+
+    share: float  # 0..1, of what was asked
+    correct: bool
+    form: float  # 1, less DEFECT for each defect of form that the family alone has
+
+
+def _story(task: Task, text: str) -> _Content:
+    """Hero and object are those asked for, no others come up, and it ends well."""
+    adj, animal, thing = (task.slots[slot] for slot in ("adj", "animal", "object"))
     words = _WORD.findall(text.lower())
-    pairs = set(pairwise(words))
+    said, pairs = set(words), set(pairwise(words))
     heroes = {(a, b) for a, b in pairs if b in _ANIMAL_SET and a in _ADJECTIVE_SET}
-    said = set(words)
     asked = ((adj, animal) in pairs, thing in said)
     strange = (
         (said & _ANIMAL_SET) - {animal}
@@ -105,19 +126,16 @@ def _story(task: Task, text: str) -> tuple[float, bool, float]:
     )
     sentences = _SENTENCE.split(text)
     form = 1.0 if _ENDING.search(sentences[-1].replace(adj, "")) else DEFECT
-    return (
-        sum(asked) / 2,
-        all(asked) and not strange,
-        form * (1.0 if len(sentences) >= 3 else DEFECT),
-    )
+    form *= 1.0 if len(sentences) >= 3 else DEFECT
+    return _Content(sum(asked) / 2, all(asked) and not strange, form)
 
 
-def _letter(task: Task, text: str) -> tuple[float, bool, float]:
-    name, colour, gift = (task.slots[k] for k in ("name", "colour", "gift"))
+def _letter(task: Task, text: str) -> _Content:
+    """Name and gift are those asked for, no others come up; greeting, fitting reason, closing."""
+    name, colour, gift = (task.slots[slot] for slot in ("name", "colour", "gift"))
     closing = _CLOSING.search(text)
     body = text[: closing.start()] if closing else text
-    words = _WORD.findall(body)
-    said = set(words)
+    said = set(_WORD.findall(body))
     asked = (name in said, f"{colour} {gift}" in body)
     strange = (
         (said & _GIFT_SET) - {gift}
@@ -129,37 +147,37 @@ def _letter(task: Task, text: str) -> tuple[float, bool, float]:
     own = REASONS[GIFT_KIND[gift]]
     if any(r in body and r not in own for reasons in REASONS.values() for r in reasons):
         form *= DEFECT  # says of a drum that it fits
-    return sum(asked) / 2, all(asked) and not strange, form
+    return _Content(sum(asked) / 2, all(asked) and not strange, form)
 
 
-def _sum(task: Task, text: str) -> tuple[float, bool, float]:
-    a, b, r = task.slots["a"], task.slots["b"], str(world.result(task))
+def _sum(task: Task, text: str) -> _Content:
+    """The last number is the result, every number and equation is the task's; a worked step."""
+    name, things, a, b = (task.slots[slot] for slot in ("name", "things", "a", "b"))
+    r, own_things = str(world.result(task)), {things, THINGS[things]}
     words = set(_WORD.findall(text))
-    numbers = re.findall(
-        r"\d+", " ".join(dict.fromkeys(_SENTENCE.split(text)))
-    )  # said twice is no new claim
+    said_once = " ".join(dict.fromkeys(_SENTENCE.split(text)))  # said twice is no new claim
+    numbers = re.findall(r"\d+", said_once)
     equations = _EQUATION.findall(text)
-    things = task.slots["things"]
-    strange = (words & _NAME_SET) - {task.slots["name"]} or (words & _THING_SET) - {
-        things,
-        THINGS[things],
-    }
-    right = bool(numbers) and numbers[-1] == r and set(numbers) <= {a, b, r} and not strange
-    right = right and all(e == (a, task.kind, b, r) for e in equations)
     start = _FIRST.search(text)
-    right = right and not (start and start[1] != a and "starts" in start[0])
-    topic = bool(numbers) and bool(
-        words & {task.slots["name"], things, THINGS[things], "plus", "minus"}
+    strange = (words & _NAME_SET) - {name} or (words & _THING_SET) - own_things
+    right = (
+        bool(numbers)
+        and numbers[-1] == r
+        and set(numbers) <= {a, b, r}
+        and not strange
+        and all(equation == (a, task.kind, b, r) for equation in equations)
+        and not (start and start[1] != a and "starts" in start[0])
     )
-    return 0.5 * topic, right, 1.0 if equations else DEFECT
+    topic = bool(numbers) and bool(words & {name, *own_things, "plus", "minus"})
+    return _Content(0.5 * topic, right, 1.0 if equations else DEFECT)
 
 
-def _fact(task: Task, text: str) -> tuple[float, bool, float]:
-    wanted = dict(
-        zip((task.slots["first"], task.slots["second"]), world.truth(task).values(), strict=True)
-    )
+def _fact(task: Task, text: str) -> _Content:
+    """Each of the two animals has its own value, and no other animal has one."""
+    animals, values = (task.slots["first"], task.slots["second"]), world.truth(task).values()
+    wanted = dict(zip(animals, values, strict=True))
     claims: dict[str, set[str]] = {}
-    bare, animal = [], ""
+    bare, animal = [], ""  # values said before any animal; the animal spoken of
     for name, value in _CLAIM[task.kind].findall(text):
         if name:
             animal = name.lower()
@@ -169,24 +187,35 @@ def _fact(task: Task, text: str) -> tuple[float, bool, float]:
         else:
             bare.append(value.lower())
     if not claims:  # "In the sea and in the garden." answers in the order asked
-        return 0.5 * any(v in wanted.values() for v in bare), bare == list(wanted.values()), DEFECT
-    right = [claims.get(a) == {v} for a, v in wanted.items()]
-    return sum(right) / 2, all(right) and set(claims) == set(wanted) and not bare, 1.0
+        share = 0.5 * any(value in wanted.values() for value in bare)
+        return _Content(share, bare == list(wanted.values()), DEFECT)
+    right = [claims.get(animal) == {value} for animal, value in wanted.items()]
+    correct = all(right) and set(claims) == set(wanted) and not bare
+    return _Content(sum(right) / 2, correct, 1.0)
 
 
-_ANIMAL_SET, _OBJECT_SET, _ADJECTIVE_SET = (
-    frozenset(ANIMALS),
-    frozenset(OBJECTS),
-    frozenset(ADJECTIVES),
-)
-_GIFT_SET, _COLOUR_SET, _NAME_SET = frozenset(GIFTS), frozenset(COLOURS), frozenset(NAMES)
-_THING_SET = frozenset(THINGS) | frozenset(THINGS.values())
 _JUDGES = {"story": _story, "letter": _letter, "sum": _sum, "fact": _fact}
 
 
+def _defects(family: str, text: str) -> int:
+    """How many defects of form all families know: length, capital, full stop, many sentences."""
+    low, high = LENGTHS[family]
+    closed = family == "letter" and bool(_CLOSING.search(text))
+    defects = (
+        not low <= len(text) <= high,
+        len(text) < low / 2 or len(text) > 2 * high,
+        not text[0].isupper(),
+        not closed and text[-1] not in ".!",
+        len(_SENTENCE.split(text)) > SENTENCES[family],
+    )
+    return sum(defects)
+
+
 def judge(prompt: str, answer: str, stopped: bool = True) -> Judgement:
-    """The true quality of `answer`. `stopped`: it ended by itself. ValueError where the prompt is
-    not of this world."""
+    """The true quality of `answer`; `stopped`: it ended by itself.
+
+    Raises ValueError where the prompt is not of this world.
+    """
     task = world.parse(prompt)
     if task is None:
         raise ValueError(f"not a prompt of the demo world: {prompt!r}")
@@ -195,22 +224,14 @@ def judge(prompt: str, answer: str, stopped: bool = True) -> Judgement:
         return Judgement(0.0, False, task.family)
     share, correct, form = _JUDGES[task.family](task, text)
     content = 1.0 if correct else PARTIAL * share
-    low, high = LENGTHS[task.family]
-    if not low <= len(text) <= high:
-        form *= DEFECT
-    if len(text) < low / 2 or len(text) > 2 * high:
-        form *= DEFECT
-    form *= 1.0 if text[0].isupper() else DEFECT
-    if task.family != "letter" or not _CLOSING.search(text):
-        form *= 1.0 if text[-1] in ".!" else DEFECT
     if _ASKS.search(text):
         content, correct = 0.05 * content, False  # goes on asking instead of answering
     sentences = [s.rstrip(".!,") for s in _SENTENCE.split(text)]
     repeated = len(sentences) - len(set(sentences))
-    if len(sentences) > SENTENCES[task.family]:
-        form *= DEFECT
     pairs = _pairs(text)
     attested = _attested()[task.family]
     fluent = (sum(pair in attested for pair in pairs) / len(pairs)) ** 2
+    for _ in range(_defects(task.family, text)):
+        form *= DEFECT
     score = content * form * 0.5 ** min(repeated, 3) * fluent * (1.0 if stopped else UNFINISHED)
     return Judgement(score, correct, task.family)

@@ -51,7 +51,7 @@ PROMPTS: dict[tuple[str, str], tuple[str, ...]] = {
         "Say what colour the {first} and the {second} are.",
         "Do you know what colour the {first} and the {second} are?",
     ),
-}  # fmt: skip
+}
 
 BEGIN = (
     "Once there was {adj+} {animal} who loved to walk.",
@@ -76,21 +76,37 @@ BEGIN_AND_FIND = (
     "{Adj+} {animal} went to the market and bought {object+}.",
     "Late one night, {adj+} {animal} saw {object+} in the moonlight.",
 )
-TURNS = (  # a turn, and what can come of it
-    ("But a storm came, and the way home was lost.",
-     ("The {animal} waited under a roof until the sun came out.", "A neighbour called out and showed the way.")),
-    ("But the {object} fell into the water.",
-     ("The {animal} jumped in and pulled it out.", "The {animal} swam after it and got it back.")),
-    ("Then it grew dark, and the {animal} could not see the road.",
-     ("The moon came up and lit the path.", "The {animal} sang a song and was not afraid.")),
-    ("Soon a small child came by, crying and lost.",
-     ("The {animal} gave the {object} to the child.", "The {animal} took the child by the hand and led the way.")),
-    ("But the {object} broke, and the {animal} cried.",
-     ("The {animal} worked all night to mend it.", "A neighbour came with tools and mended it.")),
-    ("Then a thief came and took the {object} away.",
-     ("The {animal} ran after the thief and got it back.", "The thief was sorry and brought it back.")),
-)  # fmt: skip
-ENDINGS = (  # every ending says so with one of gold's words: happy, happily, smiled, glad
+_TURNS = """
+But a storm came, and the way home was lost.
+    The {animal} waited under a roof until the sun came out.
+    A neighbour called out and showed the way.
+But the {object} fell into the water.
+    The {animal} jumped in and pulled it out.
+    The {animal} swam after it and got it back.
+Then it grew dark, and the {animal} could not see the road.
+    The moon came up and lit the path.
+    The {animal} sang a song and was not afraid.
+Soon a small child came by, crying and lost.
+    The {animal} gave the {object} to the child.
+    The {animal} took the child by the hand and led the way.
+But the {object} broke, and the {animal} cried.
+    The {animal} worked all night to mend it.
+    A neighbour came with tools and mended it.
+Then a thief came and took the {object} away.
+    The {animal} ran after the thief and got it back.
+    The thief was sorry and brought it back.
+"""
+
+
+def _turns() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Each turn of a story, and the two sentences that can come of it."""
+    lines = [line.strip() for line in _TURNS.strip().split("\n")]
+    return tuple((lines[i], tuple(lines[i + 1 : i + 3])) for i in range(0, len(lines), 3))
+
+
+TURNS = _turns()
+# Every ending says that it ends well with one of gold's words: happy, happily, smiled, glad.
+ENDINGS = (
     "It went home happy.",
     "From that day on, it was always happy.",
     "Everyone smiled and danced with joy.",
@@ -106,18 +122,38 @@ THANKS = (
     "Many thanks for the {colour} {gift} you sent me.",
 )
 REASONS = {
-    "wear": ("It fits me very well.", "I wear it every day.", "It looks so good on me.", "I put it on at once."),
-    "play": ("I play with it every day.", "It is so much fun.", "All my friends want to try it.",
-             "I take it to the park."),
-    "home": ("It looks lovely in my room.", "I use it every day.", "It makes my home so cosy.",
-             "I keep it next to my bed."),
-    "carry": ("I take it with me everywhere.", "I use it at school.", "It is just what I needed.",
-              "I had wanted one for a long time."),
-}  # fmt: skip
+    "wear": (
+        "It fits me very well.",
+        "I wear it every day.",
+        "It looks so good on me.",
+        "I put it on at once.",
+    ),
+    "play": (
+        "I play with it every day.",
+        "It is so much fun.",
+        "All my friends want to try it.",
+        "I take it to the park.",
+    ),
+    "home": (
+        "It looks lovely in my room.",
+        "I use it every day.",
+        "It makes my home so cosy.",
+        "I keep it next to my bed.",
+    ),
+    "carry": (
+        "I take it with me everywhere.",
+        "I use it at school.",
+        "It is just what I needed.",
+        "I had wanted one for a long time.",
+    ),
+}
 WARM = (
-    "You are a good friend.", "I think of you when I see it.", "I hope to see you soon.", "You are so kind to me.",
+    "You are a good friend.",
+    "I think of you when I see it.",
+    "I hope to see you soon.",
+    "You are so kind to me.",
     "Please come and visit me.",
-)  # fmt: skip
+)
 CLOSINGS = ("With love", "Best wishes", "Your friend", "Many hugs", "Yours")
 
 WORKED = {

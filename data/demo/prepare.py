@@ -4,25 +4,36 @@ gives the same bytes.
 python -m data.demo.prepare --config configs/demo/data.yaml --output_dir runs/demo/data
 """
 
-import json
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 from common.config.schema import OutputDir, cli, stage_config
+from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
+from common.program.files import write_jsonl
 from data.demo import flaws, gold, labeller, world
 from data.demo.documents import documents
 from data.demo.world import FAMILIES
 
+Rows = dict[str, list[dict]]  # the rows of each file, by its name without .jsonl
+
+# What a stage may tell a reader of the data, and of a model that was trained on it.
+ABOUT = (
+    "A small made-up world with four families of prompts (a short story, a thank-you letter, a "
+    "sum, a question on two animals); a model trained on it knows nothing else. Its "
+    "demonstrations are careless on purpose, and a hidden scorer, which no stage sees, judges "
+    "the answers."
+)
 WINDOW = 4  # words by which leaks are searched
 SAMPLE = 1200  # demonstrations judged for the report
 
 
 @stage_config
 class Config:
+    """The files of the demo world."""
+
     output_dir: OutputDir = "runs/demo/data"
     """Where the files go."""
     seed: int = 0
@@ -43,36 +54,37 @@ class Config:
     """Scales the rates of errors in the demonstrations; 0 = all are clean."""
 
 
-def prompts(
-    rng: random.Random,
-    number: int,
-    used: set[str],
-    held_out: set[tuple[str, ...]],
-    hold: bool = False,
-) -> list[tuple[str, str]]:
-    """`number` new (prompt, family), families in turn; adds them to `used`, and their keys to
-    `held_out` if `hold`.
+class Prompts:
+    """Draws prompts, no two of them alike, and none that asks what a held-out prompt asks."""
 
-    InputError where the world has no more prompts to give.
-    """
-    found = []
-    for i in range(number):
-        family = FAMILIES[i % len(FAMILIES)]
-        for _ in range(1000):
-            task = world.draw(rng, family)
-            prompt = world.ask(task, rng)
-            if task.key not in held_out and prompt not in used:
-                break
-        else:
-            raise InputError(
-                f"the demo world has too few {family} prompts for {number} more: ask for fewer"
-            )
-        used.add(prompt)
-        if hold:
-            held_out.add(task.key)
-        found.append((prompt, family))
-    rng.shuffle(found)
-    return found
+    def __init__(self, rng: random.Random) -> None:
+        """Begin with no prompt drawn and nothing held out."""
+        self.rng = rng
+        self.used: set[str] = set()
+        self.held_out: set[tuple[str, ...]] = set()  # keys of tasks
+
+    def draw(self, number: int, hold: bool = False) -> list[tuple[str, str]]:
+        """`number` new (prompt, family), as many of each family; with `hold` they are held out.
+
+        Raises InputError where the world has no more prompts to give.
+        """
+        found = []
+        for i in range(number):
+            family = FAMILIES[i % len(FAMILIES)]
+            for _ in range(1000):
+                task = world.draw(self.rng, family)
+                prompt = world.ask(task, self.rng)
+                if task.key not in self.held_out and prompt not in self.used:
+                    break
+            else:
+                few = f"the demo world has too few {family} prompts for {number} more"
+                raise InputError(f"{few}: ask for fewer")
+            self.used.add(prompt)
+            if hold:
+                self.held_out.add(task.key)
+            found.append((prompt, family))
+        self.rng.shuffle(found)
+        return found
 
 
 def find_leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
@@ -80,9 +92,7 @@ def find_leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
     words."""
     anchors: dict[tuple[str, ...], list[str]] = {}
     for prompt in held_out:
-        words = prompt.split()[
-            1:-1
-        ]  # inside, so that quotes or a number before the prompt do not hide it
+        words = prompt.split()[1:-1]  # quotes or a number beside the prompt do not hide these
         middle = (len(words) - WINDOW) // 2
         anchors.setdefault(tuple(words[middle : middle + WINDOW]), []).append(prompt)
     leaks = set()
@@ -93,28 +103,16 @@ def find_leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
     return sorted(leaks)
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(
-        "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8"
-    )
-    part.replace(path)
-
-
 def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> float:
     """How often the labeller orders two answers as the gold score does, where that differs by more
     than `margin`."""
     agree = total = 0
     for prompt in asked:
         task = world.parse(prompt)
-        answers = [flaws.demonstration(task, rng) for _ in range(3)] + [
-            text for _, text in flaws.negatives(prompt, rng)
-        ]
-        truth, ranks = (
-            [gold.judge(prompt, answer).score for answer in answers],
-            labeller.rank(prompt, answers, rng),
-        )
+        answers = [flaws.demonstration(task, rng) for _ in range(3)]
+        answers += [text for _, text in flaws.negatives(prompt, rng)]
+        truth = [gold.judge(prompt, answer).score for answer in answers]
+        ranks = labeller.rank(prompt, answers, rng)
         for i in range(len(answers)):
             for j in range(i):
                 if abs(truth[i] - truth[j]) > margin and ranks[i] != ranks[j]:
@@ -128,82 +126,93 @@ def answers_to(prompt: str) -> dict:
     function of the prompt alone, whatever the comparisons that the reward model is trained on."""
     task, rng = world.parse(prompt), random.Random(f"exam {prompt}")
     state = rng.getrandbits(32)
-    clean, miss = (
-        world.good(task, random.Random(state)),
-        flaws.content_error(task, rng, random.Random(state)),
-    )
-    answers = {"good": clean, "near_miss": miss, "badly_put": flaws.style_error(task, rng)}
+    answers = {
+        "good": world.good(task, random.Random(state)),
+        "near_miss": flaws.content_error(task, rng, random.Random(state)),
+        "badly_put": flaws.style_error(task, rng),
+    }
     return {"prompt": prompt, "answers": list(answers.values()), "sources": list(answers)}
 
 
-def build(cfg: Config) -> dict[str, list[dict]]:
-    """The rows of each file, by name. RuntimeError where a held-out prompt is found in training
+def build(cfg: Config) -> Rows:
+    """The rows of each file. Raises RuntimeError where a held-out prompt is found in training
     text."""
-    rng = random.Random(
-        f"demo world {cfg.seed}"
-    )  # a string is hashed with sha512, the same everywhere
-    used: set[str] = set()
-    keys: set[tuple[str, ...]] = set()
-    heldout = prompts(rng, cfg.heldout_prompts, used, keys, hold=True)
-    rows = {"heldout_prompts": [{"prompt": prompt, "family": family} for prompt, family in heldout]}
-    rows["heldout_comparisons"] = [answers_to(prompt) for prompt, _ in heldout]
-    for name, number in (("sft", cfg.demonstrations), ("sft_eval", cfg.eval_demonstrations)):
-        rows[name] = []
-        for prompt, _ in prompts(rng, number, used, keys):
+    rng = random.Random(f"demo world {cfg.seed}")  # a string is hashed with sha512, everywhere
+    prompts = Prompts(rng)
+
+    def demonstrations(number: int) -> list[dict]:
+        """Prompts with the answers of careless writers."""
+        rows = []
+        for prompt, _ in prompts.draw(number):
             completion = flaws.demonstration(world.parse(prompt), rng, cfg.carelessness)
-            rows[name].append({"prompt": prompt, "completion": completion})
-    for name, number in (("collect_prompts", cfg.collect_prompts), ("rl_prompts", cfg.rl_prompts)):
-        rows[name] = [
-            {"prompt": p, "family": family} for p, family in prompts(rng, number, used, keys)
-        ]
-    rows["documents"] = [{"text": text} for text in documents(rng, cfg.documents, keys)]
-    trained = (
-        text
-        for name, group in rows.items()
-        if not name.startswith("heldout")
-        for r in group
-        for text in r.values()
-    )
-    if leaks := find_leaks([prompt for prompt, _ in heldout], trained):
-        raise RuntimeError(
-            f"{len(leaks)} held-out prompts occur in training text, first {leaks[0]!r}"
-        )
+            rows.append({"prompt": prompt, "completion": completion})
+        return rows
+
+    def bare(number: int, hold: bool = False) -> list[dict]:
+        """Prompts without answers."""
+        return [{"prompt": p, "family": family} for p, family in prompts.draw(number, hold)]
+
+    heldout = bare(cfg.heldout_prompts, hold=True)
+    rows = {
+        "heldout_prompts": heldout,
+        "heldout_comparisons": [answers_to(row["prompt"]) for row in heldout],
+        "sft": demonstrations(cfg.demonstrations),
+        "sft_eval": demonstrations(cfg.eval_demonstrations),
+        "collect_prompts": bare(cfg.collect_prompts),
+        "rl_prompts": bare(cfg.rl_prompts),
+    }
+    texts = documents(rng, cfg.documents, prompts.held_out)
+    rows["documents"] = [{"text": text} for text in texts]
+    refuse_leaks(rows)
     return rows
 
 
-def main(cfg: Config) -> None:
-    """Builds, checks and writes every file, then stage.json."""
-    begin, out = time.time(), Path(cfg.output_dir)
-    rows = build(cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, group in rows.items():
-        write_jsonl(out / f"{name}.jsonl", group)
+def refuse_leaks(rows: Rows) -> None:
+    """Raise RuntimeError where a held-out prompt occurs in a text that is trained on."""
+    trained = [group for name, group in rows.items() if not name.startswith("heldout")]
+    texts = (text for group in trained for row in group for text in row.values())
+    if leaks := find_leaks([row["prompt"] for row in rows["heldout_prompts"]], texts):
+        number = f"{len(leaks)} held-out prompts occur in training text"
+        raise RuntimeError(f"{number}, first {leaks[0]!r}")
+
+
+def measure(rows: Rows, seed: int) -> dict[str, float]:
+    """The size of each file, how good the demonstrations are, and how well the labeller judges."""
     scores = [gold.judge(row["prompt"], row["completion"]) for row in rows["sft"][:SAMPLE]]
-    characters = sum(len(row["text"]) for row in rows["documents"])
-    metrics = {name: len(group) for name, group in rows.items()} | {
-        "document_characters": characters,
+    asked = [row["prompt"] for row in rows["collect_prompts"][:300]]
+    return {
+        **{name: len(group) for name, group in rows.items()},
+        "document_characters": sum(len(row["text"]) for row in rows["documents"]),
         "demonstration_gold": sum(s.score for s in scores) / max(len(scores), 1),
         "demonstration_correct": sum(s.correct for s in scores) / max(len(scores), 1),
-        "labeller_agreement": agreement(
-            random.Random(cfg.seed), [r["prompt"] for r in rows["collect_prompts"][:300]]
-        ),
+        "labeller_agreement": agreement(random.Random(seed), asked),
     }
-    text = (
-        f"{len(rows['documents'])} documents ({characters / 1e6:.1f} MB), {len(rows['sft'])} demonstrations of mean gold "
-        f"{metrics['demonstration_gold']:.2f}, {len(rows['heldout_prompts'])} held-out prompts in no training text, "
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The metrics in one line."""
+    size = f"{metrics['document_characters'] / 1e6:.1f} MB"
+    return (
+        f"{metrics['documents']} documents ({size}), "
+        f"{metrics['sft']} demonstrations of mean gold {metrics['demonstration_gold']:.2f}, "
+        f"{metrics['heldout_prompts']} held-out prompts in no training text, "
         f"labeller agrees with gold {metrics['labeller_agreement']:.0%}"
     )
-    stage = {
-        "stage": "data",
-        "kind": "data",
-        "gate": {"passed": True, "text": text},
-        "metrics": metrics,
-    }
-    stage |= {"config": asdict(cfg), "wall_time": time.time() - begin}
-    part = out / "stage.json.tmp"
-    part.write_text(json.dumps(stage, indent=2) + "\n", encoding="utf-8")
-    part.replace(out / "stage.json")
-    print(f"data: {text}")
+
+
+def main(cfg: Config) -> None:
+    """Build, check and write every file, then stage.json."""
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    rows = build(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, group in rows.items():
+        write_jsonl(folder / f"{name}.jsonl", group)
+    metrics = measure(rows, cfg.seed)
+    gate = Gate(True, describe(metrics))
+    print(gate.line("data"))
+    facts = {"kind": "data", "about": ABOUT, "metrics": metrics}
+    seconds = time.perf_counter() - started
+    write_stage_report(folder, stage_report("data", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

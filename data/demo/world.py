@@ -24,7 +24,7 @@ from data.demo.phrases import (
     TURNS,
     WARM,
     WORKED,
-)  # fmt: skip
+)
 from data.demo.words import (
     ADJECTIVES,
     ANIMALS,
@@ -36,22 +36,27 @@ from data.demo.words import (
     NAMES,
     OBJECTS,
     THINGS,
-)  # fmt: skip
+)
 
 FAMILIES = ("story", "letter", "sum", "fact")
-LARGEST, MOST = (
-    9,
-    18,
-)  # sums: operands are 1..LARGEST, results 0..MOST (larger numbers would be two tokens)
+# Operands of sums are 1..LARGEST, results 0..MOST: larger numbers would be two tokens.
+LARGEST, MOST = 9, 18
+# The slots of a task in the order of its key, whatever the order of a prompt's words.
+_SLOTS = {
+    "story": ("adj", "animal", "object"),
+    "letter": ("name", "colour", "gift"),
+    "sum": ("name", "things", "a", "b"),
+    "fact": ("first", "second"),
+}
+_THINGS = list(THINGS)
 
 
 class Task(NamedTuple):
-    """family: one of FAMILIES; kind: "plus"/"minus" or an attribute or ""; slots: the words and
-    numbers asked for."""
+    """What a prompt asks for, without its wording."""
 
-    family: str
-    kind: str
-    slots: dict[str, str]
+    family: str  # one of FAMILIES
+    kind: str  # "plus" or "minus" of a sum, the attribute of a fact, else ""
+    slots: dict[str, str]  # the words and numbers asked for, by the names of _SLOTS
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -67,11 +72,12 @@ def article(word: str) -> str:
 
 
 def count(number: int, things: str) -> str:
-    """ "1 apple", "3 apples", "0 apples"."""
+    """The number and the word for so many: "1 apple", "3 apples", "0 apples"."""
     return f"{number} {THINGS[things] if number == 1 else things}"
 
 
 def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
+    """Two different words."""
     i, j = rng.randrange(len(words)), rng.randrange(len(words) - 1)
     return words[i], words[j + (j >= i)]
 
@@ -89,24 +95,19 @@ def numbers(rng: random.Random, op: str) -> tuple[int, int]:
 
 def draw(rng: random.Random, family: str) -> Task:
     """A random task of the family, even over its slots."""
-    pick = rng.choice
+    pick, kind = rng.choice, ""
     if family == "story":
-        return Task(
-            family, "", {"adj": pick(ADJECTIVES), "animal": pick(ANIMALS), "object": pick(OBJECTS)}
-        )
-    if family == "letter":
-        return Task(family, "", {"name": pick(NAMES), "colour": pick(COLOURS), "gift": pick(GIFTS)})
-    if family == "sum":
-        op = pick(("plus", "minus"))
-        a, b = numbers(rng, op)
-        return Task(
-            family, op, {"name": pick(NAMES), "things": pick(_THINGS), "a": str(a), "b": str(b)}
-        )
-    first, second = _two(rng, ANIMALS)
-    return Task(family, pick(ATTRIBUTES), {"first": first, "second": second})
-
-
-_THINGS = list(THINGS)
+        words = pick(ADJECTIVES), pick(ANIMALS), pick(OBJECTS)
+    elif family == "letter":
+        words = pick(NAMES), pick(COLOURS), pick(GIFTS)
+    elif family == "sum":
+        kind = pick(("plus", "minus"))
+        a, b = numbers(rng, kind)
+        words = pick(NAMES), pick(_THINGS), str(a), str(b)
+    else:
+        words = _two(rng, ANIMALS)
+        kind = pick(ATTRIBUTES)
+    return Task(family, kind, dict(zip(_SLOTS[family], words, strict=True)))
 
 
 def ask(task: Task, rng: random.Random) -> str:
@@ -124,23 +125,27 @@ def wordings(task: Task) -> list[str]:
     return [template.format_map(slots) for template in PROMPTS[task.family, task.kind]]
 
 
+def _pattern(template: str) -> re.Pattern:
+    """What matches a wording and captures its slots; a slot that ends in + has its article."""
+    pattern, seen = "", set()
+    for literal, slot in re.findall(r"([^{]*)(?:\{([a-z]+\+?)\})?", template):
+        pattern += re.escape(literal)
+        if slot:
+            name = slot.rstrip("+")
+            pattern += "an? " if slot.endswith("+") else ""
+            pattern += f"(?P={name})" if name in seen else rf"(?P<{name}>\w+)"
+            seen.add(name)
+    return re.compile(pattern)
+
+
 @cache
 def _patterns() -> list[tuple[str, str, re.Pattern]]:
-    found = []
-    for (family, kind), templates in PROMPTS.items():
-        for template in templates:
-            pattern, seen = "", set()
-            for literal, slot in re.findall(r"([^{]*)(?:\{([a-z]+\+?)\})?", template):
-                name = slot.rstrip("+")
-                group = f"(?P={name})" if name in seen else rf"(?P<{name}>\w+)"
-                pattern += (
-                    re.escape(literal)
-                    + ("an? " if slot.endswith("+") else "")
-                    + (group if slot else "")
-                )
-                seen.add(name)
-            found.append((family, kind, re.compile(pattern)))
-    return found
+    """(family, kind, pattern) of each wording."""
+    return [
+        (family, kind, _pattern(template))
+        for (family, kind), templates in PROMPTS.items()
+        for template in templates
+    ]
 
 
 @lru_cache(maxsize=20_000)
@@ -148,20 +153,8 @@ def parse(prompt: str) -> Task | None:
     """The task that `prompt` asks for, or None where it is not a prompt of this world."""
     for family, kind, pattern in _patterns():
         if match := pattern.fullmatch(prompt.strip()):
-            slots = match.groupdict()
-            slots.pop("thing", None)
-            order = {"sum": ("name", "things", "a", "b"), "fact": ("first", "second")}.get(
-                family, tuple(slots)
-            )
-            return Task(
-                family,
-                kind,
-                {name: slots[name] for name in (_LETTER if family == "letter" else order)},
-            )
+            return Task(family, kind, {slot: match[slot] for slot in _SLOTS[family]})
     return None
-
-
-_LETTER = ("name", "colour", "gift")
 
 
 def result(task: Task) -> int:
@@ -185,25 +178,15 @@ def truth(task: Task) -> dict[str, str]:
 
 def story_parts(task: Task, rng: random.Random) -> list[str]:
     """Four or five sentences: beginning, turn, outcome, happy ending."""
-    adj, animal, thing = (task.slots[k] for k in ("adj", "animal", "object"))
-    slots = {
-        "adj": adj,
-        "animal": animal,
-        "object": thing,
-        "adj+": article(adj),
-        "object+": article(thing),
-    }
-    slots["Adj+"] = slots["adj+"].capitalize()
-    opening = (
-        [rng.choice(BEGIN_AND_FIND)]
-        if rng.random() < 0.5
-        else [rng.choice(BEGIN), rng.choice(FIND)]
-    )
+    adj, thing = article(task.slots["adj"]), article(task.slots["object"])
+    slots = task.slots | {"adj+": adj, "Adj+": adj.capitalize(), "object+": thing}
+    if rng.random() < 0.5:
+        parts = [rng.choice(BEGIN_AND_FIND)]
+    else:
+        parts = [rng.choice(BEGIN), rng.choice(FIND)]
     turn, outcomes = rng.choice(TURNS)
-    return [
-        part.format_map(slots)
-        for part in (*opening, turn, rng.choice(outcomes), rng.choice(ENDINGS))
-    ]
+    parts += [turn, rng.choice(outcomes), rng.choice(ENDINGS)]
+    return [part.format_map(slots) for part in parts]
 
 
 def letter_parts(task: Task, rng: random.Random) -> list[str]:
@@ -227,7 +210,7 @@ def join_letter(parts: list[str]) -> str:
 
 
 def good(task: Task, rng: random.Random, stated: dict[str, str] | None = None) -> str:
-    """A clean answer. `stated` overrides what is claimed (default: the truth)."""
+    """A clean answer; `stated` overrides what it claims (default: the truth)."""
     if task.family == "story":
         return " ".join(story_parts(task, rng))
     if task.family == "letter":
@@ -235,9 +218,6 @@ def good(task: Task, rng: random.Random, stated: dict[str, str] | None = None) -
     claim = stated or truth(task)
     if task.family == "fact":
         return rng.choice(STATED[task.kind]).format(**task.slots, **claim)
-    name, things, a, b = (task.slots[k] for k in ("name", "things", "a", "b"))
-    r = claim["r"]
-    template = rng.choice(WORKED[task.kind])
-    return template.format(
-        name=name, a=a, b=b, r=r, A=count(int(a), things), R=count(int(r), things)
-    )
+    things, r = task.slots["things"], claim["r"]
+    counts = {"A": count(int(task.slots["a"]), things), "R": count(int(r), things)}
+    return rng.choice(WORKED[task.kind]).format_map(task.slots | counts | {"r": r})

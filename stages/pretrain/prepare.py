@@ -12,10 +12,11 @@ tokenising. The same command goes on after a kill.
 """
 
 import collections
+import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from common.config.schema import OutputDir, cli, fingerprint, stage_config, to_dict
 from common.config.training import ReadsRows, Seed, refuse_overwriting
 from common.handoff.locate import load_tokenizer
-from common.handoff.report import provenance, vouch
+from common.handoff.report import STAGE, Gate, stage_report, vouch, write_stage_report
 from common.program.errors import InputError
 from common.program.files import MANIFEST, dump, write_atomically
 from common.program.signals import interrupt_with
@@ -35,6 +36,8 @@ from common.rows.sources import BadRows, Row, content_of, iter_rows
 from common.text.chat import rows_to_messages
 from common.text.tokenizer import GAPS, PATTERN, Tokenizer, check_text
 from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, split_document, tokenise
+
+OWN_TOKENIZERS = ("bpe", "characters")  # what `tokenizer` may be beside a directory or Hub id
 
 
 @stage_config
@@ -66,25 +69,27 @@ class Config(ReadsRows):
     """Seed of the split and of the tokenizer's sample."""
 
     def __post_init__(self) -> None:
+        """ValueError for keys that contradict each other."""
         refuse_overwriting(self)
         if self.weights is None:
             return
         if len(self.weights) != len(self.train_data):
-            raise ValueError(
-                f"{len(self.weights)} weights for {len(self.train_data)} entries of train_data; give each one"
-            )
+            numbers = f"{len(self.weights)} weights for {len(self.train_data)} entries"
+            raise ValueError(f"{numbers} of train_data; give each one")
         if len(set(self.train_data)) < len(self.train_data):
             raise ValueError(
                 "train_data names a source twice; name it once, with the sum of its weights"
             )
+        lowest = 1 / Mixture.BLOCK
         for source, share in zip(self.train_data, self.shares, strict=True):
             if share * Mixture.BLOCK < 1:
                 raise ValueError(
-                    f"the weight of {source} is below {1 / Mixture.BLOCK:g} of their sum; leave it out"
+                    f"the weight of {source} is below {lowest:g} of their sum; leave it out"
                 )
 
     @property
     def shares(self) -> list[float]:
+        """The weights, brought to a sum of 1."""
         return [weight / sum(self.weights) for weight in self.weights]
 
 
@@ -96,9 +101,8 @@ def text_of(row: dict[str, Any]) -> str:
     try:
         return check_text("\n".join(message["content"] for message in rows_to_messages(row)))
     except InputError as error:
-        raise InputError(
-            f"no `text` column, and as a conversation: {error}", error.reason
-        ) from None
+        told = f"no `text` column, and as a conversation: {error}"
+        raise InputError(told, error.reason) from None
 
 
 def texts_of(row: Row, rows: Iterator[Row]) -> Iterator[str]:
@@ -120,9 +124,8 @@ def survey(source: str, on_bad_row: str, bar: tqdm) -> dict[str, Any]:
         found["size"] += sum(len(text.encode()) for text in texts_of(row, rows)) if full else 0
         bar.update()
     if not found["documents"]:
-        raise InputError(
-            f"train_data {source}: too little text: all {found['empty']} documents are empty"
-        )
+        empty = f"all {found['empty']} documents are empty"
+        raise InputError(f"train_data {source}: too little text: {empty}")
     return found | {"skipped": bad.counts}
 
 
@@ -153,24 +156,23 @@ def documents_of(
     rows = iter_rows(source, text_of, BadRows(cfg.on_bad_row, shown=0), pieces=gap is not None)
     for n, row in enumerate(row for row in rows if row.rest or row.parsed.strip()):
         length = len(row.parsed) + row.rest
-        tail = (
-            round(length * cfg.eval_fraction) if held_out is None else length if held_out[n] else 0
-        )
+        if held_out is None:
+            tail = round(length * cfg.eval_fraction)
+        else:
+            tail = length if held_out[n] else 0
         yield from split_document(texts_of(row, rows), length, length - tail, gap, row.origin)
 
 
 def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> Tokenizer:
     """A new one, from `documents`, of which `number` are for training."""
     if cfg.tokenizer == "characters":
-        return Tokenizer.characters(
-            text for document in documents for text in document.parts.values()
-        )
-    chosen = np.zeros(number, bool)
-    chosen[np.random.default_rng((cfg.seed, 1)).permutation(number)[: cfg.tokenizer_documents]] = (
-        True
-    )
+        texts = (text for document in documents for text in document.parts.values())
+        return Tokenizer.characters(texts)
+    rng, chosen = np.random.default_rng((cfg.seed, 1)), np.zeros(number, bool)
+    chosen[rng.permutation(number)[: cfg.tokenizer_documents]] = True
 
-    def texts() -> Iterator[str]:
+    def sample() -> Iterator[str]:
+        """The training text of the documents that were chosen."""
         n = 0
         for document in documents:
             if "train" in document.parts:
@@ -178,22 +180,24 @@ def make_tokenizer(cfg: Config, documents: Iterator[Document], number: int) -> T
                     yield document.parts["train"]
                 n += document.more != "train"
 
-    return Tokenizer.train_bpe(texts(), cfg.vocab_size)
+    return Tokenizer.train_bpe(sample(), cfg.vocab_size)
 
 
-def training_documents(
-    sources: Sequence[dict[str, Any]], masks: Sequence[np.ndarray | None]
-) -> int:
-    return sum(
-        source["documents"] - (0 if m is None else int(m.sum()))
-        for source, m in zip(sources, masks, strict=True)
-    )
+def masks_of(sources: Sequence[Mapping[str, Any]], cfg: Config) -> list[np.ndarray | None]:
+    """`held_out_masks` of sources that were surveyed."""
+    return held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
+
+
+def training_documents(sources: Sequence[Mapping[str, Any]], cfg: Config) -> int:
+    """The number of documents, or heads of documents, that training sees."""
+    held_out = sum(int(mask.sum()) for mask in masks_of(sources, cfg) if mask is not None)
+    return sum(source["documents"] for source in sources) - held_out
 
 
 def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
     """The tokenizer and the shelf to fill: as an earlier run with the same text and settings left
     them, or new ones."""
-    given = None if cfg.tokenizer in ("bpe", "characters") else load_tokenizer(cfg.tokenizer)
+    given = None if cfg.tokenizer in OWN_TOKENIZERS else load_tokenizer(cfg.tokenizer)
     contents = [{"source": source, "content": content_of(source)} for source in cfg.train_data]
     free = ("output_dir", "train_data", "weights", "num_proc")
     settings = {key: value for key, value in to_dict(cfg).items() if key not in free}
@@ -205,104 +209,136 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         return shelf, given or Tokenizer.load(folder)
     with tqdm(unit=" documents", desc="read", mininterval=1, leave=False, disable=None) as bar:
         sources = [content | survey(content["source"], cfg.on_bad_row, bar) for content in contents]
-    masks = held_out_masks([source["documents"] for source in sources], cfg.eval_fraction, cfg.seed)
-    pairs = zip(cfg.train_data, masks, strict=True)
-    documents = (
-        document
-        for pair in pairs
-        for document in documents_of(*pair, re.compile(GAPS[PATTERN]), cfg)
-    )
-    tokenizer = given or make_tokenizer(cfg, documents, training_documents(sources, masks))
+    documents, number = all_documents(sources, cfg), training_documents(sources, cfg)
+    tokenizer = given or make_tokenizer(cfg, documents, number)
     tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    return Shelf.begin(
-        folder, sources, key=key, dtype=dtype, mixed=mixed, shard_tokens=cfg.shard_tokens
-    ), tokenizer
+    journal = {"key": key, "dtype": dtype, "mixed": mixed, "shard_tokens": cfg.shard_tokens}
+    return Shelf.begin(folder, sources, **journal), tokenizer
+
+
+def all_documents(sources: Sequence[Mapping[str, Any]], cfg: Config) -> Iterator[Document]:
+    """The documents of all sources, cut for the tokenizer that is made from them."""
+    gap = re.compile(GAPS[PATTERN])
+    for source, mask in zip(cfg.train_data, masks_of(sources, cfg), strict=True):
+        yield from documents_of(source, mask, gap, cfg)
+
+
+def fill(shelf: Shelf, tokenizer: Tokenizer, cfg: Config) -> None:
+    """Tokenise what is not on the shelf yet, by one process a core where the text is long."""
+    masks = masks_of(shelf.sources, cfg)
+
+    def documents(n: int) -> Iterator[Document]:
+        """The documents of source n, cut for the tokenizer that encodes them."""
+        return documents_of(cfg.train_data[n], masks[n], tokenizer.gap, cfg)
+
+    small = sum(source["size"] for source in shelf.sources) < SMALL
+    tokenise(shelf, tokenizer, documents, cfg.num_proc or (1 if small else cores()))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def refuse_thin(shelf: Shelf, cfg: Config) -> None:
+    """Raise InputError when there is nothing to train on, or nothing to evaluate on: of a mixture
+    in any source, else in all of them together."""
+    thin: list[str] = []
+    if cfg.weights:
+        thin = [source["source"] for source in shelf.sources if not all(source["bytes"].values())]
+    if thin or not shelf.total("bytes", "train") or not shelf.total("bytes", "eval"):
+        named = ", ".join(thin or cfg.train_data)
+        raise InputError(f"train_data {named}: too little text to train and evaluate on")
+
+
+def measure(shelf: Shelf, cfg: Config) -> dict[str, Any]:
+    """The metrics of stage.json: tokens of each split, training documents, bytes of training text,
+    and the number of empty documents that were left out."""
+    return {
+        "tokens": {split: shelf.total("tokens", split) for split in ("train", "eval")},
+        "documents": training_documents(shelf.sources, cfg),
+        "bytes": shelf.total("bytes", "train"),
+        "empty": sum(source["empty"] for source in shelf.sources),
+    }
+
+
+def describe(metrics: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """The metrics in one line."""
+    tokens, size = metrics["tokens"], metrics["bytes"]
+    return (
+        f"{metrics['documents']:,} documents ({size / 1e6:.1f} MB), "
+        f"{tokens['train']:,} training and {tokens['eval']:,} evaluation tokens, "
+        f"vocabulary {tokenizer.vocab_size}, {size / tokens['train']:.2f} bytes a token, "
+        f"{metrics['empty']} empty left out"
+    )
+
+
+def skipped(shelf: Shelf) -> collections.Counter[str]:
+    """The rows that could not be used, by reason."""
+    counts = (collections.Counter(source["skipped"]) for source in shelf.sources)
+    return sum(counts, collections.Counter())
+
+
+def about(train_data: Sequence[str]) -> dict[str, str]:
+    """{"about": what the folders of the sources say of their data in stage.json}; empty where they
+    say nothing, or not all the same."""
+    found = set()
+    for source in map(Path, train_data):
+        file = (source if source.is_dir() else source.parent) / STAGE
+        try:
+            said = json.loads(file.read_text()) if source.exists() else None
+        except (OSError, ValueError):
+            continue
+        if isinstance(said, dict) and isinstance(said.get("about"), str):
+            found.add(said["about"])
+    return {"about": found.pop()} if len(found) == 1 else {}
+
+
+def shards_meta(shelf: Shelf, tokenizer: Tokenizer, cfg: Config) -> dict[str, Any]:
+    """The content of shards.json. Its fingerprint is of contents and settings, and of no path."""
+    meta = {
+        "dtype": shelf.journal["dtype"],
+        "vocab_size": tokenizer.vocab_size,
+        "tokens": {split: shelf.total("tokens", split) for split in ("train", "eval")},
+        "bytes": shelf.total("bytes", "train"),
+    }
+    keys = ("content", "documents", "empty", "bytes", "tokens")
+    sources = [{key: source[key] for key in keys} for source in shelf.sources]
+    for source, share in zip(sources, cfg.shares if cfg.weights else (), strict=False):
+        source["share"] = share
+    free = ("output_dir", "train_data", "num_proc")
+    settings = {key: value for key, value in to_dict(cfg).items() if key not in free}
+    text = (shelf.folder / "tokenizer.json").read_text()
+    return {
+        **meta,
+        "fingerprint": fingerprint([meta, sources, settings, text]),
+        "sources": [
+            {"source": name} | source for name, source in zip(cfg.train_data, sources, strict=True)
+        ],
+    }
 
 
 def main(cfg: Config) -> None:
+    """Make the tokenizer and the shards, and write down what they are."""
     started = time.perf_counter()
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # the folder counts again once it is back
 
     shelf, tokenizer = shelf_for(cfg, folder)
-    masks = held_out_masks(
-        [source["documents"] for source in shelf.sources], cfg.eval_fraction, cfg.seed
-    )
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    small = sum(source["size"] for source in shelf.sources) < SMALL
-    tokenise(
-        shelf,
-        tokenizer,
-        lambda n: documents_of(cfg.train_data[n], masks[n], tokenizer.gap, cfg),
-        cfg.num_proc or (1 if small else cores),
-    )
+    fill(shelf, tokenizer, cfg)
+    refuse_thin(shelf, cfg)
 
-    counts = {split: shelf.total("tokens", split) for split in ("train", "eval")}
-    size = shelf.total("bytes", "train")
-    thin = [
-        source["source"]
-        for source in shelf.sources
-        if cfg.weights and not all(source["bytes"].values())
-    ]
-    if thin or not size or not shelf.total("bytes", "eval"):
-        raise InputError(
-            f"train_data {', '.join(thin or cfg.train_data)}: too little text to train and evaluate on"
-        )
-    number, empty = (
-        training_documents(shelf.sources, masks),
-        sum(source["empty"] for source in shelf.sources),
-    )
-    text = (
-        f"{number:,} documents ({size / 1e6:.1f} MB), {counts['train']:,} training and {counts['eval']:,} evaluation "
-        f"tokens, vocabulary {tokenizer.vocab_size}, {size / counts['train']:.2f} bytes a token, {empty} empty left out"
-    )
-    print(f"gate prepare: PASS  {text}")
-    stage = {
-        "stage": "prepare",
-        "config": to_dict(cfg),
-        "seed": cfg.seed,
-        "gate": {"passed": True, "text": text},
-        "data": {
-            "skipped": sum(
-                (collections.Counter(source["skipped"]) for source in shelf.sources),
-                collections.Counter(),
-            )
-        },
-        "metrics": {"tokens": counts, "documents": number, "bytes": size, "empty": empty},
-        "wall_time": round(time.perf_counter() - started, 2),
-        **provenance(),
-    }
-    write_atomically(folder / "stage.json", dump(stage))
-    meta = {
-        "dtype": shelf.journal["dtype"],
-        "vocab_size": tokenizer.vocab_size,
-        "tokens": counts,
-        "bytes": size,
-    }
-    shares = (
-        [{"share": share} for share in cfg.shares] if cfg.weights else [{}] * len(shelf.sources)
-    )
-    keys = ("content", "documents", "empty", "bytes", "tokens")
-    sources = [
-        {key: source[key] for key in keys} | share
-        for source, share in zip(shelf.sources, shares, strict=True)
-    ]
-    settings = {
-        key: value
-        for key, value in to_dict(cfg).items()
-        if key not in ("output_dir", "train_data", "num_proc")
-    }
-    meta["fingerprint"] = fingerprint(
-        [meta, sources, settings, (folder / "tokenizer.json").read_text()]
-    )  # of no path
-    meta["sources"] = [
-        {"source": name} | source for name, source in zip(cfg.train_data, sources, strict=True)
-    ]
-    write_atomically(folder / "shards.json", dump(meta))
+    metrics = measure(shelf, cfg)
+    gate = Gate(True, describe(metrics, tokenizer))
+    print(gate.line("prepare"))
+    facts = {"data": {"skipped": skipped(shelf)}, "metrics": metrics, **about(cfg.train_data)}
+    seconds = time.perf_counter() - started
+    write_stage_report(folder, stage_report("prepare", cfg, gate, seconds, **facts))
+    write_atomically(folder / "shards.json", dump(shards_meta(shelf, tokenizer, cfg)))
     vouch(folder)
     if not cfg.weights:  # of a mixture it is kept: with other weights the shards stay
         (folder / JOURNAL).unlink()

@@ -14,18 +14,17 @@ class ShardWriter:
     are of all it has taken."""
 
     def __init__(self, folder: Path, prefix: str, dtype: str, shard_tokens: int) -> None:
-        self.folder, self.prefix, self.dtype, self.shard_tokens = (
-            folder,
-            prefix,
-            np.dtype(SHARD_DTYPES[dtype]),
-            shard_tokens,
-        )
+        """Begin with nothing taken; `dtype` is a key of SHARD_DTYPES."""
+        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
+        self.dtype = np.dtype(SHARD_DTYPES[dtype])
         self.tokens, self.crc, self.file = 0, 0, None
 
     def path(self, number: int) -> Path:
+        """The file of this number."""
         return self.folder / f"{self.prefix}-{number:05d}.bin"
 
     def write(self, ids: np.ndarray) -> None:
+        """Append ids, beginning a new file wherever one is full."""
         while len(ids):
             number, used = divmod(self.tokens, self.shard_tokens)
             if used == 0 or self.file is None:
@@ -38,7 +37,7 @@ class ShardWriter:
             ids = ids[self.shard_tokens - used :]
 
     def sync(self) -> None:
-        """All that was written is on the disk."""
+        """Bring all that was written to the disk."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -49,6 +48,7 @@ class ShardWriter:
         """Cut the files back to their first `tokens` tokens; False if these are not those that
         `crc` was taken of."""
         self.tokens, self.crc = tokens, 0
+        kept = -(-tokens // self.shard_tokens)  # files
         for number, start in enumerate(range(0, tokens, self.shard_tokens)):
             left = min(self.shard_tokens, tokens - start) * self.dtype.itemsize
             if not self.path(number).exists() or self.path(number).stat().st_size < left:
@@ -57,8 +57,6 @@ class ShardWriter:
             with self.path(number).open("rb") as file:
                 while block := file.read(1 << 20):
                     self.crc = zlib.crc32(block, self.crc)
-        for number in range(
-            -(-tokens // self.shard_tokens), len(list(self.folder.glob(f"{self.prefix}-*.bin")))
-        ):
+        for number in range(kept, len(list(self.folder.glob(f"{self.prefix}-*.bin")))):
             self.path(number).unlink(missing_ok=True)
         return self.crc == crc

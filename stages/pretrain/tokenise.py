@@ -36,11 +36,10 @@ JOURNAL = "progress.json"
 
 
 class Document(NamedTuple):
-    """One document: its text for each split ("train", "eval" or both, when it gives its tail), and
-    what an error calls it. A long one comes in pieces."""
+    """One document, or a piece of a long one."""
 
-    parts: dict[str, str]
-    origin: str
+    parts: dict[str, str]  # its text for each split: "train", "eval", both where it gives its tail
+    origin: str  # what an error calls it
     more: str | None = None  # the split of its next piece; None: it is complete
 
 
@@ -50,8 +49,8 @@ class Encoded(NamedTuple):
     source: int
     documents: int  # that it completes
     pieces: int
-    bytes: dict[str, int]
-    ids: dict[str, np.ndarray]
+    bytes: dict[str, int]  # of each split's text
+    ids: dict[str, np.ndarray]  # of each split
 
 
 def encode(tokenizer: Tokenizer, source: int, documents: Sequence[Document]) -> Encoded:
@@ -73,11 +72,13 @@ def encode(tokenizer: Tokenizer, source: int, documents: Sequence[Document]) -> 
 
 
 def start_worker(tokenizer: Tokenizer) -> None:
+    """What each of the processes does first."""
     global worker_tokenizer
     worker_tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
-    def end_with_parent() -> None:  # which may be killed without a chance to say so
+    def end_with_parent() -> None:
+        """A parent may be killed without a chance to say so."""
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -85,6 +86,7 @@ def start_worker(tokenizer: Tokenizer) -> None:
 
 
 def work(source: int, documents: Sequence[Document]) -> Encoded:
+    """`encode` in one of the processes."""
     return encode(worker_tokenizer, source, documents)
 
 
@@ -101,9 +103,8 @@ def encode_all(
         yield from (encode(tokenizer, *chunk) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        processes, context, initializer=start_worker, initargs=(tokenizer,)
-    ) as pool:
+    pool = ProcessPoolExecutor(processes, context, start_worker, (tokenizer,))
+    with pool:
         waiting = collections.deque()
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
@@ -129,11 +130,10 @@ def between_words(texts: Iterable[str], gap: re.Pattern) -> Iterator[str]:
 def sides(texts: Iterable[str], train: int) -> Iterator[tuple[str, str]]:
     """(split, text): the first `train` characters, and what is behind them."""
     for text in texts:
-        yield from (
-            (split, part)
-            for split, part in (("train", text[:train]), ("eval", text[train:]))
-            if part
-        )
+        if head := text[:train]:
+            yield "train", head
+        if tail := text[train:]:
+            yield "eval", tail
         train = max(0, train - len(text))
 
 
@@ -154,10 +154,10 @@ def split_document(
     """A document of so many characters, the first `train` of them for training; a long one in
     pieces, if it has gaps."""
     if gap is None or length <= CHUNK:
-        parts = sides(["".join(texts)], train)
-        yield Document(
-            {split: part for split, part in parts if split == "train" or part.strip()}, origin
-        )
+        parts = dict(sides(["".join(texts)], train))
+        if "eval" in parts and not parts["eval"].strip():
+            del parts["eval"]  # a tail of nothing but blanks
+        yield Document(parts, origin)
         return
     found, start = pieces(texts, train, gap), 0
     split, text = next(found)
@@ -169,7 +169,7 @@ def split_document(
 
 
 def first(number: int, documents: Iterator[Document]) -> Iterator[Document]:
-    """Until so many are complete."""
+    """The documents until so many are complete."""
     for document in documents if number else ():
         yield document
         number -= document.more is None
@@ -178,6 +178,7 @@ def first(number: int, documents: Iterator[Document]) -> Iterator[Document]:
 
 
 def chunked(source: int, documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
+    """(source, some of its documents): as many as have CHUNK characters together."""
     chunk, size = [], 0
     for document in documents:
         chunk.append(document)
@@ -189,46 +190,42 @@ def chunked(source: int, documents: Iterable[Document]) -> Iterator[tuple[int, l
         yield source, chunk
 
 
+def no_counts() -> dict[str, Any]:
+    """The counts of a source of which nothing is tokenised."""
+    tokens, size = {"train": 0, "eval": 0}, {"train": 0, "eval": 0}
+    return {"done": 0, "pieces": 0, "tokens": tokens, "bytes": size}
+
+
 class Shelf:
     """The shard files in a folder and the journal that tells how far they are good.
 
-    journal: "key" (fingerprint of what the files are made from), "dtype", "shard_tokens", "mixed"
-    (each source has files of its own), "crc" of each writer, and "sources", for each the counts of
-    `Encoded`: done (documents), pieces, tokens, bytes.
+    The journal has "key" (fingerprint of what the files are made from), "dtype", "shard_tokens",
+    "mixed" (each source has files of its own), "chunk" (CHUNK), "tokenizer" (its sha256), "crc" of
+    each writer, and "sources": what `begin` was given of each, and its `no_counts`, counted up.
     """
 
     def __init__(self, folder: Path, journal: dict[str, Any]) -> None:
+        """The shelf that `journal` describes. Who makes one calls `begin` or `resume`."""
         self.folder, self.journal, self.sources = folder, journal, journal["sources"]
-        self.writers = {
-            prefix: ShardWriter(folder, prefix, journal["dtype"], journal["shard_tokens"])
-            for prefix in (
-                self.prefix(split, n)
-                for n in range(len(self.sources))
-                for split in ("train", "eval")
-            )
-        }
+        self.writers: dict[str, ShardWriter] = {}
+        for n in range(len(self.sources)):
+            for split in ("train", "eval"):
+                prefix = self.prefix(split, n)
+                writer = ShardWriter(folder, prefix, journal["dtype"], journal["shard_tokens"])
+                self.writers[prefix] = writer
 
     @classmethod
     def begin(cls, folder: Path, sources: Sequence[Mapping[str, Any]], **journal: Any) -> "Shelf":
         """An empty shelf, in a folder that has the tokenizer."""
         for old in folder.glob("*.bin"):
             old.unlink()
-        none = [
-            {
-                "done": 0,
-                "pieces": 0,
-                "tokens": {"train": 0, "eval": 0},
-                "bytes": {"train": 0, "eval": 0},
-            }
-            for _ in sources
-        ]
-        journal["sources"] = [
-            {**source, **counts} for source, counts in zip(sources, none, strict=True)
-        ]
-        shelf = cls(
-            folder,
-            journal | {"crc": {}, "chunk": CHUNK, "tokenizer": sha256(folder / "tokenizer.json")},
-        )
+        journal |= {
+            "sources": [{**source, **no_counts()} for source in sources],
+            "crc": {},
+            "chunk": CHUNK,
+            "tokenizer": sha256(folder / "tokenizer.json"),
+        }
+        shelf = cls(folder, journal)
         shelf.save()
         return shelf
 
@@ -238,20 +235,16 @@ class Shelf:
         there is nothing good."""
         try:
             journal = json.loads((folder / JOURNAL).read_text())
-            if (
-                journal["key"] != key
-                or journal["chunk"] != CHUNK
-                or journal["tokenizer"] != sha256(folder / "tokenizer.json")
-            ):
+            made_from = (journal["key"], journal["chunk"], journal["tokenizer"])
+            if made_from != (key, CHUNK, sha256(folder / "tokenizer.json")):
                 return None
             shelf = cls(folder, journal)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         tokens = collections.Counter()
         for n, source in enumerate(shelf.sources):
-            tokens.update(
-                {shelf.prefix(split, n): count for split, count in source["tokens"].items()}
-            )
+            for split, count in source["tokens"].items():
+                tokens[shelf.prefix(split, n)] += count
         good = [
             writer.restore(tokens[prefix], journal["crc"].get(prefix, 0))
             for prefix, writer in shelf.writers.items()
@@ -259,9 +252,11 @@ class Shelf:
         return shelf if all(good) else None
 
     def prefix(self, split: str, source: int) -> str:
+        """What the names of the shard files of a split of a source begin with."""
         return f"{split}-{source:02d}" if self.journal["mixed"] else split
 
     def add(self, chunk: Encoded) -> None:
+        """Put a chunk behind what is there; the journal does not vouch for it until `save`."""
         source = self.sources[chunk.source]
         source["done"] += chunk.documents
         source["pieces"] += chunk.pieces
@@ -271,6 +266,7 @@ class Shelf:
             source["bytes"][split] += chunk.bytes[split]
 
     def save(self) -> None:
+        """Bring all to the disk, then the journal that vouches for it."""
         for writer in self.writers.values():
             writer.sync()
         self.journal["crc"] = {prefix: writer.crc for prefix, writer in self.writers.items()}
@@ -289,27 +285,12 @@ def tokenise(
 ) -> None:
     """Encode what is not on the shelf yet; documents_of(source) gives all documents of one, always
     the same."""
-
-    def rest() -> Iterator[tuple[int, list[Document]]]:
-        for n, source in enumerate(shelf.sources):
-            if left := source["documents"] - source["done"]:
-                yield from chunked(
-                    n, first(left, itertools.islice(documents_of(n), source["pieces"], None))
-                )
-
     size = sum(source["size"] for source in shelf.sources)
     done = shelf.total("bytes", "train") + shelf.total("bytes", "eval")
     saved = time.monotonic()
-    with tqdm(
-        total=size,
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        desc="tokenise",
-        mininterval=1,
-        disable=None,
-    ) as bar:
-        for chunk in encode_all(tokenizer, rest(), processes):
+    style = {"unit": "B", "unit_scale": True, "mininterval": 1, "disable": None}
+    with tqdm(total=size, initial=done, desc="tokenise", **style) as bar:
+        for chunk in encode_all(tokenizer, missing(shelf, documents_of), processes):
             shelf.add(chunk)
             bar.update(sum(chunk.bytes.values()))
             if time.monotonic() - saved >= SAVE_SECONDS:
@@ -318,6 +299,15 @@ def tokenise(
     shelf.save()
     for source in shelf.sources:
         if source["done"] < source["documents"]:
-            raise InputError(
-                f"{source['source']}: changed while it was being read; run again when it is complete"
-            )
+            changed = f"{source['source']}: changed while it was being read"
+            raise InputError(f"{changed}; run again when it is complete")
+
+
+def missing(
+    shelf: Shelf, documents_of: Callable[[int], Iterator[Document]]
+) -> Iterator[tuple[int, list[Document]]]:
+    """(source, documents) that the shelf does not have yet, in chunks."""
+    for n, source in enumerate(shelf.sources):
+        if left := source["documents"] - source["done"]:
+            documents = itertools.islice(documents_of(n), source["pieces"], None)
+            yield from chunked(n, first(left, documents))

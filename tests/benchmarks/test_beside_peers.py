@@ -28,7 +28,10 @@ KEYS = {
     "commit",
 }
 LLAMA = ["--n_layer", "1", "--n_embd", "32", "--vocab_size", "300"]
-SENTENCE = "The fox number {} met the bird by the river, and they talked about the weather in the old town."
+SENTENCE = (
+    "The fox number {} met the bird by the river, "
+    "and they talked about the weather in the old town."
+)
 
 
 def run(name: str, *words: object) -> dict:

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,16 @@ from data.demo.words import ANIMALS, FACTS
 ROOT = Path(__file__).resolve().parents[2]
 STORY = "Write a short story about a brave fox and a lantern."
 TALE = (
-    "One day, a brave fox found a lantern on the road. Then it grew dark, and the fox could not see the road. "
+    "One day, a brave fox found a lantern on the road. "
+    "Then it grew dark, and the fox could not see the road. "
     "The moon came up and lit the path. The brave fox lived happily ever after."
 )
 LETTER = "Write a thank-you letter to Anna for the blue scarf."
-THANKS = "Dear Anna,\nThank you so much for the blue scarf. I wear it every day. I hope to see you soon.\nWith love, Tom"
+THANKS = (
+    "Dear Anna,\n"
+    "Thank you so much for the blue scarf. I wear it every day. I hope to see you soon.\n"
+    "With love, Tom"
+)
 SUM = "Tom has 5 apples and gets 3 more. How many apples does Tom have now?"
 WORKED = "Tom has 5 apples and gets 3 more. 5 plus 3 is 8, so Tom now has 8 apples."
 LEFT = "Mary has 9 shells and loses 4 of them. How many shells are left?"
@@ -190,16 +196,13 @@ def test_contrasts_are_a_good_answer_two_that_spoil_it_and_a_foreign_one() -> No
 
 
 def test_a_wrong_sum_is_wrong_in_one_of_several_ways() -> None:
-    rng, prompt = (
-        random.Random(0),
-        "Tom has 5 apples and gets 3 more. How many apples does Tom have now?",
-    )
+    rng = random.Random(0)
+    prompt = "Tom has 5 apples and gets 3 more. How many apples does Tom have now?"
     texts = [flaws.content_error(world.parse(prompt), rng) for _ in range(200)]
     assert not any(gold.judge(prompt, text).correct for text in texts)
     assert 40 <= sum("5 minus 3 is 2" in text for text in texts) <= 100  # the wrong operation
-    assert (
-        sum("5 plus 3 is 8" not in text and "plus" in text for text in texts) >= 60
-    )  # the wrong result
+    wrong = ["plus" in text and "5 plus 3 is 8" not in text for text in texts]
+    assert sum(wrong) >= 60  # the wrong result
 
 
 def test_the_labeller_ranks_as_a_careless_person_does() -> None:
@@ -221,19 +224,12 @@ def test_heldout_prompts_are_in_no_training_text_and_the_stages_share_none(
 ) -> None:
     heldout = [row["prompt"] for row in rows["heldout_prompts"]]
     assert len(set(heldout)) == 200
-    assert [sum(row["family"] == f for row in rows["heldout_prompts"]) for f in world.FAMILIES] == [
-        50
-    ] * 4
-    trained = "\n".join(
-        t
-        for name, group in rows.items()
-        if not name.startswith("heldout")
-        for r in group
-        for t in r.values()
-    )
-    assert not [
-        prompt for prompt in heldout if prompt in trained
-    ]  # plain search, not the one under test
+    families = Counter(row["family"] for row in rows["heldout_prompts"])
+    assert families == dict.fromkeys(world.FAMILIES, 50)
+    groups = [group for name, group in rows.items() if not name.startswith("heldout")]
+    trained = "\n".join(text for group in groups for row in group for text in row.values())
+    # A plain search, not the one under test.
+    assert not [prompt for prompt in heldout if prompt in trained]
     stages = [
         {row["prompt"] for row in rows[n]}
         for n in ("sft", "sft_eval", "collect_prompts", "rl_prompts")
@@ -290,30 +286,20 @@ def test_every_number_pair_occurs_in_training() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Path) -> None:
-    sizes = "--documents 300 --demonstrations 80 --eval_demonstrations 8 --collect_prompts 20 --rl_prompts 20"
+    sizes = "--documents 300 --demonstrations 80 --eval_demonstrations 8 --collect_prompts 20"
+    sizes += " --rl_prompts 20 --heldout_prompts 20"
     for name, seed, order in (("a", "1", "1"), ("b", "1", "2"), ("c", "2", "1")):
-        command = [
-            sys.executable,
-            "-m",
-            "data.demo.prepare",
-            "--output_dir",
-            str(tmp_path / name),
-            "--seed",
-            seed,
-        ]
-        command += [*sizes.split(), "--heldout_prompts", "20"]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": order},
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "data.demo.prepare", *sizes.split(), "--seed", seed]
+        command += ["--output_dir", str(tmp_path / name)]
+        env = os.environ | {"PYTHONHASHSEED": order}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert len(done.stdout.strip().splitlines()) == 1
+        [line] = done.stdout.strip().splitlines()
+        assert line.startswith("gate data: PASS  300 documents (")
     files = {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()}
     stage = json.loads(files.pop("stage.json"))
     assert stage["stage"] == "data" and stage["gate"]["passed"] and stage["metrics"]["sft"] == 80
+    assert stage["about"] == prepare.ABOUT and stage["seed"] == stage["config"]["seed"] == 1
     assert {name.removesuffix(".jsonl") for name in files} == {"documents", "sft", "sft_eval"} | {
         "collect_prompts",
         "rl_prompts",

@@ -77,7 +77,7 @@ def cell(value: Any) -> str:
 def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Text of ids as they come: a character is held back until its last byte is there; control
     tokens are left out."""
-    control = {tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()}
+    control = tokenizer.control_ids
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if token not in control and (text := decoder.decode(tokenizer.token_bytes(token))):

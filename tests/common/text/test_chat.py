@@ -45,10 +45,10 @@ EDGES = [
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     text = (
-        "Hi there, it's 17. Ok then\n\n <|user|> |> <| 's hi hi, the other system user's assistant said é👩 \r\n"
-        * 3
+        "Hi there, it's 17. Ok then\n\n <|user|> |> <| 's hi hi, "
+        "the other system user's assistant said é👩 \r\n"
     )
-    return Tokenizer.train_bpe([text], 300).with_chat()
+    return Tokenizer.train_bpe([text * 3], 300).with_chat()
 
 
 @pytest.fixture(scope="module")
@@ -61,52 +61,19 @@ def hf(tokenizer, tmp_path_factory):
 
 
 def test_literal_ids_and_mask():
-    tokenizer = Tokenizer.train_bpe(
-        ["ab ab ab"], 262
-    )  # a = 64, b = 65, ab = 256, space = 220; control ids 257..261
+    tokenizer = Tokenizer.train_bpe(["ab ab ab"], 262)
+    a, b, ab, space = 64, 65, 256, 220
     eot, system, user, assistant = 257, 259, 260, 261
-    messages = [
-        SAY["system"]("a"),
-        SAY["user"]("b a"),
-        SAY["assistant"]("ab"),
-        SAY["user"](""),
-        SAY["assistant"](" b"),
-    ]
+    messages = [SAY["system"]("a"), SAY["user"]("b a"), SAY["assistant"]("ab")]
+    messages += [SAY["user"](""), SAY["assistant"](" b")]
     rendered = render(tokenizer, messages)
-    assert rendered.ids == [
-        system,
-        64,
-        user,
-        65,
-        220,
-        64,
-        assistant,
-        256,
-        eot,
-        user,
-        assistant,
-        220,
-        65,
-        eot,
-    ]
+    prompt = [system, a, user, b, space, a, assistant]
+    assert rendered.ids == [*prompt, ab, eot, user, assistant, space, b, eot]
     assert rendered.mask == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1]
-    assert prompt_ids(tokenizer.with_chat(), messages[:2]) == [
-        system,
-        64,
-        user,
-        65,
-        220,
-        64,
-        assistant,
-    ]
+    assert prompt_ids(tokenizer.with_chat(), messages[:2]) == prompt
     newline = 198  # GPT-2's id of the byte 10: 188 printable ones, then 0..32 in order
-    assert prompt_ids(tokenizer, messages[:2]) == [
-        eot,
-        65,
-        220,
-        64,
-        newline,
-    ]  # a base model: a document starts
+    # For a base model a document starts.
+    assert prompt_ids(tokenizer, messages[:2]) == [eot, b, space, a, newline]
     assert stop_ids(tokenizer) == (eot,)
 
 

@@ -14,7 +14,10 @@ from tokenizers import Regex, pre_tokenizers
 from common.program.errors import InputError
 from common.text.tokenizer import CONTROL, PATTERN, Tokenizer
 
-STORY = "The cat's hat: 17 and 2024 hats! It isn't 3.14, we'll see.\r\n\n    def f(x):\n\t\treturn x  # naïve, 日本語, שלום 🙂\n"
+STORY = (
+    "The cat's hat: 17 and 2024 hats! It isn't 3.14, we'll see.\r\n\n"
+    "    def f(x):\n\t\treturn x  # naïve, 日本語, שלום 🙂\n"
+)
 NASTY = [
     "",
     " ",
@@ -65,6 +68,8 @@ def test_control_ids_close_the_vocabulary(bpe):
         {"system": 417, "user": 418, "assistant": 419},
     )
     assert [bpe.token_bytes(i) for i in range(415, 420)] == [name.encode() for name in CONTROL]
+    assert bpe.control_ids == set(range(415, 420))
+    assert Tokenizer.characters(["ab"], control=False).control_ids == set()
 
 
 def test_literal_ids_of_a_hand_made_merge():
@@ -173,7 +178,8 @@ def test_autotokenizer_settings(bpe, tmp_path, model_type):
 
 def test_training_is_deterministic_across_processes(bpe):
     code = (
-        "import sys, json; from common.text.tokenizer import Tokenizer; texts, size = json.load(sys.stdin);"
+        "import sys, json; from common.text.tokenizer import Tokenizer;"
+        "texts, size = json.load(sys.stdin);"
         "sys.stdout.buffer.write(Tokenizer.train_bpe(texts, size).to_json().encode())"
     )
     texts = json.dumps([[STORY * 3, *NASTY, *NASTY, " 17 17 17"], 420])

@@ -14,22 +14,8 @@ from common.program.files import verify
 from common.rows.shards import Shards
 from stages.pretrain.prepare import Config, main
 
-WORDS = [
-    "the",
-    "red",
-    "fox",
-    "and",
-    "a",
-    "blue",
-    "bird",
-    "went",
-    "to",
-    "town",
-    "where",
-    "rivers",
-    "are",
-    "cold",
-]
+SENTENCE = "the red fox and a blue bird went to town where rivers are cold"
+WORDS = SENTENCE.split()
 DOCUMENTS = [
     " ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 12)) + f". Number {n}, isn't it?\n"
     for n in range(40)
@@ -79,9 +65,8 @@ def test_round_trip_and_split(setting):
     main(cfg)
     train, heldout = documents_in(cfg, "train"), documents_in(cfg, "eval")
     assert len(heldout) == 4
-    assert sorted(train + heldout) == sorted(
-        DOCUMENTS
-    )  # exactly one end-of-text behind each, or there were empty ones
+    # Exactly one end-of-text is behind each, or there were empty ones.
+    assert sorted(train + heldout) == sorted(DOCUMENTS)
     assert [text for text in DOCUMENTS if text in train] == train  # in their order
     assert not set(train) & set(heldout)
     meta = json.loads(Path(cfg.output_dir, "shards.json").read_text())
@@ -99,9 +84,8 @@ def test_control_text_is_encoded_as_text(setting):
     ids = np.concatenate(shards(cfg, "train") + shards(cfg, "eval"))
     tokenizer = load_tokenizer(cfg.output_dir)
     assert (ids == tokenizer.eot_id).sum() == 32
-    assert (
-        ids.max() == tokenizer.eot_id
-    )  # the other four control ids come behind it and never occur
+    # The other four control ids come behind it and never occur.
+    assert ids.max() == tokenizer.eot_id
 
 
 def test_split_and_tokenizer_follow_the_seed(setting, tmp_path):
@@ -210,9 +194,8 @@ def test_a_hub_data_set_is_streamed(setting, monkeypatch):
     cfg = setting(train_data=["owner/name:en"])
     main(cfg)
     assert sorted(documents_in(cfg, "train") + documents_in(cfg, "eval")) == sorted(DOCUMENTS)
-    assert (
-        asked == [(("owner/name", "en"), "train", True)] * 3
-    )  # to count, to train the tokenizer, to tokenise
+    # To count, to train the tokenizer, to tokenise.
+    assert asked == [(("owner/name", "en"), "train", True)] * 3
 
 
 def test_mistakes_are_told(setting, tmp_path):
@@ -236,6 +219,35 @@ def test_mistakes_are_told(setting, tmp_path):
         InputError, match=r"documents\.jsonl:1: character 't' .* is none of this tokenizer's 2"
     ):
         main(setting(tokenizer=str(tmp_path / "ab")))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (['{"about": "A world."}', '{"about": "A world."}'], "A world."),
+        (['{"about": "A world."}', None], "A world."),
+        (['{"about": "A world."}', '{"about": "Another."}'], None),
+        ([None, None], None),
+        (['{"about": ["A world."]}', "[]"], None),
+        (['{"about": "cut', "\xff"], None),
+    ],
+    ids=["same", "one says nothing", "two", "nobody", "no text", "damaged"],
+)
+def test_what_the_data_is_about_is_handed_on(setting, tmp_path, said, expected):
+    files = []
+    for n, content in enumerate(said):
+        folder = tmp_path / f"data{n}"
+        folder.mkdir()
+        if content is not None:
+            (folder / "stage.json").write_bytes(content.encode("latin-1"))
+        (folder / "documents.jsonl").write_text(json.dumps({"text": DOCUMENTS[0] * 3}) + "\n")
+        files.append(str(folder / "documents.jsonl"))
+    cfg = setting(train_data=files, tokenizer="characters", weights=[1, 1])
+    main(cfg)
+    stage = json.loads(Path(cfg.output_dir, "stage.json").read_text())
+    assert stage.get("about") == expected
+    main(setting())
+    assert "about" not in json.loads(Path(cfg.output_dir, "stage.json").read_text())
 
 
 # A stream of several sources
@@ -303,8 +315,7 @@ def test_the_fingerprint_is_of_content_tokenizer_and_settings(setting, several, 
         meta("third", train_data=moved, **keys)["fingerprint"]
         for keys in ({"seed": 1}, {"eval_fraction": 0.2})
     ]
-    Path(moved[0]).write_text(
-        Path(moved[0]).read_text() + "\n"
-    )  # no other token, but another source
+    with Path(moved[0]).open("a") as file:
+        file.write("\n")  # no other token, but another source
     others.append(meta("fourth", train_data=moved)["fingerprint"])
     assert len({first["fingerprint"], *others}) == 4

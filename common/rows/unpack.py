@@ -1,0 +1,100 @@
+"""The bytes and the text of a file, unpacked if it is .gz or .zst, one block after another."""
+
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.program.errors import InputError
+
+PACKED = (".gz", ".zst")
+BLOCK = 1 << 20  # bytes read at once
+PACKED_BLOCK = 1 << 16  # small, so that the byte in the message is near the damage
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, unpacked if it is .gz or .zst. Raises InputError naming the byte of the
+    file that is at fault."""
+    with path.open("rb") as file:
+        if path.suffix in PACKED:
+            yield from _unpacked(path, file)
+        else:
+            yield from iter(lambda: file.read(BLOCK), b"")
+
+
+def _unpacked(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
+    """`blocks` of a packed file; pieces packed one by one may follow each other in it."""
+    begin, failure = _unpacker(path.suffix)
+    unpacker = None
+    while data := file.read(PACKED_BLOCK):
+        while data:
+            unpacker = unpacker or begin()
+            try:
+                yield unpacker.decompress(data)
+            except failure as error:
+                place = f"{path}: damaged {path.suffix} data before byte {file.tell()}"
+                raise InputError(f"{place} ({error})") from None
+            data = b""
+            if unpacker.eof:
+                data, unpacker = unpacker.unused_data, None
+    if unpacker:
+        cut = f"{path}: its {path.suffix} data is cut off at byte {file.tell()}"
+        raise InputError(f"{cut}, the end of the file")
+
+
+def _unpacker(suffix: str) -> tuple[Callable[[], Any], type[Exception]]:
+    """What makes an unpacker for one packed piece, and what that raises on damage."""
+    if suffix == ".gz":
+        return lambda: zlib.decompressobj(31), zlib.error  # 31: with gzip's header and checksum
+    import zstandard
+
+    largest = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    return largest.decompressobj, zstandard.ZstdError
+
+
+class Unpacked(io.RawIOBase):
+    """`blocks(path)` as a file to read from."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin before the first byte."""
+        self.blocks, self.rest = blocks(path), memoryview(b"")
+
+    def readable(self) -> bool:
+        """Yes; `io` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the current block goes; 0 at the end."""
+        while not self.rest:
+            block = next(self.blocks, None)
+            if block is None:
+                return 0
+            self.rest = memoryview(block)
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
+
+
+def open_text(path: Path) -> io.TextIOWrapper:
+    """The file as text. Bytes that are no UTF-8 come as surrogates, so that one of them costs its
+    line and not the file: see `check_utf8`."""
+    file = io.BufferedReader(Unpacked(path), BLOCK)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+
+
+def check_utf8(text: str, line: int = 0, column: int = 0) -> str:
+    """The text, which begins in this line and column (from 0) of its file.
+
+    Raises InputError naming the place of the first byte that is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lines, start = text.count("\n", 0, error.start), text.rfind("\n", 0, error.start)
+        column = error.start - start + (0 if lines else column)
+        place = f"line {line + lines + 1}, column {column}" if line + lines else f"column {column}"
+        byte = ord(text[error.start]) - 0xDC00
+        told = f"not UTF-8 at {place} (byte 0x{byte:02x}); convert it first (iconv -t utf-8)"
+        raise InputError(told, "not UTF-8") from None
+    return text
