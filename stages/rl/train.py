@@ -18,10 +18,10 @@ from pydantic import Field
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType
-from common.handoff.adapter import save_adapter
 from common.handoff.locate import lineage, load_tokenizer
-from common.handoff.publish import check_context, load_config, load_model, publish
-from common.model.lora import add_lora, merged_state
+from common.handoff.publish import check_context, load_config, load_model
+from common.handoff.report import Gate
+from common.model.lora import add_lora
 from common.program.errors import Failure, InputError
 from common.rows.batches import Order
 from common.rows.shards import Shards
@@ -30,7 +30,7 @@ from common.text.chat import prompt_ids, rows_to_prompt
 from common.text.tokenizer import Tokenizer, same_ids
 from common.train.log import Laps
 from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.train.placement import frozen, sampler, whole
+from common.train.placement import frozen, sampler
 from common.train.run import Run
 from common.train.update import NonFiniteError
 from stages.rl.algorithms.ppo import next_kl_coef
@@ -280,31 +280,9 @@ def main(cfg: Config) -> None:
     }
     rise = f"score {history[0]['score']:+.2f} -> {mean['score']:+.2f}"
     text = f"{rise} at KL {mean['kl']:.1f} nats, {mean['stop_rate']:.0%} complete"
-    stage = run.finish(
-        steps,
-        (mean["score"] > history[0]["score"], text),
-        episodes=steps * episodes,
-        data={"skipped": bad.counts},
-    )
-    with whole(run.accelerator, raw):
-        if run.main:
-            policy, critic = (
-                merged_state(model) if cfg.lora_r else None for model in (raw.policy, raw.critic)
-            )
-            if cfg.lora_r:
-                save_adapter(
-                    raw.policy, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha
-                )
-            # The critic first: the stage counts as finished from its own manifest on.
-            publish(
-                run.folder / "critic",
-                raw.critic,
-                tokenizer,
-                {**stage, "kind": "reward"},
-                weights=critic,
-            )
-            publish(run.folder, raw.policy, tokenizer, stage, weights=policy)
-    run.forget()
+    gate = Gate(mean["score"] > history[0]["score"], text)
+    facts = {"episodes": steps * episodes, "data": {"skipped": bad.counts}}
+    run.publish(steps, gate, tokenizer, raw.policy, raw.critic, **facts)
 
 
 if __name__ == "__main__":
