@@ -19,14 +19,14 @@ def refuse_overwriting(cfg: Any) -> None:
     """ValueError when the folder that the stage is to write is one that it reads."""
     if not Path(cfg.output_dir).is_dir():
         return
+    written = os.path.realpath(cfg.output_dir)
     for key, value in vars(cfg).items():
-        if (
-            key != "output_dir"
-            and isinstance(value, str)
-            and os.path.realpath(value) == os.path.realpath(cfg.output_dir)
-        ):
+        if key == "output_dir" or not isinstance(value, str):
+            continue
+        if os.path.realpath(value) == written:
             raise ValueError(
-                f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; name another directory"
+                f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; "
+                "name another directory"
             )
 
 
@@ -60,9 +60,9 @@ class TrainConfig:
     seed: Seed = 0
     """Seed of weights, data order and sampling."""
     max_steps: Positive | None = None
-    """Number of optimizer updates (null: use num_train_epochs)."""
+    """Number of optimizer updates; wins over num_train_epochs. One of the two must be given."""
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows (null: use max_steps)."""
+    """Passes over the training rows, where max_steps is not given."""
     per_device_train_batch_size: Positive = 16
     """Rows in one micro-batch on one process."""
     gradient_accumulation_steps: Positive = 1
@@ -121,9 +121,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         refuse_overwriting(self)
-        if (self.max_steps is None) == (self.num_train_epochs is None):
-            given = f"max_steps {self.max_steps}, num_train_epochs {self.num_train_epochs}"
-            raise ValueError(f"{given}: give one of the two, null for the other")
+        if self.max_steps is None and self.num_train_epochs is None:
+            raise ValueError("max_steps and num_train_epochs are both null: give one of the two")
 
 
 @stage_config
@@ -152,6 +151,7 @@ class RowsConfig(ReadsRows, TrainConfig):
             rows, held = hold_out(rows, self.eval_fraction, prompt_of)
         if len(rows) < (processes := int(os.environ.get("WORLD_SIZE", 1))):
             raise InputError(
-                f"train_data {self.train_data}: {len(rows)} training rows for {processes} processes; use fewer"
+                f"train_data {self.train_data}: {len(rows)} training rows for {processes} "
+                "processes; use fewer"
             )
         return rows, held, dict(bad.counts)

@@ -13,23 +13,23 @@ UNREAD = "weights are read from safetensors only, as a pickle can run code"
 
 
 def locate(path: str, weights: bool = True) -> Path:
-    """A local directory as it is, verified; anything else is a Hub id, fetched without any
-    pickle."""
+    """The directory of a model: a local one as it is, verified (its weights only if `weights`); any
+    other name is a Hub id, fetched without any pickle. Raises InputError where there is none."""
     if Path(path).is_dir():
         verify(Path(path), weights)
         return Path(path)
     if Path(path).is_file():
         raise InputError(
-            f"{path}: is a file; a model is a directory of config.json and model.safetensors ({UNREAD})"
+            f"{path}: is a file; a model is a directory of config.json and model.safetensors "
+            f"({UNREAD})"
         )
     if path.count("/") > 1 or path.startswith((".", "/", "runs/")):
         raise InputError(f"{path}: no such directory; run the stage that makes it first")
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # its errors differ by release; the first line tells
         reason = str(error).strip().splitlines()[0][:160]
         raise InputError(
@@ -38,6 +38,8 @@ def locate(path: str, weights: bool = True) -> Path:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a model directory, or of a folder of shards. Raises InputError where there
+    is none."""
     return Tokenizer.load(locate(path, weights=False))
 
 

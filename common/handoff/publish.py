@@ -4,6 +4,7 @@ A directory counts once its manifest.json (size and sha256 of every file) is the
 last, and removed before anything it vouches for is touched.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from common.handoff.hf import (
     read_weights,
 )
 from common.handoff.locate import locate, read_stage
-from common.handoff.report import vouch
+from common.handoff.report import STAGE, vouch
 from common.model.gpt import GPT, RewardModel
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
@@ -37,7 +38,8 @@ def publish(
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write model, tokenizer and stage.json to `folder`, crash-safe. `weights`: the model's state
-    when gathered elsewhere."""
+    where it is another than model.state_dict(), as with adapters merged. Raises Failure when the
+    disk is full."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -45,9 +47,7 @@ def publish(
     config = export_config(model, {"eos_token_id": end, "pad_token_id": padding})
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files = {
-        "stage.json": dump(
-            stage
-        ),  # first: with it and no manifest the directory counts as cut short
+        STAGE: dump(stage),  # first: with it and no manifest the directory counts as cut short
         "config.json": dump(config),
         "model.safetensors": save(export_weights(model, weights), metadata={"format": "pt"}),
     }
@@ -75,11 +75,8 @@ def load_config(path: str, kind: Kind | None = None) -> GPTConfig:
     raw = read_config(folder)
     found: Kind = "reward" if "SequenceClassification" in str(raw.get("architectures")) else "lm"
     if kind and found != kind:
-        hint = (
-            f"; did you mean its parent {parent}?"
-            if (parent := read_stage(path).get("parent")) and kind == "lm"
-            else ""
-        )
+        parent = read_stage(path).get("parent") if kind == "lm" else None
+        hint = f"; did you mean its parent {parent}?" if parent else ""
         raise InputError(f"{path} holds a {NAMES[found]}, a {NAMES[kind]} is wanted here{hint}")
     return import_config(raw, str(folder))
 
@@ -94,8 +91,8 @@ def check_context(path: str, kind: Kind, length: int, key: str) -> None:
 def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | RewardModel:
     """The model of a stage or transformers directory, fp32 on the CPU, in eval mode. A wrong kind
     is an InputError."""
-    folder, config = locate(path), load_config(path, kind)
-    config = GPTConfig(**{**config.__dict__, "dropout": dropout})
+    folder = locate(path)
+    config = replace(load_config(path, kind), dropout=dropout)
     model = GPT(config) if kind == "lm" else RewardModel(config)
     import_weights(model, read_weights(folder), str(folder))
     if isinstance(model, RewardModel):

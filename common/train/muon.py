@@ -46,10 +46,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """One update: Muon on its groups, then AdamW on the others."""
         groups = self.param_groups
-        alike: dict[
-            Any, list[tuple[Tensor, dict[str, Any]]]
-        ] = {}  # matrices of one shape: one product for several
+        # Matrices of one shape, with their groups: one product for several.
+        alike: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in groups:
             for p in group["params"] if "shape" in group else ():
                 if p.grad is not None:
@@ -63,7 +63,7 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
 
     def step_matrices(self, found: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Several whole matrices of one shape, or one piece."""
+        """Update several whole matrices of one shape, or one piece of a matrix."""
         updates = [self.momentum(p) for p, _ in found]
         if found[0][0].dim() == 2:
             updates = orthogonal(torch.stack(updates), self.dtype).unbind()
@@ -75,7 +75,7 @@ class Muon(torch.optim.AdamW):
             p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def momentum(self, p: Tensor) -> Tensor:
-        """Nesterov's, of the gradient."""
+        """The gradient after Nesterov's momentum, whose buffer moves on."""
         state = self.state[p]
         if not state:  # AdamW's load_state_dict wants a step in every state
             state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
@@ -85,9 +85,8 @@ class Muon(torch.optim.AdamW):
 
     def piece(self, update: Tensor, shape: tuple[int, int]) -> Tensor:
         """This process's piece of the orthogonal update, from its piece of the plain one."""
-        device = (
-            "cuda" if torch.cuda.is_available() else "cpu"
-        )  # an offloaded piece is not where it can be sent from
+        # An offloaded piece is not where it can be sent from.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         pieces = torch.empty(dist.get_world_size(), update.numel(), device=device)
         dist.all_gather(list(pieces), update.to(device))
         matrix = pieces.view(-1)[: math.prod(shape)].view(shape)
@@ -111,13 +110,6 @@ def muon(
     groups = parameter_groups(
         [p for _, p in named if id(p) not in chosen], learning_rate, weight_decay
     )
-    groups += [
-        {
-            "params": [p],
-            "shape": tuple(p.shape),
-            "lr": muon_learning_rate,
-            "weight_decay": weight_decay,
-        }
-        for p in matrices
-    ]
+    alike = {"lr": muon_learning_rate, "weight_decay": weight_decay}
+    groups += [{"params": [p], "shape": tuple(p.shape), **alike} for p in matrices]
     return remember_peaks(Muon(groups, beta2, dtype))

@@ -1,5 +1,4 @@
-"""Optimizers, the learning-rate schedule, and `update()`: one optimizer step, normalised once by
-the global count."""
+"""Optimizers, the learning-rate schedule, and how many updates there are."""
 
 import math
 from collections.abc import Iterable
@@ -8,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config.training import SchedulerType
-from common.program.errors import InputError
+from common.config.training import SchedulerType, TrainConfig
 
 
 def schedule(
@@ -38,13 +36,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW groups of those that train; decay on matrices only (GPT-3, appendix B)."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices = [p for p in trainable if p.dim() >= 2]
+    others = [p for p in trainable if p.dim() < 2]
     groups = [
-        {
-            "params": [p for p in trainable if p.dim() >= 2],
-            "lr": learning_rate,
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p in trainable if p.dim() < 2], "lr": learning_rate, "weight_decay": 0.0},
+        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": others, "lr": learning_rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -52,10 +48,18 @@ def parameter_groups(
 def adamw(
     groups: list[dict[str, Any]], beta2: float = 0.999, eps: float = 1e-8
 ) -> torch.optim.AdamW:
+    """AdamW over these groups, fused, with their learning rates as peaks of the schedule."""
     return remember_peaks(torch.optim.AdamW(groups, betas=(0.9, beta2), eps=eps, fused=True))
 
 
+def adamw_for(cfg: TrainConfig, module: nn.Module) -> torch.optim.AdamW:
+    """AdamW as the config says, over what trains in `module`."""
+    groups = parameter_groups(module.parameters(), cfg.learning_rate, cfg.weight_decay)
+    return adamw(groups, cfg.adam_beta2)
+
+
 def remember_peaks(optimizer: torch.optim.Optimizer) -> Any:
+    """The optimizer, with each group's learning rate noted as its peak."""
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -67,13 +71,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
+def follow_schedule(
+    cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int, steps: int
+) -> float:
+    """Set the learning rates of update number `step` (from 0) of `steps`; returns that of groups
+    whose peak is cfg.learning_rate."""
+    factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
+    set_learning_rate(optimizer, factor)
+    return factor * cfg.learning_rate
+
+
 def steps_for(max_steps: int | None, epochs: float | None, rows: int, batch: int) -> int:
-    """Number of updates: max_steps, or epochs over `rows` in global batches of `batch`. Exactly one
-    must be given."""
-    if (max_steps is None) == (epochs is None):
-        raise InputError(
-            f"max_steps {max_steps}, num_train_epochs {epochs}: give one of the two, null for the other"
-        )
-    return (
-        max_steps if max_steps is not None else max(1, math.ceil(epochs * math.ceil(rows / batch)))
-    )
+    """Number of updates: max_steps where it is given, else epochs over `rows` in global batches of
+    `batch`. TrainConfig sees to it that one of the two is given."""
+    if max_steps is not None:
+        return max_steps
+    assert epochs is not None
+    return max(1, math.ceil(epochs * math.ceil(rows / batch)))
+
+
+def is_due(done: int, every: int | None, steps: int) -> bool:
+    """Whether what happens every so many updates (None: never) and at the end is to happen after
+    `done` of `steps` updates."""
+    return done == steps or bool(every and done % every == 0)

@@ -23,6 +23,9 @@ from common.model.lora import merged_state
 from common.program.errors import InputError
 from common.train.zero import put_zero_moments, zero_moments, zero_stage
 
+# Of matrix products in training, by the name of the precision.
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def has_bf16() -> bool:
     """Whether bf16 arithmetic (not emulation) is at hand."""
@@ -35,6 +38,13 @@ def has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def chosen_precision(asked: str) -> str:
+    """no, bf16 or fp16: `asked`, or for auto bf16 where the hardware computes in it, else no."""
+    if asked != "auto":
+        return asked
+    return "bf16" if has_bf16() else "no"
+
+
 def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: Any) -> Accelerator:
     """The Accelerator of a stage. Raises InputError for what the placement cannot do."""
     gpu = torch.cuda.is_available()
@@ -45,7 +55,8 @@ def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: 
         )
     if precision == "fp16" and deepspeed:
         raise InputError(
-            "mixed_precision fp16: DeepSpeed has no loss scaling over fp32 weights; use bf16 or auto"
+            "mixed_precision fp16: DeepSpeed has no loss scaling over fp32 weights; "
+            "use bf16 or auto"
         )
     if deepspeed and not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -65,22 +76,21 @@ def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: 
     if deepspeed:
         settings = made.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = micro_batch
-        settings["gradient_accumulation_steps"] = (
-            1  # update() accumulates, and normalises, by itself
-        )
+        settings["gradient_accumulation_steps"] = 1  # update() accumulates, and normalises
         settings["gradient_clipping"] = max_grad_norm
         settings["zero_force_ds_cpu_optimizer"] = False  # offloaded or not, the optimizer is ours
     return made
 
 
 @contextmanager
-def whole(made: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Inside, each process has every parameter of `module` whole, to read. All processes must enter
-    together."""
+def whole(made: Accelerator, module: nn.Module, change: bool = False) -> Iterator[None]:
+    """Inside, each process has every parameter of `module` whole, to read; and with `change` to
+    change, in all processes alike. All processes must enter together, and not twice."""
     if zero_stage(made) == 3:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        writer = 0 if change else None  # without one, changes are lost at the end
+        with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=writer):
             yield
     else:
         yield
@@ -110,15 +120,10 @@ def frozen(made: Accelerator, module: GPT | RewardModel) -> nn.Module:
     import deepspeed
 
     settings = made.state.deepspeed_plugin.deepspeed_config
-    kept = (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "zero_optimization",
-        "steps_per_print",
-    )
-    engine, *_ = deepspeed.initialize(
-        model=module, config={key: settings[key] for key in kept if key in settings}
-    )
+    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    kept += ("zero_optimization", "steps_per_print")
+    config = {key: settings[key] for key in kept if key in settings}
+    engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine
 
@@ -135,6 +140,8 @@ def whole_weights(made: Accelerator, module: nn.Module) -> dict[str, Tensor]:
 
 
 def collected(made: Accelerator, pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The (name, tensor) pairs as a dict on the CPU of the main process; {} in the others, which
+    must go through them as well."""
     kept = {}
     for name, tensor in pairs:  # one at a time: no process holds them all on its GPU
         if made.is_main_process:
@@ -142,7 +149,7 @@ def collected(made: Accelerator, pairs: Iterable[tuple[str, Tensor]]) -> dict[st
     return kept
 
 
-def names_of(optimizer: torch.optim.Optimizer) -> list[str]:
+def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
     """Parameter names in the order of the optimizer's own numbers."""
     return [name for group in optimizer.param_groups for name in group["names"]]
 
@@ -154,10 +161,13 @@ def whole_moments(
     gets more than {}."""
     if zero_stage(made):
         return collected(made, zero_moments(made, module))
-    names, state = names_of(optimizer), optimizer.state_dict()["state"]
-    return collected(
-        made, ((f"{names[n]}/{key}", t) for n, of_one in state.items() for key, t in of_one.items())
+    names, state = parameter_names(optimizer), optimizer.state_dict()["state"]
+    moments = (
+        (f"{names[n]}/{key}", tensor)
+        for n, of_one in state.items()
+        for key, tensor in of_one.items()
     )
+    return collected(made, moments)
 
 
 def put_moments(
@@ -166,6 +176,7 @@ def put_moments(
     module: nn.Module,
     moments: Mapping[str, Tensor],
 ) -> None:
+    """Give the optimizer the state that `whole_moments` returned, which all processes have."""
     if zero_stage(made):
         put_zero_moments(made, module, moments)
         return
@@ -173,5 +184,6 @@ def put_moments(
     for key, tensor in moments.items():
         name, kind = key.rsplit("/", 1)
         by_name.setdefault(name, {})[kind] = tensor
-    state = {n: by_name[name] for n, name in enumerate(names_of(optimizer)) if name in by_name}
+    names = parameter_names(optimizer)
+    state = {n: by_name[name] for n, name in enumerate(names) if name in by_name}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,9 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.config.schema import to_dict
+from common.config.training import TrainConfig
+from common.handoff.locate import lineage
 from common.program.errors import Failure, InputError
 from common.program.files import (
     MANIFEST,
@@ -32,6 +35,25 @@ from common.program.files import (
 from common.train.placement import put_moments, whole_moments, whole_weights
 
 LOOP = "loop.json"
+# Keys that may change between an interrupted run and the one that goes on: they say where it writes
+# and how it reports. The two that make up a micro-batch are free because their product with the
+# processes is compared.
+FREE = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to"}
+FREE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+
+
+class Saved(NamedTuple):
+    """A saved state that a run can go on from."""
+
+    path: Path  # .../state/step-N
+    loop: dict[str, Any]  # its loop.json
+
+
+class BatchShape(NamedTuple):
+    """How an update's rows are split."""
+
+    rows: int  # in an update, over all processes
+    accumulation: int  # micro-batches of it on each process
 
 
 def folders(folder: Path) -> dict[Path, int]:
@@ -62,74 +84,74 @@ def save_state(
 
     Raises Failure when the disk has no room: what was saved before is untouched then.
     """
-    target = folder / f"step-{loop['step']}"
-    temporary = target.with_name(target.name + ".tmp")
+    generators_of_all = enumerate(gather_object([random]))
     tensors = {
         "weights.safetensors": whole_weights(accelerator, module),
         "moments.safetensors": whole_moments(accelerator, optimizer, module),
         "random.safetensors": {
-            f"{n}.{key}": t
-            for n, one in enumerate(gather_object([random]))
-            for key, t in one.items()
+            f"{rank}.{key}": state for rank, one in generators_of_all for key, state in one.items()
         },
     }
     if accelerator.is_main_process:
-        try:
-            for unfinished in folder.glob("step-*.tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            check_room(
-                folder,
-                sum(
-                    t.numel() * t.element_size()
-                    for group in tensors.values()
-                    for t in group.values()
-                ),
-            )
-            for name, group in tensors.items():
-                save_file(group, temporary / name)
-            # The logs too: else a power cut could leave the state ahead of them.
-            for file in [
-                *(temporary / name for name in tensors),
-                *(folder.parent / name for name in loop["logs"]),
-            ]:
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            write_atomically(temporary / LOOP, dump(loop))
-            write_manifest(temporary, [temporary / name for name in (*tensors, LOOP)])
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-        except Exception as error:  # safetensors has errors of its own for a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            last = next(iter(folders(folder)), None)
-            kept = f"{last} is as it was" if last else "nothing was saved before"
-            raise Failure(
-                f"{target}: could not be saved: {error}; {kept}. Make room, then the same command goes on"
-            ) from None
-        saved = folders(folder)
-        # One of a later step was passed over as damaged: it would only take the place of a good
-        # one.
-        good = [path for path, step in saved.items() if step <= loop["step"]][:keep]
-        for old in saved.keys() - set(good):
-            shutil.rmtree(old)
+        write_state(folder, tensors, loop)
+        drop_old(folder, loop["step"], keep)
     accelerator.wait_for_everyone()
 
 
-def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest state that is whole, and its loop.json; a damaged one is named and passed over."""
+def write_state(folder: Path, tensors: dict[str, dict[str, Tensor]], loop: dict[str, Any]) -> None:
+    """Write `folder`/step-N whole, or not at all. Raises Failure when it cannot be written."""
+    target = folder / f"step-{loop['step']}"
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        for unfinished in folder.glob("step-*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        check_room(folder, sum(t.nbytes for group in tensors.values() for t in group.values()))
+        for name, group in tensors.items():
+            save_file(group, temporary / name)
+        # The logs too: else a power cut could leave the state ahead of them.
+        logs = [folder.parent / name for name in loop["logs"]]
+        for file in [*(temporary / name for name in tensors), *logs]:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        write_atomically(temporary / LOOP, dump(loop))
+        write_manifest(temporary, [temporary / name for name in (*tensors, LOOP)])
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = next(iter(folders(folder)), None)
+        kept = f"{last} is as it was" if last else "nothing was saved before"
+        raise Failure(
+            f"{target}: could not be saved: {error}; {kept}. "
+            "Make room, then the same command goes on"
+        ) from None
+
+
+def drop_old(folder: Path, step: int, keep: int) -> None:
+    """Drop all saved states but the newest `keep` up to `step`. One of a later step was passed over
+    as damaged: it would only take the place of a good one."""
+    saved = folders(folder)
+    good = [path for path, its_step in saved.items() if its_step <= step][:keep]
+    for old in saved.keys() - set(good):
+        shutil.rmtree(old)
+
+
+def newest_state(folder: Path) -> Saved | None:
+    """The newest state that is whole; a damaged one is named and passed over."""
     for path in folders(folder):
         try:
             if not (path / MANIFEST).exists():
                 raise InputError(f"{path}: the save was cut short (no {MANIFEST})")
             verify(path)
-            return path, json.loads((path / LOOP).read_text())
+            return Saved(path, json.loads((path / LOOP).read_text()))
         except InputError as error:
             warnings.warn(f"state passed over: {error}", stacklevel=2)
     return None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Before the module is prepared, which may split it."""
+    """Put the saved weights into a module that is not yet prepared, which may split it."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, tensor in load_file(path / "weights.safetensors").items():
@@ -139,18 +161,45 @@ def load_weights(module: nn.Module, path: Path) -> None:
 def load_moments(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, path: Path
 ) -> None:
-    """Optimizer and generators as they were. With other processes than wrote it, the generators go
-    on from the seed."""
+    """Put optimizer and generators back as they were. With another number of processes than wrote
+    it, the generators go on from the seed."""
     put_moments(accelerator, optimizer, module, load_file(path / "moments.safetensors"))
-    saved, rank, device = (
-        load_file(path / "random.safetensors"),
-        accelerator.process_index,
-        accelerator.device,
-    )
+    saved = load_file(path / "random.safetensors")
+    rank, device = accelerator.process_index, accelerator.device
     if {int(name.split(".")[0]) for name in saved} == set(range(accelerator.num_processes)):
         torch.set_rng_state(saved[f"{rank}.cpu"])
         if device.type == "cuda" and f"{rank}.cuda" in saved:
             torch.cuda.set_rng_state(saved[f"{rank}.cuda"], device)
+
+
+def batch_shape(cfg: TrainConfig, processes: int, found: Saved | None) -> BatchShape:
+    """How the rows of an update are split over the processes of this run.
+
+    Where only the number of processes is not that of the state, the rows of an update stay, and so
+    the place in the data: the accumulation gives way. Raises InputError where it cannot.
+    """
+    micro, asked = cfg.per_device_train_batch_size, rows_per_process(cfg)
+    rows = asked * processes
+    if found and found.loop["per_process"] == asked:
+        rows = found.loop["run"]["global_batch"]
+    if found and rows % (micro * processes):
+        raise InputError(
+            f"{found.path}: is of a run with {rows} rows an update, which {processes} processes of "
+            f"per_device_train_batch_size {micro} cannot share; change one of the two"
+        )
+    return BatchShape(rows, rows // (micro * processes))
+
+
+def rows_per_process(cfg: TrainConfig) -> int:
+    """Rows of an update on one process, as the config asks for them."""
+    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+
+
+def identity(cfg: TrainConfig, global_batch: int) -> dict[str, Any]:
+    """What a run that goes on must share with the one that left the state."""
+    config = {key: value for key, value in to_dict(cfg).items() if key not in FREE}
+    parent = lineage(cfg.parent).get("parent_hash")
+    return {**config, "parent_hash": parent, "global_batch": global_batch}
 
 
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:
@@ -159,6 +208,17 @@ def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> No
     for key in sorted(noted.keys() | now.keys()):
         if noted.get(key) != now.get(key):
             raise InputError(
-                f"{path}: is of a run with {key} = {noted.get(key)}, this one has {now.get(key)}; give it back its {key}, "
-                f"or start over with another output_dir or without {path.parent}"
+                f"{path}: is of a run with {key} = {noted.get(key)}, this one has {now.get(key)}; "
+                f"give it back its {key}, or start over with another output_dir or without "
+                f"{path.parent}"
             )
+
+
+def check_empty(folder: Path) -> None:
+    """Raise InputError when a run that starts over (resume false) would write among old files."""
+    # Hidden files are the pipeline's notes.
+    if any(not path.name.startswith(".") for path in folder.glob("*")):
+        raise InputError(
+            f"resume false: {folder} is not empty; to start over name an empty output_dir, "
+            "or clear it"
+        )

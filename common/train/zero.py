@@ -1,4 +1,9 @@
-"""Optimizer state under DeepSpeed ZeRO: whole moments from its flat pieces, and back."""
+"""Optimizer state under DeepSpeed ZeRO: whole moments from its flat pieces, and back.
+
+DeepSpeed maps whole parameters to its flat pieces of them at any time; moments only of the first
+group, and only once a step was made (0.19.8). So moments travel through the place of the weights,
+which are put back.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +20,6 @@ def zero_stage(made: Accelerator) -> int:
     return plugin.zero_stage if plugin else 0
 
 
-# DeepSpeed maps whole parameters to its flat pieces of them at any time; moments only of the first
-# group, and only once a step was made (0.19.8). So moments travel through the place of the weights,
-# which are put back.
 KINDS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -34,11 +36,13 @@ def pieces(made: Accelerator) -> list[tuple[Tensor, dict[str, Any]]]:
 
 
 def moments_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The moments that the parameters of a group have: Muon's one, or AdamW's two."""
     return ("momentum_buffer",) if "shape" in group else ("exp_avg", "exp_avg_sq")
 
 
 @contextmanager
 def weights_lent(held: Sequence[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+    """Inside, the flat weights may hold something else; at the end they are as they were."""
     weights = [piece.clone() for piece, _ in held]
     yield
     for (piece, _), weight in zip(held, weights, strict=True):
@@ -47,6 +51,7 @@ def weights_lent(held: Sequence[tuple[Tensor, dict[str, Any]]]) -> Iterator[None
 
 @torch.no_grad()
 def zero_moments(made: Accelerator, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """("name/kind", whole tensor) of every moment and step. All processes must go through them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     held, parameters = pieces(made), dict(module.named_parameters())
@@ -68,6 +73,8 @@ def zero_moments(made: Accelerator, module: nn.Module) -> Iterator[tuple[str, Te
 
 @torch.no_grad()
 def put_zero_moments(made: Accelerator, module: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    """Give the optimizer's pieces the moments that `zero_moments` gave. All processes must call
+    it."""
     held, parameters = pieces(made), dict(module.named_parameters())
     base = made.deepspeed_engine_wrapped.engine.basic_optimizer
     state, groups = base.state, base.param_groups
@@ -95,8 +102,7 @@ def put_zero_weight(parameter: nn.Parameter, value: Tensor, made: Accelerator) -
     if zero_stage(made) < 3:
         safe_set_full_fp32_param(parameter, value)
         return
-    size = safe_get_local_fp32_param(
-        parameter
-    ).numel()  # the last piece is padded, which safe_set_full does not do
+    # The last piece is padded, which safe_set_full does not do.
+    size = safe_get_local_fp32_param(parameter).numel()
     flat = nn.functional.pad(value.flatten(), (0, size * made.num_processes - value.numel()))
     safe_set_local_fp32_param(parameter, flat.view(-1, size)[made.process_index])

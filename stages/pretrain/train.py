@@ -7,9 +7,8 @@ Rows of max_length tokens are cut from the stream of documents (an end-of-text b
 """
 
 import math
-import time
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,8 +16,9 @@ from pydantic import Field
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import TrainConfig
 from common.handoff.locate import load_tokenizer
-from common.handoff.publish import check_context, load_model, publish
-from common.model.costs import GPUS, forward_flops
+from common.handoff.publish import check_context, load_model
+from common.handoff.report import Gate
+from common.model.costs import forward_flops
 from common.model.gpt import GPT
 from common.model.presets import ArchitectureConfig, new_model
 from common.model.sample import check_prompts, sample
@@ -27,10 +27,12 @@ from common.rows.batches import share
 from common.rows.shards import Shards
 from common.text.chat import prompt_ids, stop_ids
 from common.text.tokenizer import Tokenizer, same_ids
+from common.train.log import Speed
 from common.train.muon import muon
-from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.train.placement import sampler, whole
+from common.train.optimizers import adamw_for, follow_schedule, is_due, steps_for
+from common.train.placement import sampler
 from common.train.run import Run
+from stages.pretrain.mfu import Hardware
 
 
 @stage_config
@@ -60,34 +62,30 @@ class Config(ArchitectureConfig, TrainConfig):
 
 
 def build_model(cfg: Config, tokenizer: Tokenizer) -> GPT:
-    if cfg.parent:
-        if not same_ids(load_tokenizer(cfg.parent), tokenizer):
-            raise InputError(
-                f"{cfg.train_data}: its ids are not those of {cfg.parent}; prepare it with `tokenizer: {cfg.parent}`"
-            )
-        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
-        model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
-        model.resize_vocabulary(tokenizer.vocab_size)
-        return model
-    return new_model(cfg, tokenizer.vocab_size, cfg.max_length)
+    """The model that training starts from: the parent, or a new one.
+
+    Raises InputError when the parent has another tokenizer or too short a context.
+    """
+    if not cfg.parent:
+        return new_model(cfg, tokenizer.vocab_size, cfg.max_length)
+    if not same_ids(load_tokenizer(cfg.parent), tokenizer):
+        raise InputError(
+            f"{cfg.train_data}: its ids are not those of {cfg.parent}; "
+            f"prepare it with `tokenizer: {cfg.parent}`"
+        )
+    check_context(cfg.parent, "lm", cfg.max_length, "max_length")
+    model = load_model(cfg.parent, "lm", dropout=cfg.dropout)
+    model.resize_vocabulary(tokenizer.vocab_size)
+    return model
 
 
-def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that MFU is a share of: the data sheet's figure for a known GPU (dense bf16), else a
-    GEMM timed here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [gpu.flops for key, gpu in GPUS.items() if key.split("-")[0].upper() in name]
-        if known:
-            return known[0]
+def build_optimizer(cfg: Config, model: GPT, precision: str) -> torch.optim.Optimizer:
+    """AdamW or Muon, as the config says; Muon's iterations run in bf16 unless training is fp32."""
+    if cfg.optimizer == "adamw":
+        return adamw_for(cfg, model)
     dtype = torch.float32 if precision == "no" else torch.bfloat16
-    a = torch.randn(1024, 1024, device=device).to(dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, a).sum().item()
-        times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times)
+    rates = cfg.muon_learning_rate, cfg.learning_rate
+    return muon(model, *rates, cfg.weight_decay, cfg.adam_beta2, dtype)
 
 
 @torch.no_grad()
@@ -98,11 +96,10 @@ def evaluate(
     every time)."""
     model.eval()
     total = torch.zeros(2, device=run.device)
-    for chosen in share(
-        range(min(rows, shards.rows)), run.rank, run.processes, batch_size, blank=lambda row: None
-    ):
+    chosen = range(min(rows, shards.rows))
+    for part in share(chosen, run.rank, run.processes, batch_size, blank=lambda row: None):
         run.poll()
-        real = [row for row in chosen if row is not None]
+        real = [row for row in part if row is not None]
         batch = torch.cat([shards.batch(0, row, 1) for row in real or [0]]).to(run.device)
         summed = next_token_loss(model, batch, eot_id, shards.stride)
         total += torch.stack([summed * bool(real), summed.new_tensor(len(real) * shards.stride)])
@@ -120,15 +117,23 @@ def next_token_loss(
     With eot_id only from those of its own document, which an end-of-text opens (as it opens a base
     model's prompt).
     """
-    ids = batch[:, :-1]
+    ids, targets = batch[:, :-1], batch[:, 1:]
     documents = None if eot_id is None else (ids == eot_id).cumsum(1)
-    keep = (
-        torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= ids.shape[1] - predicted
-        if predicted
-        else None
-    )
-    targets = batch[:, 1:] if keep is None else batch[:, 1:][keep]
+    keep = None
+    if predicted:
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        keep = places >= ids.shape[1] - predicted
+        targets = targets[keep]
     return -model(ids, keep, documents, targets).sum()
+
+
+def rows_of(cfg: Config, run: Run, shards: Shards, step: int) -> list[torch.Tensor]:
+    """This process's micro-batches (B, T + 1) of update number `step`: a pure function of seed,
+    step and rank."""
+    micro = cfg.per_device_train_batch_size
+    first = step * run.global_batch + run.rank * micro * run.accumulation
+    starts = range(first, first + micro * run.accumulation, micro)
+    return [shards.batch(cfg.seed, start, micro).to(run.device) for start in starts]
 
 
 def continuations(
@@ -149,123 +154,114 @@ def continuations(
     ]
 
 
-def main(cfg: Config) -> None:
+def refuse_lora(cfg: Config) -> None:
+    """Raise InputError for a key that all stages share, but that makes no sense here."""
     if cfg.lora_r:
         raise InputError(
             f"lora_r {cfg.lora_r}: pretraining trains all weights; LoRA is for sft, reward and rl"
         )
+
+
+def sample_prompts(cfg: Config, raw: GPT, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of the prompts to go on from. Raises InputError for one that leaves no room: now, not
+    after hours of training."""
+    chats = [[{"role": "user", "content": text}] for text in cfg.sample_prompts]
+    prompts = [prompt_ids(tokenizer, chat) for chat in chats]
+    check_prompts(raw, prompts)
+    return prompts
+
+
+def plan_of(run: Run, shards: Shards, steps: int) -> str:
+    """In words, how long training is: updates, tokens of each, passes over the data."""
+    rows, tokens = steps * run.global_batch, run.global_batch * run.cfg.max_length
+    seen = shards.epochs(rows)
+    of_each = "".join(f"; {times:.2f} of {name}" for name, times in seen.items() if len(seen) > 1)
+    epochs = rows / shards.rows
+    return f"{steps} steps of {tokens:,} tokens ({epochs:.2f} epochs of {shards.tokens:,}{of_each})"
+
+
+def flops_per_token(raw: GPT, length: int) -> float:
+    """Operations that training needs for a token; the backward pass takes twice the forward's."""
+    return 3 * forward_flops(raw.config, 1, length, 1)
+
+
+def gate_of(initial: float, final: float, guessing: float) -> Gate:
+    """Whether the held-out loss fell by enough: half a nat, or a tenth where few symbols, or a
+    parent, leave less than that to learn."""
+    enough = min(0.5, 0.1 * initial)
+    text = f"held-out loss {initial:.2f} -> {final:.3f} nats a token (guessing: {guessing:.2f})"
+    return Gate(final < initial - enough, text)
+
+
+def facts_of(cfg: Config, parameters: int, shards: Shards, rows: int) -> dict[str, Any]:
+    """What stage.json says of training on so many rows."""
+    return {
+        "parameters": parameters,
+        "tokens_seen": rows * cfg.max_length,
+        "data": {"train": shards.meta["fingerprint"], "epochs": shards.epochs(rows)},
+    }
+
+
+def main(cfg: Config) -> None:
+    """Train, evaluate, sample and publish; with eval_only only evaluate and sample."""
+    refuse_lora(cfg)
     run = Run(cfg, "pretrain", "lm")
     tokenizer = load_tokenizer(cfg.train_data)
     shards = Shards(cfg.train_data, "train", cfg.max_length, cfg.row_stride)
     heldout = Shards(cfg.train_data, "eval", cfg.max_length, cfg.row_stride)
-
     raw = build_model(cfg, tokenizer)
     parameters = sum(p.numel() for p in raw.parameters())
-    if cfg.optimizer == "muon":
-        dtype = torch.float32 if run.precision == "no" else torch.bfloat16
-        optimizer = muon(
-            raw, cfg.muon_learning_rate, cfg.learning_rate, cfg.weight_decay, cfg.adam_beta2, dtype
-        )
-    else:
-        optimizer = adamw(
-            parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2
-        )
-    model, optimizer = run.prepare(raw, optimizer)
+    prompts = sample_prompts(cfg, raw, tokenizer)
+    model, optimizer = run.prepare(raw, build_optimizer(cfg, raw, run.precision))
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, shards.rows, run.global_batch)
+    run.say(f"{parameters:,} parameters, {plan_of(run, shards, steps)}")
 
-    prompts = [
-        prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in cfg.sample_prompts
-    ]
-    check_prompts(raw, prompts)  # now, not after hours of training
-    micro, accumulation, batch_rows = (
-        cfg.per_device_train_batch_size,
-        run.accumulation,
-        run.global_batch,
-    )
-    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, shards.rows, batch_rows)
-    tokens_per_step = batch_rows * cfg.max_length
-    peak = peak_flops(run.device, run.accelerator.mixed_precision) * run.processes
-    flops_per_token = 3 * forward_flops(
-        raw.config, 1, cfg.max_length, 1
-    )  # backward is twice forward
-    epochs, seen = steps * batch_rows / shards.rows, shards.epochs(steps * batch_rows)
-    of_each = "".join(f"; {times:.2f} of {name}" for name, times in seen.items() if len(seen) > 1)
-    run.say(
-        f"{parameters:,} parameters, {steps} steps of {tokens_per_step:,} tokens "
-        f"({epochs:.2f} epochs of {shards.tokens:,}{of_each})"
-    )
-
+    guessing = math.log(tokenizer.vocab_size)  # loss of one who knows nothing, in nats a token
     eot_id = tokenizer.eot_id if cfg.document_mask and tokenizer.has_control else None
+    hardware, flops = Hardware(run.device, run.dtype), flops_per_token(raw, cfg.max_length)
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        """Summed over a micro-batch (1)."""
+        return next_token_loss(model, batch, eot_id, shards.stride)[None]
+
+    def heldout_loss() -> float:
+        """Mean over held-out tokens, in nats."""
+        return evaluate(run, model, heldout, cfg.eval_rows, cfg.per_device_train_batch_size, eot_id)
+
     if cfg.eval_only:
-        found = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
-        run.say(
-            f"held-out loss {found:.4f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
-        )
+        run.say(f"held-out loss {heldout_loss():.4f} nats a token (guessing: {guessing:.2f})")
         for row in continuations(cfg, run, raw, tokenizer, prompts):
             run.say(f"{row['prompt']}{row['sample']}")
         return
     first_step, kept = run.start_or_resume(raw, optimizer, fingerprint(shards.meta))
-    bar, clock, clock_step = run.progress(steps, first_step), time.perf_counter(), first_step
+    bar, speed = run.progress(steps, first_step), Speed()
     for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
-        if step in (0, steps) or (cfg.eval_steps and step % cfg.eval_steps == 0):
-            eval_loss = evaluate(run, model, heldout, cfg.eval_rows, micro, eot_id)
-            run.log(
-                step,
-                {"eval_loss": eval_loss}
-                | ({} if step else {"ln_vocab": math.log(tokenizer.vocab_size)}),
-            )
+        if step == 0 or is_due(step, cfg.eval_steps, steps):
+            eval_loss = heldout_loss()
+            kept.setdefault("initial", eval_loss)
+            run.log(step, {"eval_loss": eval_loss} | ({} if step else {"ln_vocab": guessing}))
             if step:
                 run.log_samples(step, continuations(cfg, run, raw, tokenizer, prompts))
-            else:
-                kept["initial"] = eval_loss
-            clock, clock_step = time.perf_counter(), step
+            hardware.measure()
+            speed.restart()
         if step == steps:
             break
-        first = step * batch_rows + run.rank * micro * accumulation
-        micro_batches = [
-            shards.batch(cfg.seed, first + i * micro, micro).to(run.device)
-            for i in range(accumulation)
-        ]
-        factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate(optimizer, factor)
+        micro_batches = rows_of(cfg, run, shards, step)
         counts = torch.tensor([sum(len(batch) * shards.stride for batch in micro_batches)])
-        done = run.update(
-            step,
-            model,
-            optimizer,
-            micro_batches,
-            lambda batch: next_token_loss(model, batch, eot_id, shards.stride)[None],
-            counts,
-        )
+        rate = follow_schedule(cfg, optimizer, step, steps)
+        done = run.update(step, model, optimizer, micro_batches, loss, counts)
+        speed.add(run.global_batch * cfg.max_length)
         bar.update()
-        if done and ((step + 1) % cfg.logging_steps == 0 or step + 1 == steps):
-            speed = (step + 1 - clock_step) * tokens_per_step / (time.perf_counter() - clock)
-            metrics = {
-                "loss": done.losses[0],
-                "grad_norm": done.grad_norm,
-                "lr": factor * cfg.learning_rate,
-            }
-            run.log(
-                step + 1,
-                metrics | {"tokens/s": round(speed), "mfu": speed * flops_per_token / peak},
-            )
-            clock, clock_step = time.perf_counter(), step + 1
+        if done and is_due(step + 1, cfg.logging_steps, steps):
+            tokens = speed.lap()
+            metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": rate}
+            mfu = hardware.share(tokens * flops / run.processes)
+            run.log(step + 1, metrics | {"tokens/s": round(tokens), "mfu": mfu})
 
-    text = f"held-out loss {kept['initial']:.2f} -> {eval_loss:.3f} nats a token (guessing: {math.log(tokenizer.vocab_size):.2f})"
-    enough = min(
-        0.5, 0.1 * kept["initial"]
-    )  # nats; a tenth where few symbols, or a parent, leave less than that to learn
-    stage = run.finish(
-        steps,
-        (eval_loss < kept["initial"] - enough, text),
-        parameters=parameters,
-        tokens_seen=steps * tokens_per_step,
-        data={"train": shards.meta["fingerprint"], "epochs": seen},
-    )
-    with whole(run.accelerator, raw):
-        if run.main:
-            publish(run.folder, raw, tokenizer, stage)
-    run.forget()
+    gate = gate_of(kept["initial"], eval_loss, guessing)
+    facts = facts_of(cfg, parameters, shards, steps * run.global_batch)
+    run.publish(steps, gate, tokenizer, raw, **facts)
 
 
 if __name__ == "__main__":

@@ -11,25 +11,25 @@ taken as they are. Writes comparisons.jsonl and eval.jsonl.
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 from tqdm import tqdm
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.config.schema import OutputDir, cli, stage_config
 from common.config.training import ReadsRows, Seed, refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import check_context, load_model
-from common.handoff.report import provenance
+from common.handoff.report import STAGE, Gate, stage_report, write_stage_report
 from common.model.sample import sample
 from common.program.errors import InputError
-from common.program.files import dump, write_atomically, write_jsonl
+from common.program.files import write_jsonl
 from common.program.signals import interrupt_with
-from common.rows.sources import BadRows, Row, read_rows
+from common.rows.sources import BadRows, read_rows
 from common.text.chat import (
     Message,
     comparison_prompt,
@@ -97,35 +97,52 @@ def hook(name: str | None) -> Callable[..., Any] | None:
     return found
 
 
-def parse(
-    tokenizer: Tokenizer, needs_answer: bool, row: dict[str, Any]
-) -> tuple[list[Message], list[int], str | None]:
-    """(messages of the prompt, its ids, the reference answer where one is needed)."""
+class Hooks(NamedTuple):
+    """The recipe's own functions, where it names any."""
+
+    labeller: Labeller | None
+    contrast: Contrast | None
+
+
+class Prompt(NamedTuple):
+    """A prompt that is to be answered."""
+
+    messages: list[Message]
+    ids: list[int]  # up to where the answer begins
+    reference: str | None  # the row's own answer, where one is needed
+
+
+class Entry(NamedTuple):
+    """One answer to a prompt, before it is ranked."""
+
+    text: str
+    source: str  # policy (a sample), reference, or what `contrast` calls it
+    stopped: bool  # whether its end token came
+
+
+def parse(tokenizer: Tokenizer, needs_answer: bool, row: dict[str, Any]) -> Prompt:
+    """The prompt of a row. Raises InputError where there is none, or no answer that is needed."""
     messages = rows_to_prompt(row)
     ids = prompt_ids(tokenizer, messages)
+    if not needs_answer:
+        return Prompt(messages, ids, None)
     try:
-        return messages, ids, rows_to_messages(row)[-1]["content"] if needs_answer else None
+        return Prompt(messages, ids, rows_to_messages(row)[-1]["content"])
     except InputError as error:
         raise InputError(
             f"without a labeller each prompt needs its answer: {error}", error.reason
         ) from None
 
 
-def sampled(
-    cfg: Config, tokenizer: Tokenizer, rows: Sequence[Row], rng: random.Random
-) -> tuple[list[dict[str, Any]], int]:
-    """Ranked answers for each parsed prompt row, and the number of prompts left out as too long."""
-    labeller: Labeller | None = hook(cfg.labeller)
-    contrast: Contrast | None = hook(cfg.contrast)
-    model = load_model(cfg.parent, "lm")
-    kept = [row.parsed for row in rows if len(row.parsed[1]) <= cfg.max_prompt_length]
-    prompts = [ids for _, ids, _ in kept for _ in range(cfg.answers_per_prompt)]
-    with tqdm(
-        total=len(prompts), unit="answer", desc="collect", mininterval=1, disable=None
-    ) as bar:
+def sampled(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iterator[list[Entry]]:
+    """For each prompt answers_per_prompt answers of the SFT model."""
+    model, each = load_model(cfg.parent, "lm"), cfg.answers_per_prompt
+    repeated = [prompt.ids for prompt in prompts for _ in range(each)]
+    words = {"unit": "answer", "desc": "collect", "mininterval": 1, "disable": None}
+    with tqdm(total=len(repeated), **words) as bar:
         answers = sample(
             model,
-            prompts,
+            repeated,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             seed=cfg.seed,
@@ -133,32 +150,39 @@ def sampled(
             batch_size=cfg.batch_size,
             progress=bar.update,
         )
-    comparisons = []
-    for n, (messages, _, reference) in enumerate(kept):
-        mine = answers[n * cfg.answers_per_prompt : (n + 1) * cfg.answers_per_prompt]
-        entries = [(tokenizer.decode(a.ids), "policy", a.stopped) for a in mine]
-        text = messages[-1]["content"]
-        if contrast:
-            entries += [(answer, kind, True) for kind, answer in contrast(text, rng)]
-        if labeller:
-            ranks = labeller(text, [answer for answer, _, _ in entries], rng)
-            if len(ranks) != len(entries):
-                raise InputError(
-                    f"labeller {cfg.labeller}: {len(ranks)} ranks for {len(entries)} answers"
-                )
-        else:
-            entries.insert(0, (reference, "reference", True))
-            ranks = [0] + [1] * (len(entries) - 1)
-        texts, sources, stopped = map(list, zip(*entries, strict=True))
-        row = {
-            "prompt": messages,
-            "answers": texts,
-            "ranks": ranks,
-            "sources": sources,
-            "stopped": stopped,
-        }
-        comparisons.append(row)
-    return comparisons, len(rows) - len(kept)
+    for start in range(0, len(answers), each):
+        mine = answers[start : start + each]
+        yield [Entry(tokenizer.decode(one.ids), "policy", one.stopped) for one in mine]
+
+
+def rank_answers(
+    cfg: Config, hooks: Hooks, prompt: Prompt, samples: list[Entry], rng: random.Random
+) -> dict[str, Any]:
+    """A row of comparisons.jsonl: the samples, with what `contrast` adds, ranked by the labeller;
+    without a labeller the reference comes first, and wins over all others.
+
+    Raises InputError when a labeller does not rank every answer.
+    """
+    entries, text = samples, prompt.messages[-1]["content"]
+    if hooks.contrast:
+        more = hooks.contrast(text, rng)
+        entries = [*entries, *(Entry(answer, kind, True) for kind, answer in more)]
+    if hooks.labeller:
+        ranks = hooks.labeller(text, [entry.text for entry in entries], rng)
+        if len(ranks) != len(entries):
+            raise InputError(
+                f"labeller {cfg.labeller}: {len(ranks)} ranks for {len(entries)} answers"
+            )
+    else:
+        entries = [Entry(prompt.reference or "", "reference", True), *entries]
+        ranks = [0] + [1] * (len(entries) - 1)
+    return {
+        "prompt": prompt.messages,
+        "answers": [entry.text for entry in entries],
+        "ranks": ranks,
+        "sources": [entry.source for entry in entries],
+        "stopped": [entry.stopped for entry in entries],
+    }
 
 
 def question(row: dict[str, Any]) -> str:
@@ -166,79 +190,82 @@ def question(row: dict[str, Any]) -> str:
     return str(comparison_prompt(row)[-1]["content"])
 
 
-def main(cfg: Config) -> None:
-    started = time.perf_counter()
-    check_context(
-        cfg.parent,
-        "lm",
-        cfg.max_prompt_length + cfg.max_new_tokens,
-        "max_prompt_length + max_new_tokens",
+def held_out(cfg: Config, sampled: list[dict], people: list[dict], rng: random.Random) -> set[str]:
+    """Shuffles both lists in place; returns the questions that are held out.
+
+    Held out by prompt, from both lists alike: no prompt lies on both sides, and people's few pairs
+    are not lost. Raises InputError when nothing is left to train on.
+    """
+    held: set[str] = set()
+    for part in (sampled, people):
+        rng.shuffle(part)
+        questions = list(dict.fromkeys(map(question, part)))
+        held |= set(questions[: max(1, round(len(questions) * cfg.eval_fraction))])
+    if all(question(row) in held for row in sampled + people):
+        raise InputError(
+            f"{cfg.train_data}: all {len(sampled) + len(people)} comparisons share the held-out "
+            "prompts; give more prompts"
+        )
+    return held
+
+
+def gate_of(metrics: dict[str, int], comparisons: Sequence[dict], held: int) -> Gate:
+    """What was collected, in one line; `held`: how many prompts are held out."""
+    flags = [zip(row["stopped"], row["sources"], strict=True) for row in comparisons]
+    ends = [stopped for row in flags for stopped, source in row if source == "policy"]
+    complete = sum(ends) / max(1, len(ends))
+    text = (
+        f"{metrics['answers']:,} answers to {metrics['prompts']:,} prompts ranked, "
+        f"{len(ends):,} of them sampled ({complete:.0%} complete); "
+        f"{metrics['pairs']} pairs from people; {held} prompts held out; "
+        f"{metrics['too_long']} prompts too long"
     )
+    return Gate(True, text)
+
+
+def main(cfg: Config) -> None:
+    """Read prompts and people's pairs, sample answers, have them ranked, hold some out, write."""
+    started = time.perf_counter()
+    length, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
+    check_context(cfg.parent, "lm", length, key)
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stage.json").unlink(missing_ok=True)  # the folder counts again once it is back
-    rng = random.Random(cfg.seed)
+    (folder / STAGE).unlink(missing_ok=True)  # the folder counts again once it is back
     tokenizer, bad = load_tokenizer(cfg.parent), BadRows(cfg.on_bad_row)
-    rows = read_rows(cfg.train_data, partial(parse, tokenizer, cfg.labeller is None), bad)[
-        : cfg.max_prompts
-    ]
+    rows = read_rows(cfg.train_data, partial(parse, tokenizer, cfg.labeller is None), bad)
+    rows = rows[: cfg.max_prompts]
     # Before the sampling, so that a bad row costs no minutes.
-    people = [
-        row.data
-        for source in cfg.pairs
-        for row in read_rows(source, partial(ranked, tokenizer), bad)
+    pairs = [read_rows(source, partial(ranked, tokenizer), bad) for source in cfg.pairs]
+    people = [row.data for part in pairs for row in part]
+    hooks = Hooks(hook(cfg.labeller), hook(cfg.contrast))
+    prompts = [row.parsed for row in rows if len(row.parsed.ids) <= cfg.max_prompt_length]
+    if not prompts and not people:
+        raise InputError(
+            f"{cfg.train_data}: all {len(rows)} prompts are longer than "
+            f"max_prompt_length {cfg.max_prompt_length}"
+        )
+    rng = random.Random(cfg.seed)
+    comparisons = [
+        rank_answers(cfg, hooks, prompt, samples, rng)
+        for prompt, samples in zip(prompts, sampled(cfg, tokenizer, prompts), strict=True)
     ]
-    comparisons, left_out = sampled(cfg, tokenizer, rows, rng)
-    if not comparisons and not people:
-        raise InputError(
-            f"{cfg.train_data}: all {left_out} prompts are longer than max_prompt_length {cfg.max_prompt_length}"
-        )
-    # Held out by prompt, from both kinds alike: no prompt lies on both sides, and people's few
-    # pairs are not lost.
-    held: set[str] = set()
-    for part in (comparisons, people):
-        rng.shuffle(part)
-        prompts = list(dict.fromkeys(map(question, part)))
-        held |= set(prompts[: max(1, round(len(prompts) * cfg.eval_fraction))])
+    held = held_out(cfg, comparisons, people, rng)
     both = comparisons + people
-    if all(question(row) in held for row in both):
-        raise InputError(
-            f"{cfg.train_data}: all {len(both)} comparisons share the held-out prompts; give more prompts"
-        )
     write_jsonl(folder / "eval.jsonl", [row for row in both if question(row) in held])
     write_jsonl(folder / "comparisons.jsonl", [row for row in both if question(row) not in held])
 
-    answers = sum(len(row["answers"]) for row in comparisons)
-    ends = [
-        end
-        for row in comparisons
-        for end, who in zip(row["stopped"], row["sources"], strict=True)
-        if who == "policy"
-    ]
-    complete = sum(ends) / max(1, len(ends))
-    text = (
-        f"{answers:,} answers to {len(comparisons):,} prompts ranked, {len(ends):,} of them sampled ({complete:.0%} complete); "
-        f"{len(people)} pairs from people; {len(held)} prompts held out; {left_out} prompts too long"
-    )
-    print(f"gate collect: PASS  {text}")
-    stage = {
-        "stage": "collect",
-        "kind": "comparisons",
-        **lineage(cfg.parent),
-        "config": to_dict(cfg),
-        "seed": cfg.seed,
-        "gate": {"passed": True, "text": text},
-        "data": {"skipped": bad.counts},
-        "metrics": {
-            "answers": answers,
-            "prompts": len(comparisons),
-            "pairs": len(people),
-            "too_long": left_out,
-        },
-        "wall_time": round(time.perf_counter() - started, 2),
-        **provenance(),
+    metrics = {
+        "answers": sum(len(row["answers"]) for row in comparisons),
+        "prompts": len(comparisons),
+        "pairs": len(people),
+        "too_long": len(rows) - len(prompts),
     }
-    write_atomically(folder / "stage.json", dump(stage))
+    gate = gate_of(metrics, comparisons, len(held))
+    print(gate.line("collect"))
+    facts = {"kind": "comparisons", **lineage(cfg.parent), "metrics": metrics}
+    seconds = time.perf_counter() - started
+    report = stage_report("collect", cfg, gate, seconds, **facts, data={"skipped": bad.counts})
+    write_stage_report(folder, report)
 
 
 if __name__ == "__main__":

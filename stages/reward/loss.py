@@ -30,10 +30,8 @@ def comparison_loss(
     each prompt counts once however many answers it has (InstructGPT, eq. 1). Centering: Eisenstein
     2023, eq. 3.
     """
-    gap = scores[better] - scores[worse]
-    return (
-        weights * (centering * (scores[better] + scores[worse]) ** 2 - F.logsigmoid(gap - margin))
-    ).sum()
+    gaps, sums = scores[better] - scores[worse], scores[better] + scores[worse]
+    return (weights * (centering * sums**2 - F.logsigmoid(gaps - margin))).sum()
 
 
 def accuracy_by_margin(
@@ -50,8 +48,6 @@ def accuracy_by_margin(
     for low, high in zip((0.0, *edges), (*edges, float("inf")), strict=True):
         inside = (size >= low) & (size < high)
         if inside.any():
-            claim = torch.sigmoid(size[inside]).mean()
-            rows.append(
-                (f"{low:g}-{high:g}", int(inside.sum()), float(right[inside].mean()), float(claim))
-            )
+            accuracy, claim = right[inside].mean(), torch.sigmoid(size[inside]).mean()
+            rows.append((f"{low:g}-{high:g}", int(inside.sum()), float(accuracy), float(claim)))
     return rows

@@ -19,11 +19,10 @@ from torch import nn
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType
-from common.handoff.adapter import save_adapter
 from common.handoff.locate import lineage, load_tokenizer
-from common.handoff.publish import Kind, check_context, load_config, load_model, publish
+from common.handoff.publish import Kind, check_context, load_config, load_model
 from common.handoff.report import Gate
-from common.model.lora import add_lora, merged_state
+from common.model.lora import add_lora
 from common.program.errors import Failure, InputError
 from common.rows.batches import Order
 from common.rows.shards import Shards
@@ -32,7 +31,7 @@ from common.text.chat import prompt_ids, rows_to_prompt
 from common.text.tokenizer import Tokenizer, same_ids
 from common.train.log import Laps
 from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.train.placement import frozen, sampler, whole
+from common.train.placement import frozen, sampler
 from common.train.run import Run
 from common.train.update import NonFiniteError
 from stages.rl.algorithms import ALGORITHMS
@@ -273,37 +272,6 @@ def judge(history: Sequence[Mapping[str, float]], steps: int) -> Gate:
     return Gate(score > first, f"{rise} at KL {kl:.1f} nats, {stop_rate:.0%} complete")
 
 
-def publish_policy_and_critic(
-    cfg: Config,
-    run: Run,
-    model: ActorCritic,
-    tokenizer: Tokenizer,
-    steps: int,
-    gate: Gate,
-    **facts: Any,
-) -> None:
-    """End the run with its gate line and publish what it trained; `facts` are for stage.json.
-
-    The critic comes first: the stage counts as finished from its own manifest on.
-    """
-    stage = run.finish(steps, gate, **facts)
-    with whole(run.accelerator, model):
-        if run.main:
-            if cfg.lora_r:
-                adapter = run.folder / "adapter"
-                save_adapter(model.policy, adapter, cfg.parent, cfg.lora_r, cfg.lora_alpha)
-            weights = {
-                role: merged_state(module) if cfg.lora_r else None
-                for role, module in model.named_children()
-            }
-            if model.critic is not None:
-                critic = stage | {"kind": "reward"}
-                folder = run.folder / "critic"
-                publish(folder, model.critic, tokenizer, critic, weights=weights["critic"])
-            publish(run.folder, model.policy, tokenizer, stage, weights=weights["policy"])
-    run.forget()
-
-
 def main(cfg: Config) -> None:
     """The recipe. Each step: prompts, rollout, rewards, advantages, update, log."""
     check_keys(cfg)
@@ -363,7 +331,7 @@ def main(cfg: Config) -> None:
             run.log_samples(step + 1, samples, shown=int((step + 1) % 10 == 0))
     gate = judge(kept["history"], steps)
     facts = {"episodes": steps * episodes, "data": {"skipped": skipped}}
-    publish_policy_and_critic(cfg, run, raw, tokenizer, steps, gate, **facts)
+    run.publish(steps, gate, tokenizer, raw.policy, raw.critic, **facts)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ is on each answer's text and its end token (InstructGPT, appendix C.1); a row to
 max_length is cut, and counted.
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import RowsConfig
-from common.handoff.adapter import save_adapter
 from common.handoff.locate import load_tokenizer
-from common.handoff.publish import check_context, load_model, publish
+from common.handoff.publish import check_context, load_model
+from common.handoff.report import Gate
 from common.model.gpt import GPT
-from common.model.lora import add_lora, merged_state
+from common.model.lora import add_lora
 from common.model.presets import ArchitectureConfig, new_model
 from common.model.sample import sample
 from common.program.errors import InputError
@@ -39,8 +38,9 @@ from common.text.chat import (
     rows_to_prompt,
 )
 from common.text.tokenizer import Tokenizer
-from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
-from common.train.placement import sampler, whole
+from common.train.log import Speed
+from common.train.optimizers import adamw_for, follow_schedule, is_due, steps_for
+from common.train.placement import sampler
 from common.train.run import Run
 
 
@@ -63,11 +63,21 @@ class Config(ArchitectureConfig, RowsConfig):
 
 
 class Example(NamedTuple):
+    """One rendered conversation."""
+
     ids: list[int]
     mask: list[int]  # 1 = supervised
 
 
+class Match(NamedTuple):
+    """How many held-out answers are those of their rows to the letter."""
+
+    share: float
+    mistakes: list[dict[str, Any]]  # the other rows: prompt, wanted, answer, stopped
+
+
 def parse(tokenizer: Tokenizer, row: dict[str, Any]) -> Rendered:
+    """Ids and mask of a row. Raises InputError for one that is no demonstration."""
     return render(tokenizer, rows_to_messages(row))
 
 
@@ -88,14 +98,14 @@ def cut(rows: Sequence[Row], max_length: int) -> tuple[list[Example], dict[str, 
             dropped += 1
     if not examples:
         raise InputError(
-            f"{rows[0].origin}: this and all {len(rows)} rows have prompts of {max_length} tokens or more: raise max_length"
+            f"{rows[0].origin}: this and all {len(rows)} rows have prompts of {max_length} tokens "
+            "or more: raise max_length"
         )
-    supervised = sum(sum(example.mask) for example in examples)
     return examples, {
         "rows": len(examples),
         "truncated": truncated,
         "dropped": dropped,
-        "supervised_tokens": supervised,
+        "supervised_tokens": sum(sum(example.mask) for example in examples),
     }
 
 
@@ -109,7 +119,13 @@ def loss(
     return -model(ids[:, :-1], keep, targets=ids[:, 1:][keep]).sum(), int(keep.sum())
 
 
+def supervised_tokens(examples: Sequence[Example]) -> int:
+    """How many tokens `loss` sums over: a row's first is never predicted."""
+    return sum(sum(example.mask[1:]) for example in examples)
+
+
 def blank(example: Example) -> Example:
+    """The example with nothing to learn from it, for a process that is short of rows."""
     return example._replace(mask=[0] * len(example.mask))
 
 
@@ -130,28 +146,35 @@ def evaluate(
 
 
 def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
-    if cfg.parent:
-        check_context(cfg.parent, "lm", cfg.max_length, "max_length")
-        raw, tokenizer = (
-            load_model(cfg.parent, "lm", dropout=cfg.dropout),
-            load_tokenizer(cfg.parent).with_chat(),
-        )
-        raw.resize_vocabulary(tokenizer.vocab_size)
-    elif cfg.tokenizer:
-        tokenizer = load_tokenizer(cfg.tokenizer).with_chat()
-        raw = new_model(cfg, tokenizer.vocab_size, cfg.max_length)
-    else:
+    """(model, tokenizer) to start from: the parent's, or a new model with the tokenizer of the
+    config. Raises InputError when there is neither."""
+    source = cfg.parent or cfg.tokenizer
+    if source is None:
         raise InputError(
-            "parent null: a new model needs a tokenizer: a folder made by stages.pretrain.prepare, or a parent"
+            "parent null: a new model needs a tokenizer: a folder made by stages.pretrain.prepare, "
+            "or a parent"
         )
+    if cfg.parent is None:
+        tokenizer = load_tokenizer(source).with_chat()
+        return new_model(cfg, tokenizer.vocab_size, cfg.max_length), tokenizer
+    check_context(cfg.parent, "lm", cfg.max_length, "max_length")
+    raw = load_model(cfg.parent, "lm", dropout=cfg.dropout)
+    tokenizer = load_tokenizer(cfg.parent).with_chat()
+    raw.resize_vocabulary(tokenizer.vocab_size)
     return raw, tokenizer
 
 
-def exact_match(
-    raw: GPT, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int
-) -> tuple[float, list[dict]]:
-    """Share of the rows whose greedy answer is their own to the letter, and the other rows with
-    what was said instead."""
+def preview(run: Run, tokenizer: Tokenizer, example: Example) -> None:
+    """Show an example as it is learned, in colours."""
+    run.say("first example; the model learns the green part:")
+    if run.main:
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(colour_preview(tokenizer, *example))
+
+
+def exact_match(raw: GPT, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int) -> Match:
+    """Answer the rows' prompts greedily, and compare to their own answers."""
     prompts = [prompt_ids(tokenizer, rows_to_prompt(row.data)) for row in rows]
     answers = sample(
         raw, prompts, max_new_tokens=max_new_tokens, temperature=0, stop_ids=[tokenizer.eot_id]
@@ -159,23 +182,21 @@ def exact_match(
     mistakes = []
     for row, answer in zip(rows, answers, strict=True):
         *_, asked, wanted = (message["content"] for message in rows_to_messages(row.data))
-        said = tokenizer.decode(answer.ids)
-        if not answer.stopped or said != wanted:
-            mistakes.append(
-                {"prompt": asked, "wanted": wanted, "answer": said, "stopped": answer.stopped}
-            )
-    return 1 - len(mistakes) / len(rows), mistakes
+        said, stopped = tokenizer.decode(answer.ids), answer.stopped
+        if not stopped or said != wanted:
+            mistake = {"prompt": asked, "wanted": wanted, "answer": said, "stopped": stopped}
+            mistakes.append(mistake)
+    return Match(1 - len(mistakes) / len(rows), mistakes)
 
 
 def sample_answers(
-    cfg: Config, raw: torch.nn.Module, tokenizer: Tokenizer, rows: Sequence[Row]
-) -> list[dict]:
+    cfg: Config, raw: GPT, tokenizer: Tokenizer, rows: Sequence[Row]
+) -> list[dict[str, Any]]:
     """What the model answers to the prompts of `rows`, for the log."""
     prompts = []
     for row in rows:
-        with suppress(
-            InputError
-        ):  # a conversation may train without having a prompt that could be answered
+        # A conversation may train without having a prompt that could be answered.
+        with suppress(InputError):
             prompts.append(rows_to_prompt(row.data))
     ids = [prompt_ids(tokenizer, prompt)[-cfg.max_length // 2 :] for prompt in prompts]
     answers = sample(
@@ -191,108 +212,96 @@ def sample_answers(
     ]
 
 
+def log_answers(
+    cfg: Config, run: Run, raw: GPT, tokenizer: Tokenizer, rows: Sequence[Row], step: int
+) -> Match | None:
+    """Log what the model answers to held-out prompts, and with eval_exact_match how many of all are
+    exact, which is returned. All processes must call it."""
+    speaker = sampler(run.accelerator, raw)
+    run.log_samples(step, sample_answers(cfg, speaker, tokenizer, rows[: cfg.samples]))
+    if not cfg.eval_exact_match:
+        return None
+    match = exact_match(speaker, tokenizer, rows, cfg.sample_tokens)
+    run.log(step, {"exact_match": match.share})
+    for row in match.mistakes[:8]:
+        run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
+    return match
+
+
+def list_mistakes(run: Run, match: Match, rows: int) -> None:
+    """Write the answers that are not exact to mistakes.jsonl, and say how many of `rows` they
+    are."""
+    file = run.folder / "mistakes.jsonl"
+    run.say(f"{len(match.mistakes)} of {rows} held-out answers are not exact: {file}")
+    if run.main:
+        write_jsonl(file, match.mistakes)
+
+
+def gate_of(
+    initial: float, final: float, truncated: int, match: Match | None, heldout: int
+) -> Gate:
+    """Whether the held-out loss fell."""
+    text = f"held-out loss on answers {initial:.2f} -> {final:.3f} nats a token"
+    text += f"; {truncated} rows truncated"
+    if match:
+        text += f"; {match.share:.2%} of {heldout} held-out answers exact"
+    return Gate(final < initial, text)
+
+
 def main(cfg: Config) -> None:
+    """Train on the demonstrations, evaluate on those held out, publish."""
     run = Run(cfg, "sft", "lm")
     raw, tokenizer = new_or_parent(cfg)
     rows, heldout_rows, skipped = cfg.read(rows_to_prompt, partial(parse, tokenizer))
     examples, counts = cut(rows, cfg.max_length)
     heldout, heldout_counts = cut(heldout_rows, cfg.max_length)
-    run.say("first example; the model learns the green part:")
-    if run.main:
-        from rich.console import Console
-
-        Console(soft_wrap=True).print(colour_preview(tokenizer, *examples[0]))
+    preview(run, tokenizer, examples[0])
     run.say(f"training rows: {counts}; held out: {heldout_counts}")
 
     if cfg.lora_r:
         add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    optimizer = adamw(
-        parameter_groups(raw.parameters(), cfg.learning_rate, cfg.weight_decay), cfg.adam_beta2
-    )
-    model, optimizer = run.prepare(raw, optimizer)
-    micro = cfg.per_device_train_batch_size
-    batch_rows = run.global_batch
-    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), batch_rows)
-    order = Order([len(example.ids) for example in examples], batch_rows, cfg.seed)
+    model, optimizer = run.prepare(raw, adamw_for(cfg, raw))
+    micro, pad_id = cfg.per_device_train_batch_size, tokenizer.pad_id
+    steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), run.global_batch)
+    order = Order([len(example.ids) for example in examples], run.global_batch, cfg.seed)
 
+    def summed_loss(batch: Sequence[Example]) -> Tensor:
+        """Summed over a micro-batch (1)."""
+        return loss(model, batch, pad_id, run.device)[0][None]
+
+    match = None
     first_step, kept = run.start_or_resume(raw, optimizer, fingerprint(examples), tokens_seen=0)
-    bar, clock, tokens = run.progress(steps, first_step), time.perf_counter(), 0
+    bar, speed = run.progress(steps, first_step), Speed()
     for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
-        if step in (0, steps) or (cfg.eval_steps and step % cfg.eval_steps == 0):
-            eval_loss = evaluate(run, model, heldout, micro, tokenizer.pad_id)
+        if step == 0 or is_due(step, cfg.eval_steps, steps):
+            eval_loss = evaluate(run, model, heldout, micro, pad_id)
+            kept.setdefault("initial", eval_loss)
             run.log(step, {"eval_loss": eval_loss})
-            if not step:
-                kept["initial"] = eval_loss
-            else:
-                speaker = sampler(run.accelerator, raw)
-                run.log_samples(
-                    step, sample_answers(cfg, speaker, tokenizer, heldout_rows[: cfg.samples])
-                )
-                if cfg.eval_exact_match:
-                    match, mistakes = exact_match(
-                        speaker, tokenizer, heldout_rows, cfg.sample_tokens
-                    )
-                    run.log(step, {"exact_match": match})
-                    for row in mistakes[:8]:
-                        run.say(f"  {row['prompt']!r}: {row['answer']!r}, not {row['wanted']!r}")
-            clock, tokens = time.perf_counter(), 0
+            if step:
+                match = log_answers(cfg, run, raw, tokenizer, heldout_rows, step)
+            speed.restart()
         if step == steps:
             break
         chosen = [examples[row] for row in order.rows(step)]
         micro_batches = list(share(chosen, run.rank, run.processes, micro, blank))
-        counted = torch.tensor(
-            [sum(sum(example.mask[1:]) for batch in micro_batches for example in batch)]
-        )
-        factor = schedule(cfg.lr_scheduler_type, step, steps, cfg.warmup_steps, cfg.min_lr_ratio)
-        set_learning_rate(optimizer, factor)
-        done = run.update(
-            step,
-            model,
-            optimizer,
-            micro_batches,
-            lambda batch: loss(model, batch, tokenizer.pad_id, run.device)[0][None],
-            counted,
-        )
-        new = sum(len(example.ids) for example in chosen)
-        tokens, kept["tokens_seen"] = tokens + new, kept["tokens_seen"] + new
+        counted = torch.tensor([sum(map(supervised_tokens, micro_batches))])
+        rate = follow_schedule(cfg, optimizer, step, steps)
+        done = run.update(step, model, optimizer, micro_batches, summed_loss, counted)
+        tokens = sum(len(example.ids) for example in chosen)
+        kept["tokens_seen"] += tokens
+        speed.add(tokens)
         bar.update()
-        if done and ((step + 1) % cfg.logging_steps == 0 or step + 1 == steps):
-            metrics = {
-                "loss": done.losses[0],
-                "grad_norm": done.grad_norm,
-                "lr": factor * cfg.learning_rate,
-            }
-            run.log(step + 1, metrics | {"tokens/s": round(tokens / (time.perf_counter() - clock))})
-            clock, tokens = time.perf_counter(), 0
+        if done and is_due(step + 1, cfg.logging_steps, steps):
+            metrics = {"loss": done.losses[0], "grad_norm": done.grad_norm, "lr": rate}
+            run.log(step + 1, metrics | {"tokens/s": round(speed.lap())})
 
-    if cfg.eval_exact_match:
-        run.say(
-            f"{len(mistakes)} of {len(heldout_rows)} held-out answers are not exact: {run.folder / 'mistakes.jsonl'}"
-        )
-        if run.main:
-            write_jsonl(run.folder / "mistakes.jsonl", mistakes)
-    losses = f"{kept['initial']:.2f} -> {eval_loss:.3f}"
-    text = f"held-out loss on answers {losses} nats a token; {counts['truncated']} rows truncated"
-    text += (
-        f"; {match:.2%} of {len(heldout_rows)} held-out answers exact"
-        if cfg.eval_exact_match
-        else ""
-    )
-    stage = run.finish(
-        steps,
-        (eval_loss < kept["initial"], text),
-        tokens_seen=kept["tokens_seen"],
-        data={"train": counts, "eval": heldout_counts, "skipped": skipped},
-    )
-    with whole(run.accelerator, raw):
-        if run.main:
-            if cfg.lora_r:
-                save_adapter(raw, run.folder / "adapter", cfg.parent, cfg.lora_r, cfg.lora_alpha)
-            publish(
-                run.folder, raw, tokenizer, stage, weights=merged_state(raw) if cfg.lora_r else None
-            )
-    run.forget()
+    if match:
+        list_mistakes(run, match, len(heldout_rows))
+    losses = kept["initial"], eval_loss
+    gate = gate_of(*losses, counts["truncated"], match, len(heldout_rows))
+    data = {"train": counts, "eval": heldout_counts, "skipped": skipped}
+    run.publish(steps, gate, tokenizer, raw, tokens_seen=kept["tokens_seen"], data=data)
 
 
 if __name__ == "__main__":

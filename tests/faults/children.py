@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from accelerate.state import AcceleratorState
 
 from common.program.entry import guard
-from common.train.resume import generators
+from common.train.resume import generators, save_state
 from common.train.run import Run
 from stages.pretrain import train as pretrain
 from stages.reward import train as reward
@@ -103,10 +103,9 @@ class Child:
 def keep_the_end(run: Run) -> None:
     """In place of Run.forget: optimizer and generators of a finished run, too, can be compared, in
     a folder of their own."""
-    run.point = {"loop": {"step": 10**9, "logs": {}}, "random": generators(run.device)}
-    state, Run.state = Run.state, run.folder / "end"
-    run.save()
-    Run.state = state
+    module, optimizer, _ = run.training
+    loop, random = {"step": 10**9, "logs": {}}, generators(run.device)
+    save_state(run.accelerator, module, optimizer, run.folder / "end", loop, random, keep=1)
     FORGET(run)
 
 

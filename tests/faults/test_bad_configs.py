@@ -91,8 +91,8 @@ KEYS = [
     ("sft", "--config {root}/nowhere.yaml", ["nowhere.yaml", "No such file"]),
     ("sft", "--config {root}", ["config file", "directory"]),
     # several keys
-    ("sft", "num_train_epochs: 2", ["max_steps 1, num_train_epochs 2", "give one of the two"]),
-    ("reward", "max_steps: null", ["max_steps None, num_train_epochs None", "give one of the two"]),
+    ("sft", "max_steps: null", ["max_steps and num_train_epochs", "give one of the two"]),
+    ("reward", "max_steps: null", ["max_steps and num_train_epochs", "give one of the two"]),
     ("prepare", "weights: [1, 2]", ["2 weights for 1 entries of train_data"]),
     ("rl", "ptx_coef: 0.5", ["ptx_data None, ptx_coef 0.5", "both, or neither"]),
     ("rl", "eval_steps: 5", ["eval_steps 5"]),

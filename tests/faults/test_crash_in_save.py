@@ -82,7 +82,7 @@ def in_save(operations: Operations) -> None:
 
 
 def in_publish(operations: Operations) -> None:
-    on_call(common.train.run.Run, "finish", 0, operations.arm)
+    on_call(common.train.run.Run, "publish", 0, operations.arm)
 
     def forget(run: common.train.run.Run) -> None:
         FORGET(run)

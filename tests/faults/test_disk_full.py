@@ -14,6 +14,7 @@ import pytest
 import yaml
 from children import FULL, STAGES, child, on_call, same, uninterrupted
 
+import common.train.log
 import common.train.run
 from common.train.resume import newest_state
 
@@ -34,11 +35,11 @@ def in_save(fill: Callable[[], None]) -> None:
 
 
 def in_publish(fill: Callable[[], None]) -> None:
-    on_call(common.train.run.Run, "finish", 0, fill)
+    on_call(common.train.run.Run, "publish", 0, fill)
 
 
 def in_log(fill: Callable[[], None]) -> None:
-    on_call(common.train.run.Run, "log", 3, fill)
+    on_call(common.train.log.Log, "log", 3, fill)
 
 
 def cases() -> Iterator[tuple[Callable, Callable, int]]:

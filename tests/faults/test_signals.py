@@ -94,7 +94,7 @@ def test_a_signal_while_it_publishes(stage, setting, tmp_path):
     whole, _ = uninterrupted(tmp_path, stage, keys)
     for name, number in (("publish", 0), ("whole", 0)):
         ended = child(
-            stage, keys, lambda w=(STAGES[stage], name, number): on_call(*w, signal_self(TERM))
+            stage, keys, lambda n=name, k=number: on_call(common.train.run, n, k, signal_self(TERM))
         )
         assert ended.code == 0, ended.err
         verify(tmp_path / "cut")

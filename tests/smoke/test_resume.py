@@ -14,6 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from common.program.errors import InputError
+from common.train import run as run_module
 from stages.pretrain import train as pretrain
 from stages.reward import train as reward
 from stages.rl import train as rl
@@ -71,8 +72,7 @@ def results(folder: str) -> dict[str, object]:
 def crash_in_update(monkeypatch, number: int) -> None:
     """The next run dies in its update number `number` (from 0), without a chance to clean up."""
     calls = []
-    module = sys.modules["common.train.optimizers"]
-    real = module.update
+    real = run_module.update
 
     def update(*args, **kwargs):
         calls.append(1)
@@ -80,7 +80,7 @@ def crash_in_update(monkeypatch, number: int) -> None:
             raise Crash
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["common.train.run"], "update", update)
+    monkeypatch.setattr(run_module, "update", update)
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])

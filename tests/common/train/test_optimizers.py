@@ -9,9 +9,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
+from common.config.training import TrainConfig
 from common.model.gpt import GPT
-from common.program.errors import InputError
-from common.train.optimizers import adamw, parameter_groups, schedule, set_learning_rate, steps_for
+from common.train.optimizers import (
+    adamw,
+    follow_schedule,
+    is_due,
+    parameter_groups,
+    schedule,
+    set_learning_rate,
+    steps_for,
+)
 from common.train.update import NonFiniteError, update
 
 LENGTHS = [
@@ -85,9 +93,23 @@ def test_steps_for():
     assert steps_for(None, 1, 97, 16) == 7  # the short batch is a step too
     assert steps_for(None, 2.5, 32, 16) == 5
     assert steps_for(None, 0.01, 32, 16) == 1
-    for both in ((3, 1.0), (None, None)):
-        with pytest.raises(InputError, match=r"max_steps .* num_train_epochs"):
-            steps_for(*both, 10, 2)
+    assert steps_for(7, 2.5, 100, 16) == 7  # max_steps wins
+
+
+def test_is_due():
+    assert [done for done in range(9) if is_due(done, 3, 8)] == [0, 3, 6, 8]
+    assert [done for done in range(9) if is_due(done, None, 8)] == [8]
+
+
+def test_follow_schedule(tmp_path):
+    cfg = TrainConfig(output_dir=str(tmp_path), max_steps=4, learning_rate=0.4, warmup_steps=1)
+    weights = [torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2, 2))]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(weights, (0.4, 0.1), strict=True)]
+    optimizer = adamw(groups)
+    for step in range(4):
+        factor = schedule("cosine", step, 4, 1)
+        assert follow_schedule(cfg, optimizer, step, 4) == factor * 0.4
+        assert [group["lr"] for group in optimizer.param_groups] == [factor * 0.4, factor * 0.1]
 
 
 # Groups

@@ -15,6 +15,7 @@ from common.program.errors import InputError
 from common.rows.shards import Shards
 from common.train.run import Run
 from stages.pretrain import prepare
+from stages.pretrain.mfu import Hardware
 from stages.pretrain.train import Config, evaluate, main, next_token_loss
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -238,6 +239,20 @@ def test_eval_only_trains_and_writes_nothing(setting, tmp_path, capsys):
     assert f"held-out loss {loss:.4f} nats a token" in said
     assert "The fox" in said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_mfu_is_a_share_of_the_best_rate_seen(monkeypatch):
+    hardware = Hardware(torch.device("cpu"), torch.float32)
+    timed = hardware.best
+    assert timed > 0
+    hardware.measure()
+    assert hardware.best >= timed  # a noisy moment does not lower it
+    timings = []
+    monkeypatch.setattr(hardware, "measure", lambda: timings.append(1))
+    hardware.best = 100.0
+    assert hardware.share(50.0) == 0.5 and not timings
+    assert hardware.share(200.0) == 1.0 and timings  # it was timed in a noisy moment
+    assert hardware.share(100.0) == 0.5
 
 
 def test_torch_compile_is_asked_for_the_model_that_trains(setting, monkeypatch):

@@ -15,6 +15,7 @@ from common.model.shape import GPTConfig
 from common.program.errors import InputError
 from common.rows.sources import Row
 from common.text.comparisons import ranked
+from common.train import run as run_module
 from stages.reward import train
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
 from stages.reward.train import Config, accuracy, collate, main, paired, set_origin
@@ -312,9 +313,9 @@ def test_it_learns_the_ranking_and_what_was_saved_scores_the_same(
 ):
     """Invariant 7, and that the SFT model's answers score 0 on average with a deviation of 1."""
     kept = {}
-    real = train.publish
+    real = run_module.publish
     monkeypatch.setattr(
-        train,
+        run_module,
         "publish",
         lambda folder, model, *rest, **kw: (
             kept.update(model=model),

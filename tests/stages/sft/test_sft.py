@@ -303,7 +303,16 @@ def test_a_new_model_learns_to_answer_exactly(setting, tmp_path, tokenizer, caps
 def test_mistakes_are_told(setting):
     with pytest.raises(InputError, match="context is 64"):
         main(setting(max_length=100))
-    with pytest.raises(ValueError, match=r"max_steps 2, num_train_epochs 1\.0"):
-        setting(num_train_epochs=1.0)
+    with pytest.raises(ValueError, match="max_steps and num_train_epochs are both null"):
+        setting(max_steps=None)
+
+
+def test_max_steps_wins_over_epochs(setting):
+    cfg = setting(max_steps=3, num_train_epochs=50.0)
+    main(cfg)
+    assert log(cfg)[-1]["step"] == 3
+
+
+def test_mistakes_of_rows_are_told(setting):
     with pytest.raises(InputError, match="max_length"):
         main(setting(max_length=3))
