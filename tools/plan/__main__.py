@@ -15,23 +15,22 @@ Hours rest on --mfu, money on --price: both are assumptions.
 
 import itertools
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from common.config.overrides import Overrides, split_overrides
 from common.config.schema import load, stage_config
-from common.config.strict_yaml import Loader
 from common.model.costs import GPU, GPUS, MFU
 from common.program.entry import guard
-from tools.plan.recipe import MODULES, Plan
+from tools.plan.planner import Plan
+from tools.plan.recipe import MODULES
 from tools.plan.workload import Memory, Work, disk, flops, memory, seconds
 
 MOST_GPUS = 65536  # no advice goes beyond
@@ -65,19 +64,11 @@ class Options:
     """Everything as JSON, in bytes, FLOPs, seconds and dollars."""
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, dict[str, dict[str, Any]]]:
-    """Also {step: {key: value}} from `--step.key=value`."""
-    words, keys = ["--recipe"] if argv and not argv[0].startswith("-") else [], {}
-    for word in argv:
-        if match := re.fullmatch(r"--([\w-]+)\.(\w+)=(.*)", word):
-            try:
-                value = Loader(match[3]).get_single_data()
-            except yaml.YAMLError:
-                value = match[3]
-            keys.setdefault(match[1], {})[match[2]] = value
-        else:
-            words.append("--json=true" if word == "--json" else word)
-    return load(Options, words), keys
+def parse(argv: Sequence[str]) -> tuple[Options, Overrides]:
+    """Return (the options, {step: {key: text}} from `--step.key=value`)."""
+    words, overrides = split_overrides(argv)
+    named = ["--recipe"] if words and not words[0].startswith("-") else []
+    return load(Options, [*named, *words]), overrides
 
 
 def alternatives(work: Work, factor: int = 1) -> list[tuple[Work, int, list[str]]]:
