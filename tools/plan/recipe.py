@@ -56,7 +56,11 @@ class Step(NamedTuple):
 
 
 def read_step(
-    file: Path, stage: str, recipe: Mapping[str, Any], args: Mapping[str, Any], given: dict[str, str]
+    file: Path,
+    stage: str,
+    recipe: Mapping[str, Any],
+    args: Mapping[str, Any],
+    given: dict[str, str],
 ) -> Step:
     """Read the config of a step: defaults < its file < the recipe's args < the command line.
 
@@ -68,8 +72,8 @@ def read_step(
     values = {key: filled(value, variables) for key, value in (written | dict(args) | keys).items()}
     if not values.get("output_dir"):
         values["output_dir"] = f"{recipe.get('output_dir')}/{file.stem}"
-    places = {key: where.get(key, str(file)) for key in values}
-    places |= where | dict.fromkeys(keys, CLI)
+    places = dict.fromkeys(values, str(file)) | where
+    places |= dict.fromkeys(args, str(file.with_name("pipeline.yaml"))) | dict.fromkeys(keys, CLI)
     return Step(file.stem, stage, file, build(CONFIGS[stage], values, places), facts)
 
 
