@@ -21,6 +21,7 @@ class _ShowVersion(argparse.Action):
     """--version, which asks git for the commit only when it is given."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        """Print the version and exit with 0."""
         print(version_line())
         parser.exit()
 
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
     --version, and errors that are an InputError."""
 
     def __init__(self, **more: Any) -> None:
+        """`more` goes to argparse; `prog` is by default the words that started this program."""
         super().__init__(
             prog=more.pop("prog", None) or program_name(),
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -82,6 +82,7 @@ class Plan:
         model: str | None = None,
         stage: str | None = None,
     ) -> None:
+        """Read the recipe and plan its steps. Raises InputError for what a stage would refuse."""
         self.gpus, self.bf16, self.vocab_size, self.model = gpus, bf16, vocab_size, model
         self.works: list[Work] = []
         self.assumed: list[str] = []
