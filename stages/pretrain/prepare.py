@@ -14,6 +14,7 @@ tokenising. The same command goes on after a kill.
 import collections
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import OutputDir, cli, fingerprint, stage_config, to_dict
 from common.config.training import ReadsRows, Seed, refuse_overwriting

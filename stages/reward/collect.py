@@ -10,6 +10,7 @@ taken as they are. Writes comparisons.jsonl and eval.jsonl.
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +20,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from tqdm import tqdm
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import OutputDir, cli, stage_config, to_dict
 from common.config.training import ReadsRows, Seed, refuse_overwriting

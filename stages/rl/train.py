@@ -8,13 +8,18 @@ critic are separate networks: the policy starts from the SFT model, the critic f
 (Stiennon 2020, InstructGPT). See stages/rl/ppo.py for the maths.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from accelerate.utils import gather_object
 from pydantic import Field
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType

@@ -37,7 +37,9 @@ def test_a_word_that_is_no_option():
 
 
 def test_the_list_does_not_wait_for_torch():
-    code = "import sys; from tools import __main__ as t; t.main([]); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from tools import __main__ as t; t.main([]); assert 'torch' not in sys.modules"
+    )
     assert "tools.compare" in python("-c", code)
 
 
