@@ -13,7 +13,9 @@ when --output_dir moves the run.
 
 import argparse
 import contextlib
+import difflib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,70 +37,254 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from common.config.schema import Parser, cli_args, did_you_mean, fingerprint, load, stage_config
+from common.config.command_line import CLI, Parser, cli_args, did_you_mean
+from common.config.overrides import Overrides, check_overrides, split_overrides
+from common.config.schema import fingerprint, load, stage_config
 from common.config.strict_yaml import load_yaml
 from common.program.entry import guard
 from common.program.errors import InputError
 
 ROOT = Path(__file__).resolve().parent
+RECIPE = "pipeline.yaml"
 console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+# What a recipe says
 
 
 @stage_config
 class Step:
-    module: Annotated[
-        str, Field(pattern=r"^\w+(\.\w+)*$")
-    ]  # its main takes --config, --output_dir and --seed
-    launch: bool = False  # may run on several processes, through `accelerate launch`
-    output: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = (
-        None  # default: the step's name; `.`: output_dir itself
-    )
-    args: dict[str, Any] = Field(default_factory=dict)  # keys that win over the step's YAML file
+    """One step of a recipe; its config is the file <step>.yaml beside pipeline.yaml."""
+
+    module: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
+    """Program that is run with `python -m`; it takes --config, --output_dir and --seed."""
+    launch: bool = False
+    """May run on several processes, through `accelerate launch`."""
+    output: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """Folder in output_dir; null = the step's name; `.` = output_dir itself."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keys that win over the step's YAML file."""
+    about: str | None = None
+    """Why this step exists and what to look for; printed before it runs."""
 
 
 @stage_config
 class Recipe:
-    output_dir: str  # where the steps write, unless --output_dir moves it
-    steps: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Step], Field(min_length=1)
-    ]  # in order
+    """The content of a pipeline.yaml."""
+
+    output_dir: str
+    """Where the steps write, unless --output_dir moves it."""
+    steps: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Step], Field(min_length=1)]
+    """The steps by name, in the order in which they run."""
+    about: str = ""
+    """What the recipe does, in one line; shown in the list of recipes."""
     variables: dict[Annotated[str, Field(pattern=r"^[a-z]\w*$")], str | None] = Field(
         default_factory=dict
-    )  # null: must be given
+    )
+    """Options of the recipe, with their defaults; null = it must be given."""
+    afterwards: str = ""
+    """Printed after the last step, with {output_dir} filled in."""
+
+
+def recipes_in(folder: Path) -> dict[str, str]:
+    """{name: what it does} of the recipes in a folder, in alphabetical order."""
+    found = {}
+    for file in sorted(folder.glob(f"*/{RECIPE}")):
+        try:
+            about = load_yaml(file).get("about")
+        except InputError:  # one that is being written need not keep the others from being listed
+            about = None
+        found[file.parent.name] = str(about or "")
+    return found
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe in `folder`. Where there is none, the InputError lists those that are near."""
+    if not (folder / RECIPE).exists() and not folder.is_file():
+        beside = (
+            folder.parent if recipes_in(folder.parent) else Path(os.path.relpath(ROOT / "configs"))
+        )
+        if names := list(recipes_in(beside)):
+            near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.5)
+            meant = f"did you mean {beside / near[0]}? " if near else ""
+            known = f"The recipes in {beside} are {', '.join(names)}"
+            raise InputError(f"config file {folder / RECIPE}: No such file; {meant}{known}")
+    return load(Recipe, ["--config", str(folder / RECIPE)])
+
+
+# What the command line asks for
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of one call."""
+
+    folder: Path
+    """Folder of the recipe."""
+    recipe: Recipe
+    output_dir: str
+    """Where this run writes."""
+    first: int
+    """Index of the first step that may run; earlier ones are taken as they are."""
+    last: int
+    """Index of the last step."""
+    start: str | None
+    """The step named by --from, which runs even if it is unchanged."""
+    seed: int | None
+    force: bool
+    """Run steps even if they are unchanged."""
+    dry_run: bool
+    """Show what would run, and change nothing."""
+    launch: str | None
+    """Accelerate config of the training steps."""
+    num_processes: int | None
+    variables: Mapping[str, str | None]
+    """Values of the recipe's variables."""
+    overrides: Overrides
+    """{step: {key: text}} from `--step.key=value`."""
+
+    @property
+    def names(self) -> list[str]:
+        """The steps up to the last one that is asked for."""
+        return list(self.recipe.steps)[: self.last + 1]
+
+
+def make_parser() -> Parser:
+    """The options that every recipe has; --help also lists the recipes."""
+    listed = "\n".join(
+        textwrap.fill(about, 100, initial_indent=f"  {name:<18}", subsequent_indent=" " * 20)
+        for name, about in recipes_in(ROOT / "configs").items()
+    )
+    parser = Parser(
+        usage="%(prog)s RECIPE [options] [--STEP.KEY=VALUE ...]",
+        description=__doc__,
+        epilog=f"recipes in configs/:\n{listed}",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help=f"folder with a {RECIPE}")
+    for option, about, more in (
+        ("--output_dir", "run there instead of the recipe's own output_dir", {}),
+        (
+            "--from",
+            "run STEP and later ones, take earlier ones as they are",
+            {"dest": "start", "metavar": "STEP"},
+        ),
+        ("--to", "end after STEP", {"dest": "stop", "metavar": "STEP"}),
+        ("--seed", "seed of every step", {"type": int}),
+        ("--force", "run steps even if unchanged", {"action": "store_true"}),
+        ("--dry_run", "show what would run", {"action": "store_true"}),
+        (
+            "--launch",
+            "accelerate config of the training steps: configs/accelerate/...",
+            {"metavar": "FILE"},
+        ),
+        (
+            "--num_processes",
+            "processes of those steps (default: FILE's, else 1)",
+            {"type": int, "metavar": "N"},
+        ),
+    ):
+        parser.add_argument(option, help=about, **more)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Read the command line, in which the recipe comes first. Raises InputError for a mistake."""
+    parser = make_parser()
+    words, overrides = split_overrides(argv)
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(words)  # help, or an error
+    folder = Path(argv[0])
+    recipe = read_recipe(folder)
+    for name, value in recipe.variables.items():
+        about = f"of this recipe ({value or 'REQUIRED'})"
+        parser.add_argument(f"--{name}", default=value, metavar="X", help=about)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        refuse_option(unknown[0], options, recipe)
+    check_overrides(overrides, list(recipe.steps), folder)
+    first, last = step_range(folder, recipe, options)
+    return Request(
+        folder=folder,
+        recipe=recipe,
+        output_dir=options.output_dir or recipe.output_dir,
+        first=first,
+        last=last,
+        start=options.start,
+        seed=options.seed,
+        force=options.force,
+        dry_run=options.dry_run,
+        launch=options.launch,
+        num_processes=options.num_processes,
+        variables={name: getattr(options, name) for name in recipe.variables},
+        overrides=overrides,
+    )
+
+
+def refuse_option(word: str, options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise InputError for an option that neither the pipeline nor the recipe has."""
+    own = vars(options).keys() - {"start", "stop", "recipe"}
+    known = ["from", "to", *own, *recipe.steps]
+    hint = did_you_mean(re.split("[.=]", word.removeprefix("--"))[0], known)
+    how = "a key of one step is set by --<step>.<key>=value"
+    raise InputError(f"{CLI}: unknown option {word}; {hint} ({how})")
+
+
+def step_range(folder: Path, recipe: Recipe, options: argparse.Namespace) -> tuple[int, int]:
+    """Indices of the first and the last step, from --from and --to."""
+    order = list(recipe.steps)
+    for name in (options.start, options.stop):
+        if name not in (None, *order):
+            raise InputError(f"{CLI}: {folder} has no step {name}; {did_you_mean(name, order)}")
+    first = order.index(options.start or order[0])
+    last = order.index(options.stop or order[-1])
+    if first > last:
+        raise InputError(f"{CLI}: --from {options.start} comes after --to {options.stop}")
+    return first, last
+
+
+# The steps of this run, with their configs and the notes that tell whether they are done
 
 
 @dataclass(frozen=True)
 class Job:
-    """A step of this run: `config` as the recipe has it, wherever the run is; `overrides` what the
-    command line must say."""
+    """A step of this run."""
 
     name: str
     step: Step
     folder: Path
+    """Where it writes."""
     config: dict[str, Any] = field(default_factory=dict)
+    """The config as the recipe has it, wherever the run is."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    needs: set[str] = field(default_factory=set)  # names of earlier steps
+    """What the command line must say beside --config."""
+    needs: set[str] = field(default_factory=set)
+    """Names of the earlier steps whose output it reads."""
 
     @property
-    def state_file(self) -> Path:
-        return self.folder / (
-            ".pipeline.json" if self.step.output is None else f".pipeline.{self.name}.json"
-        )
+    def note_file(self) -> Path:
+        """Where the pipeline keeps its note of this step."""
+        own = self.step.output is None
+        return self.folder / (".pipeline.json" if own else f".pipeline.{self.name}.json")
 
     def note(self) -> dict[str, Any]:
-        """What the pipeline noted: `started`, a fingerprint, when the step began; a `state` when it
-        ended well."""
+        """What the pipeline noted.
+
+        `started`, a fingerprint, when the step began; `fingerprint`, `run`, `seconds`, `gate` and
+        `files` when it ended well; `took`, the seconds that it last took from start to end in one
+        go, where that is known.
+        """
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self.state_file.read_text())
+            return json.loads(self.note_file.read_text())
         return {}
 
     def write(self, note: Mapping[str, Any]) -> None:
         """At once or not at all: half a note would cost the step."""
-        temporary = self.state_file.with_name(self.state_file.name + ".tmp")
+        temporary = self.note_file.with_name(self.note_file.name + ".tmp")
         temporary.write_text(json.dumps(note))
-        temporary.replace(self.state_file)
+        temporary.replace(self.note_file)
 
-    def published(self) -> int | None:  # date of the manifest, the last thing that a stage writes
+    def published(self) -> int | None:
+        """Date of the manifest, the last thing that a stage writes."""
         manifest = self.folder / "manifest.json"
         return manifest.stat().st_mtime_ns if manifest.exists() else None
 
@@ -105,79 +292,12 @@ class Job:
         """The note of a step that ended well; None when it did not, or when a file that it made is
         gone."""
         note = self.note()
-        return (
-            note
-            if "files" in note and all((self.folder / name).exists() for name in note["files"])
-            else None
-        )
+        if "files" in note and all((self.folder / name).exists() for name in note["files"]):
+            return note
+        return None
 
 
-def parse(argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
-    """-> (recipe, options); options.step_keys is {step: {key: value}} from `--step.key=value`. The
-    recipe must come first."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        "pipeline.py", "%(prog)s RECIPE [options]", __doc__, formatter_class=raw, allow_abbrev=False
-    )
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="folder with a pipeline.yaml")
-    parser.add_argument("--output_dir", help="run there instead of the recipe's own output_dir")
-    parser.add_argument(
-        "--from",
-        dest="start",
-        metavar="STEP",
-        help="run STEP and later ones, take earlier ones as they are",
-    )
-    parser.add_argument("--to", dest="stop", metavar="STEP", help="end after STEP")
-    parser.add_argument("--seed", type=int, help="seed of every step")
-    parser.add_argument("--force", action="store_true", help="run steps even if unchanged")
-    parser.add_argument("--dry_run", action="store_true", help="show what would run")
-    parser.add_argument(
-        "--launch",
-        metavar="FILE",
-        help="accelerate config of the training steps: configs/accelerate/...",
-    )
-    parser.add_argument(
-        "--num_processes",
-        type=int,
-        metavar="N",
-        help="processes of those steps (default: FILE's, else 1)",
-    )
-    if not argv or argv[0].startswith("-"):
-        parser.parse_args(argv)  # help, or an error
-    folder = Path(argv[0])
-    recipe = load(Recipe, ["--config", str(folder / "pipeline.yaml")])
-    for name, value in recipe.variables.items():
-        parser.add_argument(
-            f"--{name}", default=value, metavar="X", help=f"of this recipe ({value or 'REQUIRED'})"
-        )
-    options, rest = parser.parse_known_args(argv)
-    options.step_keys = {name: {} for name in recipe.steps}
-    for word in rest:
-        match = re.fullmatch(r"--([\w-]+)\.(\w+)=(.*)", word, re.DOTALL)
-        if not match or match[1] not in recipe.steps:
-            known = [
-                "from",
-                "to",
-                *(vars(options).keys() - {"start", "stop", "step_keys", "recipe"}),
-                *recipe.steps,
-            ]
-            hint = did_you_mean(re.split("[.=]", word.removeprefix("--"))[0], known)
-            raise InputError(
-                f"command line: unknown option {word}; {hint} (a key of one step is set by --<step>.<key>=value)"
-            )
-        options.step_keys[match[1]][match[2]] = match[3]
-    order = list(recipe.steps)
-    if unknown := {options.start, options.stop} - {None, *order}:
-        name = unknown.pop()
-        raise InputError(f"command line: {folder} has no step {name}; {did_you_mean(name, order)}")
-    options.first, options.last = (
-        order.index(options.start or order[0]),
-        order.index(options.stop or order[-1]),
-    )
-    if options.first > options.last:
-        raise InputError(f"command line: --from {options.start} comes after --to {options.stop}")
-    options.output_dir = options.output_dir or recipe.output_dir
-    return recipe, options
+Jobs = dict[str, Job]  # by step, in order
 
 
 def each(value: Any, change: Callable[[str], Any]) -> Any:
@@ -187,51 +307,25 @@ def each(value: Any, change: Callable[[str], Any]) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def resolve(
-    name: str, recipe: Recipe, options: argparse.Namespace, earlier: Mapping[str, Job]
-) -> Job:
-    """The step with its variables filled in, and paths into the run moved to where the steps before
-    it have their output."""
-    step, file, base = recipe.steps[name], options.recipe / f"{name}.yaml", Path(recipe.output_dir)
-    written, needs = load_yaml(file), set()
-    makers = {other.output or key: key for key, other in recipe.steps.items()}
-
-    def fill(match: re.Match) -> str:
-        if match[1] not in recipe.variables:
-            raise InputError(
-                f"{file}: {match[0]} is not among the variables of {options.recipe}/pipeline.yaml"
-            )
-        if (value := getattr(options, match[1])) is None:
-            raise InputError(
-                f"{options.recipe} needs --{match[1]} X on the command line, for {match[0]} in {file}"
-            )
-        return value
-
-    def move(text: str) -> str:
-        if not (Path(text) == base or text.startswith(f"{base}/")):
-            return text
-        path = Path(text).relative_to(base)
-        maker = makers.get(path.parts[0]) if path.parts else None
-        if maker is None:  # no folder tells who makes it: it may be any earlier step
-            needs.update(earlier)
-        elif maker in earlier:
-            needs.add(maker)
-            return str(earlier[maker].folder.joinpath(*path.parts[1:]))
-        elif maker != name:
-            raise InputError(
-                f"{file}: {text} is made by step {maker}, which does not run before {name}"
-            )
-        return str(Path(options.output_dir) / path)
-
-    seed = {} if options.seed is None else {"seed": options.seed}
-    config = {**written, **step.args, **seed, **options.step_keys[name]}
+def resolve(name: str, request: Request, earlier: Jobs) -> Job:
+    """The step with its variables filled in, and with paths into the run moved to where the steps
+    before it have their output."""
+    step, file = request.recipe.steps[name], request.folder / f"{name}.yaml"
+    written = load_yaml(file)
+    seed = {} if request.seed is None else {"seed": request.seed}
+    config = {**written, **step.args, **seed, **request.overrides.get(name, {})}
     config.pop("output_dir", None)
-    config = {
-        key: each(value, lambda text: re.sub(r"\$\{(\w+)\}", fill, text))
-        for key, value in config.items()
-    }
-    folder = Path(options.output_dir, step.output or name)
-    moved = {"output_dir": str(folder), **{key: each(value, move) for key, value in config.items()}}
+    config = each_value(config, lambda text: fill(text, file, request))
+    needs: set[str] = set()
+
+    def move_and_note(text: str) -> str:
+        """Moves a path, and notes whose output it is."""
+        moved, makers = move(text, name, request, earlier)
+        needs.update(makers)
+        return moved
+
+    folder = Path(request.output_dir, step.output or name)
+    moved = {"output_dir": str(folder), **each_value(config, move_and_note)}
     overrides = {
         key: value
         for key, value in moved.items()
@@ -240,52 +334,185 @@ def resolve(
     return Job(name, step, folder, config, overrides, needs)
 
 
+def each_value(config: Mapping[str, Any], change: Callable[[str], Any]) -> dict[str, Any]:
+    """The config with `change` of all strings in its values."""
+    return {key: each(value, change) for key, value in config.items()}
+
+
+def fill(text: str, file: Path, request: Request) -> str:
+    """`text` with each ${variable} replaced by its value. Raises InputError for one that the recipe
+    does not have, or that was not given."""
+
+    def value_of(match: re.Match) -> str:
+        """The value of one variable."""
+        name, recipe = match[1], request.folder
+        if name not in request.variables:
+            raise InputError(f"{file}: {match[0]} is not among the variables of {recipe}/{RECIPE}")
+        if (value := request.variables[name]) is None:
+            where = f"for {match[0]} in {file}"
+            raise InputError(f"{recipe} needs --{name} X on the command line, {where}")
+        return value
+
+    return re.sub(r"\$\{(\w+)\}", value_of, text)
+
+
+def move(text: str, name: str, request: Request, earlier: Jobs) -> tuple[str, set[str]]:
+    """Return (the path where this run has it, the earlier steps that may make it).
+
+    Text that is no path into the recipe's output_dir stays as it is. Raises InputError for a path
+    that a later step makes.
+    """
+    recipe = request.recipe
+    base = Path(recipe.output_dir)
+    if Path(text) != base and not text.startswith(f"{base}/"):
+        return text, set()
+    makers = {step.output or key: key for key, step in recipe.steps.items()}
+    path = Path(text).relative_to(base)
+    maker = makers.get(path.parts[0]) if path.parts else None
+    here = str(Path(request.output_dir) / path)
+    if maker is None:  # no folder tells who makes it: it may be any earlier step
+        return here, set(earlier)
+    if maker in earlier:
+        return str(earlier[maker].folder.joinpath(*path.parts[1:])), {maker}
+    if maker == name:
+        return here, set()
+    file, order = request.folder / f"{name}.yaml", f"which does not run before {name}"
+    raise InputError(f"{file}: {text} is made by step {maker}, {order}")
+
+
+def taken(name: str, request: Request) -> Job:
+    """A step before --from, as it was finished in this run's folder or in the recipe's own.
+
+    Raises InputError where it was not.
+    """
+    step, bases = request.recipe.steps[name], bases_of(request)
+    for base in bases:
+        job = Job(name, step, Path(base, step.output or name))
+        if job.state():
+            console.print(f"{name}: taken from {job.folder}", style="dim")
+            return job
+    again = f"python pipeline.py {request.folder} --output_dir {request.output_dir} --to {name}"
+    missing = f"step {name} is not finished in {' or '.join(bases)}"
+    raise InputError(f"--from {request.start}: {missing}; make it: {again}")
+
+
+def bases_of(request: Request) -> list[str]:
+    """The folder of this run, and the recipe's own where that is another one."""
+    return list(dict.fromkeys([request.output_dir, request.recipe.output_dir]))
+
+
+def plan(request: Request) -> Jobs:
+    """All steps up to the last one, before the first runs: a mistake in the last config shows at
+    once."""
+    jobs: Jobs = {}
+    for i, name in enumerate(request.names):
+        before = i < request.first
+        jobs[name] = taken(name, request) if before else resolve(name, request, jobs)
+    return jobs
+
+
+# Which steps are due
+
+
+@functools.cache
+def file_hash(path: str, size: int, changed: int) -> str:
+    """sha256 of a file. Size and date of its last change are given, so that one that has changed is
+    read again."""
+    with Path(path).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def input_hashes(config: Mapping[str, Any], own: Sequence[str]) -> dict[str, str]:
     """{path: sha256} of each file that a value names or that lies in a folder so named; `own` run
     folders left out."""
     hashes: dict[str, str] = {}
+    outside = [Path(folder).resolve() for folder in own]
 
     def note(text: str) -> None:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a prompt, say, can be too long for a path or hold a NUL
-            path, real = Path(text), Path(text).resolve()
-            if real in (ROOT, *ROOT.parents) or any(
-                real.is_relative_to(Path(folder).resolve()) for folder in own
-            ):
-                return
-            for file in [path, *path.rglob("*")]:
-                if file.is_file() and not file.name.startswith("."):
-                    with file.open("rb") as content:
-                        hashes[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+        """Hashes what `text` names, if it names something."""
+        path, real = Path(text), Path(text).resolve()
+        if real in (ROOT, *ROOT.parents) or any(real.is_relative_to(base) for base in outside):
+            return
+        for file in [path, *path.rglob("*")]:
+            if file.is_file() and not file.name.startswith("."):
+                facts = file.stat()
+                hashes[str(file)] = file_hash(str(file), facts.st_size, facts.st_mtime_ns)
 
-    each(list(config.values()), note)
+    def note_path(text: str) -> None:
+        """A prompt, say, can be too long for a path, or hold a NUL."""
+        with contextlib.suppress(OSError, ValueError):
+            note(text)
+
+    each(list(config.values()), note_path)
     return hashes
 
 
-def command(job: Job, options: argparse.Namespace) -> list[str]:
-    """What runs the step. One process needs no `accelerate launch`, which for one process costs two
-    seconds, turns every exit code into 1, and when stopped leaves the stage behind as an orphan."""
-    start, number = [sys.executable, "-m"], options.num_processes
-    if job.step.launch and (options.launch or (number or 1) > 1):
-        start += ["accelerate.commands.accelerate_cli", "launch"]
-        start += ["--config_file", options.launch or str(ROOT / "configs/accelerate/ddp.yaml")]
+def key_of(job: Job, jobs: Jobs, request: Request) -> str:
+    """Fingerprint of all that decides on a step's output.
+
+    No hash of the code goes in: an edited comment would cost a pretraining. After a change of code:
+    --from STEP. Nor where it runs (--launch). A parent that ran again, for whatever reason, has a
+    new `run`.
+    """
+    parents = {need: (jobs[need].state() or {}).get("run") for need in job.needs}
+    hashes = input_hashes(job.config, [request.output_dir, request.recipe.output_dir])
+    return fingerprint([job.step.module, job.config, hashes, parents])
+
+
+def is_due(job: Job, jobs: Jobs, request: Request, ran: set[str]) -> bool:
+    """Whether a step must run, given those that `ran` (or will have run) before it."""
+    if request.force or request.start or job.needs & ran:
+        return True
+    state = job.state()
+    return state is None or state["fingerprint"] != key_of(job, jobs, request)
+
+
+def seconds_left(
+    jobs: Jobs, request: Request, ran: set[str], coming: Sequence[str]
+) -> float | None:
+    """Seconds that the steps in `coming` will take, if they take as long as they last did in this
+    folder; None where one of those that are due never ran through."""
+    total, ran = 0.0, set(ran)
+    for name in coming:
+        job = jobs[name]
+        if not is_due(job, jobs, request, ran):
+            continue
+        ran.add(name)
+        note = job.note()
+        resumes = "files" not in note and not request.force  # it goes on from where it stopped
+        if resumes or "took" not in note:
+            return None
+        total += note["took"]
+    return total
+
+
+# Running a step
+
+
+def command(job: Job, request: Request) -> list[str]:
+    """What runs the step.
+
+    One process needs no `accelerate launch`, which for one process costs two seconds, turns every
+    exit code into 1, and when stopped leaves the stage behind as an orphan.
+    """
+    words, number = [sys.executable, "-m"], request.num_processes
+    if job.step.launch and (request.launch or (number or 1) > 1):
+        file = request.launch or str(ROOT / "configs/accelerate/ddp.yaml")
+        words += ["accelerate.commands.accelerate_cli", "launch", "--config_file", file]
         if number:
             threads = max(1, (os.cpu_count() or 1) // number)
-            start += ["--num_processes", str(number), "--num_cpu_threads_per_process", str(threads)]
-        start += ["-m"]
-    return [
-        *start,
-        job.step.module,
-        "--config",
-        str(options.recipe / f"{job.name}.yaml"),
-        *cli_args(job.overrides),
-    ]
+            words += ["--num_processes", str(number)]
+            words += ["--num_cpu_threads_per_process", str(threads)]
+        words += ["-m"]
+    config = str(request.folder / f"{job.name}.yaml")
+    return [*words, job.step.module, "--config", config, *cli_args(job.overrides)]
 
 
 def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
-    """-> (exit code of the stage, was the pipeline told to stop). Signals go on to the stage, which
-    decides what to save."""
+    """Return (exit code of the stage, whether the pipeline was told to stop).
+
+    Signals go on to the stage, which decides what to save.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {
         **os.environ,
@@ -298,11 +525,14 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
     # should it outlive the pipeline.
     child = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=[lock])
     stops: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        """Hands a signal on to the stage."""
+        stops.append(number)
+        child.send_signal(number)
+
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [
-        signal.signal(kind, lambda number, _: (stops.append(number), child.send_signal(number)))
-        for kind in kinds
-    ]
+    before = [signal.signal(kind, forward) for kind in kinds]
     code = child.wait()
     for kind, handler in zip(kinds, before, strict=True):
         signal.signal(kind, handler)
@@ -314,8 +544,10 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Only one pipeline at a time writes to `folder`. The kernel drops the lock when its holders
-    are gone, however they end."""
+    """Only one pipeline at a time writes to `folder`; gives the file descriptor of the lock.
+
+    The kernel drops the lock when its holders are gone, however they end.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
@@ -325,118 +557,152 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                f"output_dir {folder}: another pipeline, or a stage that it left, is running there"
-            ) from None
+            who = "another pipeline, or a stage that it left"
+            raise InputError(f"output_dir {folder}: {who}, is running there") from None
         yield file.fileno()
 
 
-def execute(
-    job: Job, key: str, options: argparse.Namespace, lock: int
-) -> tuple[int, dict[str, Any]]:
-    """Run one step; when it ends well, note its fingerprint, the files that it made, and its own
-    verdict."""
+def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[str, Any]]:
+    """Run one step; return (exit code, its note).
+
+    When it ends well, the note has its fingerprint, the files that it made, and its own verdict.
+    """
     verdict_file, clock = job.folder / "stage.json", time.perf_counter()
     old = verdict_file.stat().st_mtime_ns if verdict_file.exists() else None
     job.folder.mkdir(parents=True, exist_ok=True)
-    note, stopped = {} if options.force else job.note(), False
-    done = note.get("started") == key and job.published() not in (None, note.get("published"))
-    if (
-        done or note.get("started") != key
-    ):  # what an interrupted run left goes on only where nothing has changed
+    before = job.note()
+    note, stopped = {} if request.force else before, False
+    goes_on = note.get("started") == key
+    done = goes_on and job.published() not in (None, note.get("published"))
+    if done or not goes_on:  # what an interrupted run left goes on only where nothing has changed
         shutil.rmtree(job.folder / "state", ignore_errors=True)
+    took = {"took": before["took"]} if "took" in before else {}
     if not done:  # as it is where the stage outlived its pipeline
-        job.write({"started": key, "published": job.published()})
-        code, stopped = run(command(job, options), lock, Path(options.output_dir, ".exit_code"))
+        job.write({"started": key, "published": job.published(), **took})
+        code, stopped = run(command(job, request), lock, Path(request.output_dir, ".exit_code"))
         if code:
             return code, {}
-    state = {
-        "fingerprint": key,
-        "run": uuid.uuid4().hex,
-        "seconds": round(time.perf_counter() - clock, 1),
-        "gate": "",
-    }
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if done or verdict_file.stat().st_mtime_ns != old:
-            verdict = json.loads(verdict_file.read_text())["gate"]
-            state["gate"] = f"{'PASS' if verdict['passed'] else 'FAIL'}  {verdict['text']}"
-    names = [
+    seconds = round(time.perf_counter() - clock, 1)
+    if not goes_on:
+        took = {"took": seconds}
+    gate = gate_of(verdict_file) if done or changed(verdict_file, old) else ""
+    files = sorted(
         path.name
         for path in job.folder.iterdir()
         if path.is_file() and not path.name.startswith(".")
-    ]
-    job.write(state | {"files": sorted(names) if job.step.output is None else []})
+    )
+    state = {
+        "fingerprint": key,
+        "run": uuid.uuid4().hex,
+        "seconds": seconds,
+        **took,
+        "gate": gate,
+        "files": files if job.step.output is None else [],
+    }
+    job.write(state)
     return (130 if stopped else 0), state
 
 
-def main(argv: Sequence[str]) -> int:
-    recipe, options = parse(argv)
-    names, first = list(recipe.steps)[: options.last + 1], options.first
-    plan: dict[str, Job] = {}
-    for i, name in enumerate(
-        names
-    ):  # all before the first step runs: a mistake in the last config shows at once
-        if i >= first:
-            plan[name] = resolve(name, recipe, options, plan)
+def changed(file: Path, date: int | None) -> bool:
+    """Whether a file is there and is not the one of that date."""
+    return file.exists() and file.stat().st_mtime_ns != date
+
+
+def gate_of(verdict_file: Path) -> str:
+    """The gate in a stage.json in one line; empty where it has none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        gate = json.loads(verdict_file.read_text())["gate"]
+        return f"{'PASS' if gate['passed'] else 'FAIL'}  {gate['text']}"
+    return ""
+
+
+# Running all of them
+
+
+def lasting(seconds: float) -> str:
+    """4.2 -> "4 s", 95 -> "1 min 35 s", 7300 -> "2 h 2 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def announce(job: Job, request: Request, so_far: float, left: float | None) -> None:
+    """Print what begins, why, and how long the whole will still take."""
+    number = list(request.recipe.steps).index(job.name) + 1
+    title = f"{job.name}  {number}/{len(request.recipe.steps)}"
+    if not request.dry_run:
+        title += f"  {lasting(so_far)} so far"
+        title += (
+            ""
+            if left is None
+            else f", about {lasting(left)} left if each step takes as long as last time"
+        )
+    console.rule(title, align="left")
+    if job.step.about:
+        console.print(textwrap.fill(" ".join(job.step.about.split()), 100))
+    console.print(shlex.join(["python", *command(job, request)[1:]]), style="dim")
+
+
+def run_steps(jobs: Jobs, request: Request, lock: int, argv: Sequence[str]) -> int:
+    """Run the steps that are due, in order, then print the table. Returns the exit code of the
+    first that fails, else 0."""
+    table = Table("step", "seconds", "gate", title=request.output_dir, title_justify="left")
+    ran: set[str] = set()
+    begun, names = time.perf_counter(), request.names[request.first :]
+    for i, name in enumerate(names):
+        job = jobs[name]
+        if not is_due(job, jobs, request, ran):
+            console.print(f"{name}: unchanged, skipped", style="dim")
+            table.add_row(name, "skipped", (job.state() or {})["gate"])
             continue
-        step, bases = recipe.steps[name], dict.fromkeys([options.output_dir, recipe.output_dir])
-        found = [
-            job
-            for base in bases
-            if (job := Job(name, step, Path(base, step.output or name))).state()
-        ]
-        if not found:
-            again = (
-                f"python pipeline.py {options.recipe} --output_dir {options.output_dir} --to {name}"
-            )
-            raise InputError(
-                f"--from {options.start}: step {name} is not finished in {' or '.join(bases)}; make it: {again}"
-            )
-        plan[name] = found[0]
-        console.print(f"{name}: taken from {found[0].folder}", style="dim")
-    table, ran = (
-        Table("step", "seconds", "gate", title=options.output_dir, title_justify="left"),
-        set(),
-    )
-    with (
-        contextlib.nullcontext(-1) if options.dry_run else locked(Path(options.output_dir)) as lock
-    ):
-        for i, name in enumerate(names[first:], first):
-            # No hash of the code goes in: an edited comment would cost a pretraining. After a
-            # change of code: --from STEP. Nor where it runs (--launch). A parent that ran again,
-            # for whatever reason, has a new `run`.
-            job = plan[name]
-            parents = {need: (plan[need].state() or {}).get("run") for need in job.needs}
-            hashes = input_hashes(job.config, [options.output_dir, recipe.output_dir])
-            key, state = fingerprint([job.step.module, job.config, hashes, parents]), job.state()
-            if (
-                state
-                and state["fingerprint"] == key
-                and not (options.force or options.start or job.needs & ran)
-            ):
-                console.print(f"{name}: unchanged, skipped", style="dim")
-                table.add_row(name, "skipped", state["gate"])
-                continue
-            console.rule(f"{name}  {i + 1}/{len(recipe.steps)}", align="left")
-            console.print(shlex.join(["python", *command(job, options)[1:]]), style="dim")
-            ran.add(name)
-            if options.dry_run:
-                continue
-            code, state = execute(job, key, options, lock)
-            if code:
-                again = shlex.join(
-                    name if word == options.start else word for word in argv if word != "--force"
-                )
-                print(
-                    f"step {name} ended with exit code {code}; to go on from it: python pipeline.py {again}",
-                    file=sys.stderr,
-                )
-                return code
-            console.print(f"{name}: {state['seconds']} s  {state['gate']}")
-            table.add_row(name, str(state["seconds"]), state["gate"])
-    if not options.dry_run:
+        left = seconds_left(jobs, request, ran, names[i:])
+        announce(job, request, time.perf_counter() - begun, left)
+        ran.add(name)
+        if request.dry_run:
+            continue
+        code, state = execute(job, key_of(job, jobs, request), request, lock)
+        if code:
+            say_how_to_go_on(name, code, request, argv)
+            return code
+        console.print(f"{name}: {state['seconds']} s  {state['gate']}")
+        table.add_row(name, str(state["seconds"]), state["gate"])
+    if not request.dry_run:
+        table.add_section()
+        table.add_row("all", f"{time.perf_counter() - begun:.1f}", "")
         console.print(table)
     return 0
+
+
+def say_how_to_go_on(name: str, code: int, request: Request, argv: Sequence[str]) -> None:
+    """Print the command that continues a run whose step `name` has failed."""
+    words = [name if word == request.start else word for word in argv if word != "--force"]
+    again = f"python pipeline.py {shlex.join(words)}"
+    print(
+        f"step {name} ended with exit code {code}; to go on from it: {again}",
+        file=sys.stderr,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a recipe; returns the exit code."""
+    if not argv:
+        make_parser().print_help()
+        return 2
+    request = parse(argv)
+    jobs = plan(request)
+    if request.dry_run:
+        return run_steps(jobs, request, -1, argv)
+    with locked(Path(request.output_dir)) as lock:
+        code = run_steps(jobs, request, lock, argv)
+    whole = request.last == len(request.recipe.steps) - 1
+    if code == 0 and whole and request.recipe.afterwards:
+        console.print(
+            request.recipe.afterwards.replace("{output_dir}", request.output_dir).rstrip()
+        )
+    return code
 
 
 if __name__ == "__main__":

@@ -16,13 +16,21 @@ STEPS = [
 ]
 
 
+def config_of(module: str) -> type:
+    """The Config of what `python -m module` runs."""
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
+    return found.Config
+
+
 @pytest.mark.parametrize(("file", "module"), STEPS, ids=lambda value: getattr(value, "stem", value))
 def test_config_fits_its_module(file, module, tmp_path):
     given = tmp_path / "given.yaml"
     given.write_text(
         file.read_text().replace("${", "x{")
     )  # variables are the pipeline's to fill in
-    cfg = load(importlib.import_module(module).Config, ["--config", str(given)])
+    cfg = load(config_of(module), ["--config", str(given)])
     written = yaml.safe_load(given.read_text())
     assert {key for key in written if getattr(cfg, key) is None} <= {
         key for key, value in written.items() if value is None

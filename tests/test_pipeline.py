@@ -27,13 +27,19 @@ with (here / "log").open("a") as log:
 if (here / f"fail_{name}").exists():
     sys.exit(f"{name}: the stage's own words")
 if (here / f"wait_{name}").exists():
-    signal.signal(signal.SIGTERM, lambda *_: ((out / "state").mkdir(), (out / "state" / "saved").write_text("x"), sys.exit(75)))
+    def save(*_):
+        (out / "state").mkdir()
+        (out / "state" / "saved").write_text("x")
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, save)
     (here / "waiting").write_text("x")
     time.sleep(30)
 out.mkdir(parents=True, exist_ok=True)
 (out / "model").write_text(name)
 if name != "data":
-    (out / "stage.json").write_text(json.dumps({"gate": {"passed": name != "sft", "text": f"{name} [learned]"}}))
+    gate = {"passed": name != "sft", "text": f"{name} [learned]"}
+    (out / "stage.json").write_text(json.dumps({"gate": gate}))
 """
 
 
@@ -108,9 +114,9 @@ def test_paths_follow_output_dir(project):
     assert project.words("compare") == f"--output_dir {project.base}"
     other = str(project.root / "other")
     assert project.run("--output_dir", other) == 0
-    assert project.words("sft") == (
-        f"--output_dir {other}/sft --parent {other}/pretrain --train_data {other}/data/sft.jsonl --rate 0.0001"
-    )
+    wanted = f"--output_dir {other}/sft --parent {other}/pretrain"
+    wanted += f" --train_data {other}/data/sft.jsonl --rate 0.0001"
+    assert project.words("sft") == wanted
     assert project.words("compare") == f"--output_dir {other} --models {other}/pretrain {other}/sft"
     assert project.run("--output_dir", other) == 0 and project.ran() == []
 
@@ -222,7 +228,8 @@ def test_a_failing_stage_ends_the_pipeline_with_its_code(project, capfd):
 def test_exit_code_two_of_a_real_config_error(project, capfd):
     fields = "output_dir: str; count: int"
     (project.root / "real.py").write_text(
-        f"from common.config.schema import cli, stage_config\n@stage_config\nclass Config: {fields}\ncli(Config, print)\n"
+        "from common.config.schema import cli, stage_config\n"
+        f"@stage_config\nclass Config: {fields}\ncli(Config, print)\n"
     )
     project.write("pipeline", output_dir=project.base, steps={"data": {"module": "real"}})
     assert project.run() == 0
@@ -302,7 +309,9 @@ def test_dry_run_shows_and_changes_nothing(project, capfd):
         (["--form", "sft"], "unknown option --form; did you mean `from`?"),
         (["--from", "stf"], "has no step stf; did you mean `sft`?"),
         (["--from", "sft", "--to", "data"], "--from sft comes after --to data"),
-        (["--sfft.rate=1"], "unknown option --sfft.rate=1; did you mean `sft`?"),
+        (["--sfft.rate=1"], "--sfft.rate=1: "),
+        (["--sfft.rate=1"], "/demo has no step sfft; did you mean `sft`?"),
+        (["--sft.rate", "1"], "(a key of one step is set by --<step>.<key>=value)"),
     ],
 )
 def test_bad_command_lines(project, words, message):
@@ -379,3 +388,71 @@ def test_a_saved_state_goes_when_its_step_has_changed(project):
         assert project.run(*["--force"] * (change == "force")) == 0
         assert state.exists() == (change == "none")
         project.write("sft", parent=f"{project.base}/pretrain", train_data=change)
+
+
+def test_a_recipe_that_is_not_there_lists_those_that_are(project, monkeypatch, capsys):
+    monkeypatch.chdir(project.root)
+    with pytest.raises(InputError) as error:
+        pipeline.main(["dem"])
+    wanted = (
+        "config file dem/pipeline.yaml: No such file; did you mean demo? The recipes in . are demo"
+    )
+    assert str(error.value) == wanted
+    with pytest.raises(
+        InputError, match=r"did you mean .*configs/lecture\? The recipes in .*configs"
+    ):
+        pipeline.main(["elsewhere/lectur"])
+    assert pipeline.main([]) == 2
+    shown = capsys.readouterr().out
+    assert "--dry_run" in shown and "demo-overoptimise" in shown and "The whole road" in shown
+
+
+def test_the_recipe_tells_its_story(project, capfd):
+    steps = {"data": {"module": "fake", "about": "Why, and\nwhat to look for."}}
+    more = {"about": "All of it.", "afterwards": "Open {output_dir}/page.html\n{braces} stay\n"}
+    project.write("pipeline", output_dir=project.base, steps=steps, **more)
+    assert project.run() == 0
+    out = capfd.readouterr().out
+    assert "Why, and what to look for.\npython -m fake" in out
+    assert out.endswith(f"Open {project.base}/page.html\n{{braces}} stay\n")
+    steps["compare"] = {"module": "fake"}
+    project.write("pipeline", output_dir=project.base, steps=steps, **more)
+    assert project.run("--to", "data") == 0 and "page.html" not in capfd.readouterr().out
+
+
+def headings(text: str) -> dict[str, str]:
+    """{step: what stands after it on its heading}."""
+    found = [line.split("  ") for line in text.splitlines() if "/4  " in line]
+    return {words[0]: words[2].rstrip(" ─") for words in found}
+
+
+def test_the_time_left_is_said_only_where_it_is_known(project, capfd):
+    project.run()
+    told = headings(capfd.readouterr().out)
+    assert list(told) == ["data", "pretrain", "sft", "compare"]
+    assert all(text.endswith("so far") for text in told.values())
+    for name, seconds in {"data": 7, "pretrain": 60, "sft": 100, "compare": 3700}.items():
+        file = Path(project.base, "" if name == "compare" else name)
+        file /= ".pipeline.compare.json" if name == "compare" else ".pipeline.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"took": seconds}))
+    project.write("sft", parent=f"{project.base}/pretrain", train_data="other")
+    project.run()
+    told = headings(capfd.readouterr().out)
+    assert "about 1 h 3 min left" in told["sft"] and list(told) == ["sft", "compare"]
+    assert "about 1 h 1 min left" in told["compare"]
+    # a step that goes on from where it stopped takes less, and nobody knows how much
+    (project.root / "fail_sft").write_text("")
+    project.run("--force")
+    (project.root / "fail_sft").unlink()
+    capfd.readouterr()
+    project.run()
+    told = headings(capfd.readouterr().out)
+    assert told["sft"].endswith("so far") and "left" in told["compare"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.7, "1 min 0 s"), (95, "1 min 35 s"), (7300, "2 h 1 min")],
+)
+def test_lasting(seconds, text):
+    assert pipeline.lasting(seconds) == text

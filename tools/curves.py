@@ -20,23 +20,31 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.config.schema import OutputDir, cli, stage_config
 from common.handoff.locate import read_stage
 from common.handoff.publish import load_config
-from common.handoff.report import provenance
+from common.handoff.report import Gate, stage_report, write_stage_report
 from common.model.gpt import GPT
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.shards import Shards
 from tools import page
 from tools.compare import report
-from tools.compare.checks import failures, want
+from tools.compare.checks import Check, failures, want
+from tools.names import names_of
 
-BIGRAM_WITHIN = (
-    0.02  # nats: a model without layers that has learned its table is this near to the counts
-)
+BIGRAM_WITHIN = 0.02  # nats a token: so near a model that has learned its table is to the counts
 LARGEST_TABLE = 4096  # tokens of a vocabulary whose bigrams are counted
 HEADER = ("run", "shape", "parameters", "tokens", "seconds", "loss")
+NOTED = {
+    "steps": "step",
+    "tokens_seen": "tokens_seen",
+    "seconds": "wall_time",
+    "commit": "commit",
+    "parent": "parent",
+}  # facts of a run, by their keys in stage.json
+
+Runs = dict[str, dict[str, Any]]  # what `read_run` tells of each, by its short name
 
 
 @stage_config
@@ -62,46 +70,28 @@ def read_run(path: str) -> dict[str, Any]:
     """Facts of a finished stage, and its curve: [[step, held-out loss in nats a token], ...]."""
     stage, file = read_stage(path), Path(path) / "metrics.jsonl"
     if not stage or not file.exists():
-        raise InputError(
-            f"{path}: no finished stage there (stage.json and metrics.jsonl are needed)"
-        )
+        needed = "stage.json and metrics.jsonl are needed"
+        raise InputError(f"{path}: no finished stage there ({needed})")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     curve = [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row]
     if not curve:
-        raise InputError(
-            f"{path}: its metrics.jsonl has no eval_loss, which is what runs are compared by"
-        )
+        why = "which is what runs are compared by"
+        raise InputError(f"{path}: its metrics.jsonl has no eval_loss, {why}")
     config = load_config(path)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
-    facts = {
+    return {
         "path": path,
         "family": config.family,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-    }
-    facts |= {
         "n_embd": config.n_embd,
         "vocab_size": config.vocab_size,
         "parameters": parameters,
         "curve": curve,
+        **{name: stage.get(key) for name, key in NOTED.items()},
+        "loss": curve[-1][1],
     }
-    keys = {
-        "steps": "step",
-        "tokens_seen": "tokens_seen",
-        "seconds": "wall_time",
-        "commit": "commit",
-        "parent": "parent",
-    }
-    return facts | {name: stage.get(key) for name, key in keys.items()} | {"loss": curve[-1][1]}
-
-
-def names_of(paths: Sequence[str]) -> list[str]:
-    """The last part of each path, or all of it where two would be the same."""
-    last = [Path(path).name for path in paths]
-    if len(set(paths)) < len(paths):
-        raise InputError(f"runs: {', '.join(paths)}: one is named twice")
-    return last if len(set(last)) == len(last) else list(paths)
 
 
 def pairs(folder: str, split: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -109,9 +99,8 @@ def pairs(folder: str, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     vocabulary."""
     shards = Shards(folder, split, 1)
     texts = [stream.read(0, stream.tokens) for stream in shards.streams]
-    firsts, seconds = (
-        np.concatenate([text[part] for text in texts]) for part in (slice(-1), slice(1, None))
-    )
+    firsts = np.concatenate([text[:-1] for text in texts])
+    seconds = np.concatenate([text[1:] for text in texts])
     return firsts, seconds, shards.meta["vocab_size"]
 
 
@@ -120,31 +109,22 @@ def bigram_loss(folder: str, smoothing: float) -> float:
     split."""
     first, second, size = pairs(folder, "train")
     if size > LARGEST_TABLE:
-        raise InputError(
-            f"{folder}: {size} tokens; bigrams are counted for at most {LARGEST_TABLE}"
-        )
-    counts = (
-        np.bincount(first * size + second, minlength=size * size).reshape(size, size) + smoothing
-    )
+        most = f"bigrams are counted for at most {LARGEST_TABLE}"
+        raise InputError(f"{folder}: {size} tokens; {most}")
+    found = np.bincount(first * size + second, minlength=size * size)
+    counts = found.reshape(size, size) + smoothing
     first, second, _ = pairs(folder, "eval")
     return float(-np.log(counts[first, second] / counts.sum(1)[first]).mean())
 
 
-def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> None:
+def draw(runs: Runs, bigram: float | None, file: Path) -> None:
     """Held-out loss against updates. What a run begins with may lie above the picture."""
     figure, axes = report.new_figure(1, height=3.6)
     axis = axes[0]
     for n, (name, run) in enumerate(runs.items()):
         steps, losses = zip(*run["curve"], strict=True)
-        axis.plot(
-            steps,
-            losses,
-            "o-",
-            ms=3,
-            lw=1.4,
-            label=name,
-            color=report.COLOURS[n % len(report.COLOURS)],
-        )
+        colour = report.COLOURS[n % len(report.COLOURS)]
+        axis.plot(steps, losses, "o-", ms=3, lw=1.4, label=name, color=colour)
     if bigram is not None:
         axis.axhline(bigram, color="black", lw=1, ls="--", label="bigram counts")
     ends = [run["loss"] for run in runs.values()]
@@ -160,97 +140,104 @@ def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> N
 
 
 def cells(name: str, run: dict[str, Any]) -> list[str]:
+    """A run's row of the table."""
     shape = f"{run['family']} {run['n_layer']} x {run['n_head']} x {run['n_embd']}"
     seen = "-" if run["tokens_seen"] is None else f"{run['tokens_seen'] / 1e6:.2f} M"
     seconds = "-" if run["seconds"] is None else f"{run['seconds']:.0f}"
     return [name, shape, f"{run['parameters']:,}", seen, seconds, f"{run['loss']:.4f}"]
 
 
-def main(cfg: Config) -> None:
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
-    runs = dict(zip(names_of(cfg.runs), map(read_run, cfg.runs), strict=True))
-    checks, remarks = [], []
+def remarks_on(runs: Runs, bigram: float | None, smoothing: float) -> list[str]:
+    """What a reader must know of the losses."""
+    remarks = []
     if len({run["vocab_size"] for run in runs.values()}) > 1:
         remarks.append(
-            "The runs have different vocabularies, so their losses, which are means over tokens, do not compare."
+            "The runs have different vocabularies, so their losses, which are means over tokens, "
+            "do not compare."
         )
-    bigram = None if cfg.bigram is None else bigram_loss(cfg.bigram, cfg.smoothing)
+    if bigram is None:
+        return remarks
+    remarks.append(
+        f"Bigram counts: {bigram:.4f} nats a token (cross-entropy of the held-out split under the "
+        f"counts of the training split, {smoothing:g} added to each)."
+    )
+    for name, run in runs.items():
+        if run["n_layer"] == 0:
+            loss, apart = run["loss"], run["loss"] - bigram
+            remarks.append(f"{name}, which sees one token only: {loss:.4f}, that is {apart:+.4f}.")
+    return remarks
+
+
+def checks_of(runs: Runs, bigram: float | None, improving: bool) -> list[Check]:
+    """What the gate asks: models without layers are near the bigram counts; where runs are to be
+    `improving`, each ends lower than the one before."""
+    checks = []
     if bigram is not None:
-        remarks.append(
-            f"Bigram counts: {bigram:.4f} nats a token (cross-entropy of the held-out split under the counts of the training "
-            f"split, {cfg.smoothing:g} added to each)."
-        )
         for name, run in runs.items():
             if run["n_layer"] == 0:
-                apart = run["loss"] - bigram
-                remarks.append(
-                    f"{name}, which sees one token only: {run['loss']:.4f}, that is {apart:+.4f}."
-                )
-                checks.append(
-                    want(
-                        f"{name}, distance from the bigram counts",
-                        abs(apart),
-                        at_most=BIGRAM_WITHIN,
-                    )
-                )
-    if cfg.improving:
+                apart = abs(run["loss"] - bigram)
+                title = f"{name}, distance from the bigram counts"
+                checks.append(want(title, apart, at_most=BIGRAM_WITHIN))
+    if improving:
         for before, after in itertools.pairwise(runs):
-            checks.append(
-                want(
-                    f"loss, {before} - {after}", runs[before]["loss"] - runs[after]["loss"], above=0
-                )
-            )
+            gain = runs[before]["loss"] - runs[after]["loss"]
+            checks.append(want(f"loss, {before} - {after}", gain, above=0))
+    return checks
 
-    table = Table(title=cfg.output_dir, title_justify="left")
+
+def gate_of(runs: Runs, bigram: float | None, checks: Sequence[Check]) -> Gate:
+    """Whether all checks passed, and the losses in one line."""
+    failed = failures(checks)
+    losses = ", ".join(f"{name} {run['loss']:.3f}" for name, run in runs.items())
+    counted = [] if bigram is None else [f"bigram counts {bigram:.3f}"]
+    return Gate(not failed, "; ".join([f"held-out loss {losses}", *counted, *failed]))
+
+
+def show(title: str, runs: Runs, remarks: Sequence[str]) -> None:
+    """The table and the remarks on the terminal."""
+    table = Table(title=title, title_justify="left")
     for column in HEADER:
         table.add_column(column, justify="left" if column in HEADER[:2] else "right")
-    rows = [cells(name, run) for name, run in runs.items()]
-    for row in rows:
-        table.add_row(*row)
+    for name, run in runs.items():
+        table.add_row(*cells(name, run))
     console = Console(highlight=False, markup=False)
     console.print(table)
     for remark in remarks:
         console.print(remark, soft_wrap=True)
 
-    failed = failures(checks)
-    losses = ", ".join(f"{name} {run['loss']:.3f}" for name, run in runs.items())
-    text = "; ".join(
-        [
-            f"held-out loss {losses}",
-            *([f"bigram counts {bigram:.3f}"] if bigram is not None else []),
-            *failed,
-        ]
-    )
-    print(f"gate curves: {'FAIL' if failed else 'PASS'}  {text}")
+
+def write_page(file: Path, runs: Runs, remarks: Sequence[str], png: Path) -> None:
+    """The same as a page."""
+    caption = "shape: layers x heads x width; tokens trained on; held-out loss in nats a token"
+    parts = [
+        page.table(HEADER, [cells(name, run) for name, run in runs.items()], caption),
+        *map(page.paragraph, remarks),
+        page.picture(png, "held-out loss of each run against updates"),
+    ]
+    write_atomically(file, page.document(" / ".join(runs), parts).encode())
+
+
+def main(cfg: Config) -> None:
+    """Compare the runs: a table, curves.json, curves.png, curves.html, stage.json."""
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    runs = dict(zip(names_of(cfg.runs, "runs"), map(read_run, cfg.runs), strict=True))
+    bigram = None if cfg.bigram is None else bigram_loss(cfg.bigram, cfg.smoothing)
+    remarks = remarks_on(runs, bigram, cfg.smoothing)
+    checks = checks_of(runs, bigram, cfg.improving)
+    gate = gate_of(runs, bigram, checks)
+    show(cfg.output_dir, runs, remarks)
+    print(gate.line("curves"))
+
     folder.mkdir(parents=True, exist_ok=True)
-    result = {
-        "runs": runs,
-        "bigram": None if bigram is None else {"loss": bigram, "smoothing": cfg.smoothing},
-        "checks": checks,
-    }
+    counted = None if bigram is None else {"loss": bigram, "smoothing": cfg.smoothing}
+    result = {"runs": runs, "bigram": counted, "checks": checks}
     write_atomically(folder / "curves.json", dump(result))
     draw(runs, bigram, folder / "curves.png")
-    parts = [
-        page.table(
-            HEADER,
-            rows,
-            "shape: layers x heads x width; tokens trained on; held-out loss in nats a token",
-        ),
-        *map(page.paragraph, remarks),
-    ]
-    parts += [page.picture(folder / "curves.png", "held-out loss of each run against updates")]
-    write_atomically(folder / "curves.html", page.document(" / ".join(runs), parts).encode())
-    stage = {
-        "stage": "curves",
-        "kind": "report",
-        "config": to_dict(cfg),
-        "metrics": {n: run["loss"] for n, run in runs.items()},
-    }
-    stage |= {
-        "gate": {"passed": not failed, "text": text},
-        "wall_time": round(time.perf_counter() - started, 2),
-    }
-    write_atomically(folder / "stage.json", dump(stage | provenance()))
+    write_page(folder / "curves.html", runs, remarks, folder / "curves.png")
+    losses = {name: run["loss"] for name, run in runs.items()}
+    seconds = time.perf_counter() - started
+    facts = {"kind": "report", "metrics": losses}
+    write_stage_report(folder, stage_report("curves", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

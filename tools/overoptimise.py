@@ -1,11 +1,10 @@
-"""Over-optimisation: while PPO drives the proxy (the reward model's score) up, what does the ground
-truth do?
+"""What is true while PPO drives the reward model's score up (over-optimisation).
 
     python -m tools.overoptimise --config configs/demo-overoptimise/report.yaml
 
-Reads samples.jsonl of PPO runs, judges the answers kept there, and draws gold and proxy against d =
-sqrt(KL) to the reference, with the curve of best-of-n from the reference beside it (Gao 2022,
-figure 1).
+Reads samples.jsonl of PPO runs, judges the answers kept there, and draws gold (the ground truth)
+and proxy (the reward model's score) against d = sqrt(KL) to the reference, with the curve of
+best-of-n from the reference beside it (Gao 2022, figure 1).
 """
 
 import math
@@ -19,10 +18,10 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.config.schema import OutputDir, cli, stage_config
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
-from common.handoff.report import provenance
+from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.sources import Row, read_rows
@@ -93,9 +92,8 @@ def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
             raise InputError(f"{run}: no finished PPO run there (stage.json names no {key})")
         found[str(Path(value).resolve())] = value
     if len(found) > 1:
-        raise InputError(
-            f"runs: their {key}s differ ({', '.join(found.values())}), so they are no one curve"
-        )
+        named = ", ".join(found.values())
+        raise InputError(f"runs: their {key}s differ ({named}), so they are no one curve")
     return next(iter(found.values()))
 
 
@@ -107,15 +105,15 @@ def read_episodes(runs: Sequence[str], gold: Gold) -> list[dict[str, Any]]:
         before = max((row["step"] for row in episodes), default=0)
         for row in read_rows(str(Path(run) / "samples.jsonl")):
             for column, kind in COLUMNS.items():
-                if not isinstance(row.data.get(column), kind):
-                    raise InputError(
-                        f"{row.origin}: {column} is {row.data.get(column)!r}; a PPO run's samples are needed"
-                    )
+                if not isinstance(value := row.data.get(column), kind):
+                    needed = "a PPO run's samples are needed"
+                    raise InputError(f"{row.origin}: {column} is {value!r}; {needed}")
             episodes.append(judged(row, gold) | {"step": before + row.data["step"]})
     return episodes
 
 
 def judged(row: Row, gold: Gold) -> dict[str, Any]:
+    """A row with what the ground truth says of its answer."""
     try:
         truth = gold(row.data["prompt"], row.data["answer"], row.data["stopped"])
     except ValueError as error:
@@ -132,26 +130,25 @@ def series(episodes: Sequence[dict[str, Any]], window: int) -> list[dict[str, An
     """Means over `window` consecutive logged steps, the newest window whole: one row a point of the
     curve."""
     steps = sorted({row["step"] for row in episodes})
-    ends = list(range(len(steps), 0, -window))[::-1]
-    points = []
-    for end in ends:
-        inside = set(steps[max(0, end - window) : end])
-        rows = [row for row in episodes if row["step"] in inside]
-        kinds = {}
-        for kind in sorted({row["family"] for row in rows}):
-            kinds[kind] = mean([row["correct"] for row in rows if row["family"] == kind])
-        points.append(
-            {
-                "first_step": min(inside),
-                "last_step": max(inside),
-                "kl": mean([row["kl"] for row in rows]),
-                "gold": interval([row["gold"] for row in rows]),
-                "proxy": interval([row["score"] for row in rows]),
-                "stop_rate": mean([row["stopped"] for row in rows]),
-                "correct": kinds,
-            }
-        )
-    return points
+    ends = range(len(steps), 0, -window)
+    windows = [set(steps[max(0, end - window) : end]) for end in reversed(ends)]
+    return [point_of([row for row in episodes if row["step"] in inside]) for inside in windows]
+
+
+def point_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One point of the curve, from the episodes of its steps."""
+    correct: dict[str, list[bool]] = {}
+    for row in rows:
+        correct.setdefault(row["family"], []).append(row["correct"])
+    return {
+        "first_step": min(row["step"] for row in rows),
+        "last_step": max(row["step"] for row in rows),
+        "kl": mean([row["kl"] for row in rows]),
+        "gold": interval([row["gold"] for row in rows]),
+        "proxy": interval([row["score"] for row in rows]),
+        "stop_rate": mean([row["stopped"] for row in rows]),
+        "correct": {kind: mean(correct[kind]) for kind in sorted(correct)},
+    }
 
 
 def best_of(cfg: Config, reference: str, reward: str) -> dict[str, Any]:
@@ -187,13 +184,11 @@ def assess(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """{"peak", "end", "checks"}: over-optimised = after gold's peak the proxy did not fall, gold
     did."""
     peak, end = max(points, key=lambda point: point["gold"]["mean"]), points[-1]
+    rise = end["proxy"]["mean"] - peak["proxy"]["mean"]
+    gap = peak["gold"]["ci95"][0] - end["gold"]["ci95"][1]
     checks = [
-        want("proxy, end - gold's peak", end["proxy"]["mean"] - peak["proxy"]["mean"], at_least=0),
-        want(
-            "gold, its interval at the peak above that at the end",
-            peak["gold"]["ci95"][0] - end["gold"]["ci95"][1],
-            above=0,
-        ),
+        want("proxy, end - gold's peak", rise, at_least=0),
+        want("gold, its interval at the peak above that at the end", gap, above=0),
     ]
     return {"peak": peak, "end": end, "checks": checks}
 
@@ -211,81 +206,67 @@ def typical(episodes: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[d
 def draw(result: dict[str, Any], file: Path) -> None:
     """Gold above, proxy below, both against sqrt(KL)."""
     figure, axes = report.new_figure(2)
-    points = result["ppo"]
-    distances = [math.sqrt(max(0.0, point["kl"])) for point in points]
+    points, peak = result["ppo"], distance(result["peak"])
+    chosen = list(result.get("best_of_n", {}).values())
+    looks = {"ms": 3, "lw": 1.2}
     for axis, kind, other in zip(axes, ("gold", "proxy"), ("gold", "reward"), strict=True):
-        report.error_bars(
-            axis,
-            distances,
-            [point[kind] for point in points],
-            fmt="o-",
-            ms=3,
-            lw=1.2,
-            color=report.COLOURS[2],
-            label="PPO",
-        )
-        if rows := list(result.get("best_of_n", {}).values()):
-            report.error_bars(
-                axis,
-                [row["kl"] ** 0.5 for row in rows],
-                [row[other] for row in rows],
-                fmt="s-",
-                ms=3,
-                lw=1.2,
-                color=report.COLOURS[1],
-                label="best of n",
-            )
-        axis.axvline(
-            math.sqrt(max(0.0, result["peak"]["kl"])), color=report.COLOURS[0], lw=1, ls="--"
-        )
+        ppo = looks | {"fmt": "o-", "color": report.COLOURS[2], "label": "PPO"}
+        report.error_bars(axis, list(map(distance, points)), [p[kind] for p in points], **ppo)
+        if chosen:
+            best = looks | {"fmt": "s-", "color": report.COLOURS[1], "label": "best of n"}
+            places = [row["kl"] ** 0.5 for row in chosen]
+            report.error_bars(axis, places, [row[other] for row in chosen], **best)
+        axis.axvline(peak, color=report.COLOURS[0], lw=1, ls="--")
         axis.set_ylabel("gold (ground truth)" if kind == "gold" else "proxy (reward model)")
     report.legend_above(figure, axes[0])
-    axes[1].set_xlabel(
-        "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
-    )
+    about = "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
+    axes[1].set_xlabel(about)
     figure.savefig(file)
 
 
-def render(
-    result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool
-) -> str:
+def distance(point: dict[str, Any]) -> float:
+    """sqrt(KL) of a point; an estimate of KL below 0 counts as 0."""
+    return math.sqrt(max(0.0, point["kl"]))
+
+
+def summary(result: dict[str, Any], passed: bool) -> str:
+    """What the curves show, in words."""
     peak, end = result["peak"], result["end"]
-    about = (
-        f"PPO is paid by the proxy, the score of {result['reward']}. Gold, the ground truth"
-        f" ({result['gold']}, 0 to 1), is what was meant. Gold is best at steps {peak['first_step']} to {peak['last_step']}"
-        f" ({cell(peak['gold'])}, proxy {cell(peak['proxy'])}, KL {peak['kl']:.1f} nats) and ends at {cell(end['gold'])}, proxy"
-        f" {cell(end['proxy'])}, KL {end['kl']:.1f}. "
-    )
-    about += (
+    established = (
         "The proxy went on up while gold went down."
         if passed
         else "Over-optimisation is not established here."
     )
-    parts = [
-        page.paragraph(about),
-        page.picture(png, "Gold and proxy against the square root of KL, PPO and best of n"),
-    ]
-    parts += [page.heading("One answer of each family, at gold's peak and at the end")]
-    last = {row["kind"]: row for row in typical(episodes, end)}
-    for row in typical(episodes, peak):
-        pair = [("at gold's peak", row), ("at the end", last.get(row["kind"]))]
-        cards = [
-            page.card(
-                when,
-                [
-                    (
-                        r["prompt"],
-                        r["answer"],
-                        f"gold {r['gold']:.2f} · proxy {r['score']:+.2f}",
-                        "good" if r["correct"] else "bad",
-                    )
-                ],
-            )
-            for when, r in pair
-            if r
-        ]
+    return (
+        f"PPO is paid by the proxy, the score of {result['reward']}. Gold, the ground truth"
+        f" ({result['gold']}, 0 to 1), is what was meant. Gold is best at steps"
+        f" {peak['first_step']} to {peak['last_step']} ({cell(peak['gold'])}, proxy"
+        f" {cell(peak['proxy'])}, KL {peak['kl']:.1f} nats) and ends at {cell(end['gold'])}, proxy"
+        f" {cell(end['proxy'])}, KL {end['kl']:.1f}. {established}"
+    )
+
+
+def answers_beside(result: dict[str, Any], episodes: Sequence[dict[str, Any]]) -> list[str]:
+    """For each family a typical answer at gold's peak beside one at the end."""
+    parts = []
+    last = {row["kind"]: row for row in typical(episodes, result["end"])}
+    for row in typical(episodes, result["peak"]):
+        pair = {"at gold's peak": row, "at the end": last.get(row["kind"])}
+        cards = [card(when, answer) for when, answer in pair.items() if answer]
         parts.append(page.beside(f"{row['kind']}: the answer of median proxy score", cards))
-    kinds = sorted({kind for point in result["ppo"] for kind in point["correct"]})
+    return parts
+
+
+def card(when: str, row: dict[str, Any]) -> str:
+    """One answer with its prompt and its scores."""
+    scores = f"gold {row['gold']:.2f} · proxy {row['score']:+.2f}"
+    colour = "good" if row["correct"] else "bad"
+    return page.card(when, [(row["prompt"], row["answer"], scores, colour)])
+
+
+def table_of_points(points: Sequence[dict[str, Any]]) -> str:
+    """One row for each point of PPO's curve."""
+    kinds = sorted({kind for point in points for kind in point["correct"]})
     rows = [
         [
             f"{p['first_step']}-{p['last_step']}",
@@ -293,33 +274,59 @@ def render(
             cell(p["gold"]),
             cell(p["proxy"]),
             f"{p['stop_rate']:.2f}",
+            *(f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds),
         ]
-        + [f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds]
-        for p in result["ppo"]
+        for p in points
     ]
     header = ["steps", "KL", "gold", "proxy", "stop rate", *(f"correct {kind}" for kind in kinds)]
-    parts += [
+    return page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)")
+
+
+def table_of_best(result: dict[str, Any]) -> str:
+    """One row for each n of best-of-n."""
+    rows = [
+        [n, f"{row['kl']:.2f}", cell(row["gold"]), cell(row["reward"])]
+        for n, row in result["best_of_n"].items()
+    ]
+    prompts = f"{result['best_of_prompts']} held-out prompts"
+    about = f"{result['reference']}, {prompts}; KL = ln n - (n-1)/n"
+    return page.table(["n", "KL", "gold", "proxy"], rows, about)
+
+
+def render(
+    result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool
+) -> str:
+    """The report as a page."""
+    shown = "Gold and proxy against the square root of KL, PPO and best of n"
+    parts = [
+        page.paragraph(summary(result, passed)),
+        page.picture(png, shown),
+        page.heading("One answer of each family, at gold's peak and at the end"),
+        *answers_beside(result, episodes),
         page.heading("PPO"),
-        page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)"),
+        table_of_points(result["ppo"]),
     ]
     if "best_of_n" in result:
-        rows = [
-            [n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])]
-            for n, r in result["best_of_n"].items()
-        ]
-        about = f"{result['reference']}, {result['best_of_prompts']} held-out prompts; KL = ln n - (n-1)/n"
-        parts += [page.heading("Best of n"), page.table(["n", "KL", "gold", "proxy"], rows, about)]
-    parts += [
-        page.paragraph(
-            "Runs: " + ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()), "soft"
-        )
-    ]
+        parts += [page.heading("Best of n"), table_of_best(result)]
+    runs = ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items())
+    parts.append(page.paragraph(f"Runs: {runs}", "soft"))
     return page.document("Over-optimisation: what the proxy sees and what is true", parts)
 
 
+def gate_of(result: dict[str, Any]) -> Gate:
+    """Whether over-optimisation is established, and the curve in one line."""
+    failed = failures(result["checks"])
+    points = (result["ppo"][0], result["peak"], result["end"])
+    line = " -> ".join(
+        f"{p['gold']['mean']:.3f} / {p['proxy']['mean']:+.2f} at KL {p['kl']:.1f}" for p in points
+    )
+    text = f"gold / proxy, start -> gold's peak -> end: {line}"
+    return Gate(not failed, "; ".join([text, *failed]))
+
+
 def main(cfg: Config) -> None:
-    started = time.perf_counter()
-    folder = Path(cfg.output_dir)
+    """Judge the runs' answers: overoptimise.json, .png, .html and stage.json."""
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     reference = cfg.reference or same_origin(cfg.runs, "reference", "parent")
     reward = cfg.reward or same_origin(cfg.runs, "reward_model", "reward_model")
@@ -332,37 +339,25 @@ def main(cfg: Config) -> None:
         "gold": cfg.gold,
         "ppo": points,
         **assess(points),
+        **(best_of(cfg, reference, reward) if cfg.prompts else {}),
     }
-    if cfg.prompts:
-        result |= best_of(cfg, reference, reward)
-    draw(result, folder / "overoptimise.png")
-    failed, peak, end = failures(result["checks"]), result["peak"], result["end"]
-    line = " -> ".join(
-        f"{p['gold']['mean']:.3f} / {p['proxy']['mean']:+.2f} at KL {p['kl']:.1f}"
-        for p in (points[0], peak, end)
-    )
-    text = "; ".join([f"gold / proxy, start -> gold's peak -> end: {line}", *failed])
-    print(f"gate overoptimise: {'FAIL' if failed else 'PASS'}  {text}")
+    gate = gate_of(result)
+    print(gate.line("overoptimise"))
+    png = folder / "overoptimise.png"
+    draw(result, png)
     write_atomically(folder / "overoptimise.json", dump(result))
-    write_atomically(
-        folder / "overoptimise.html",
-        render(result, episodes, folder / "overoptimise.png", not failed).encode(),
-    )
-    stage = {
-        "stage": "overoptimise",
+    shown = render(result, episodes, png, gate.passed)
+    write_atomically(folder / "overoptimise.html", shown.encode())
+    facts = {
         "kind": "report",
         "parents": {run: lineage(run) for run in cfg.runs},
-        "config": to_dict(cfg),
-        "seed": cfg.seed,
-        "gate": {"passed": not failed, "text": text},
         "metrics": {
-            name: {kind: p[kind]["mean"] for kind in ("gold", "proxy")}
-            for name, p in (("peak", peak), ("end", end))
+            name: {kind: result[name][kind]["mean"] for kind in ("gold", "proxy")}
+            for name in ("peak", "end")
         },
-        "wall_time": round(time.perf_counter() - started, 2),
-        **provenance(),
     }
-    write_atomically(folder / "stage.json", dump(stage))
+    seconds = time.perf_counter() - started
+    write_stage_report(folder, stage_report("overoptimise", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

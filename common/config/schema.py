@@ -1,5 +1,5 @@
 """Strict configs: a frozen dataclass, a YAML file, a command line; a mistake is one line that names
-key, value, place.
+key, value and place.
 
     @stage_config
     class Config(TrainConfig):
@@ -9,16 +9,16 @@ key, value, place.
         '''Peak learning rate.'''
 
     if __name__ == "__main__":
-        cli(Config, main)            # python -m stages.sft.train --config sft.yaml --learning_rate 1e-4
+        cli(Config, main)
+
+The command line is then `--config sft.yaml --learning_rate 1e-4`.
 
 A key's value: default in the class < YAML file < command line. The docstring under a field is its
 --help text. Fields are int, float, bool, str, Literal, list of these, each `| None`, with
 pydantic's constraints; dict in a file only.
 """
 
-import argparse
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -29,32 +29,29 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
-import yaml
 
-from common.config.strict_yaml import Loader, read_yaml
+from common.config.command_line import CLI, did_you_mean, parse
+from common.config.fields import describe, kinds_of, schemas_of
+from common.config.strict_yaml import read_yaml
 from common.program.allocator import keep_freed_memory
 from common.program.entry import guard
 from common.program.errors import InputError
 
 T = TypeVar("T")
-CLI = "command line"
 
 
 def check_output_dir(path: str) -> str:
+    """Return `path`; raise ValueError unless a stage can write a directory of that name."""
     if not path or not path.isprintable():
         raise ValueError("a directory's name is wanted")
     if ".." in Path(path).parts:
         raise ValueError("a path through `..` may lead where nobody looks for it; write it without")
     try:
-        files = [
-            str(folder)
-            for folder in (Path(path), *Path(path).parents)
-            if folder.exists() and not folder.is_dir()
-        ]
+        for folder in (Path(path), *Path(path).parents):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file; name a directory")
     except OSError as error:  # a name too long, say
         raise ValueError(str(error.strerror)) from None
-    if files:
-        raise ValueError(f"{files[0]} is a file; name a directory")
     return path
 
 
@@ -72,16 +69,14 @@ def stage_config(cls: type[T]) -> type[T]:
         "validate_default": True,
     }
     for name in inspect.get_annotations(cls):
+        own = name in vars(cls)
         value = vars(cls).get(name)
         if isinstance(value, list):  # dataclasses refuse `= []`; every config gets its own copy
             setattr(cls, name, dataclasses.field(default_factory=value.copy))
-        elif name not in vars(cls) and hasattr(
-            cls, name
-        ):  # `parent: str` alone drops the inherited default: required
+        elif not own and hasattr(cls, name):  # `parent: str` alone: the inherited default goes
             setattr(cls, name, pydantic.Field())
-    return pydantic.dataclasses.dataclass(
-        cls, frozen=True, kw_only=True, config=pydantic.ConfigDict(**rules)
-    )
+    config = pydantic.ConfigDict(**rules)
+    return pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=config)
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -95,216 +90,61 @@ def fingerprint(obj: Any) -> str:
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 
-def _schemas(cls: type) -> dict[str, dict[str, Any]]:
-    """JSON schema of each field; `description` is the docstring of the nearest class that has
-    one."""
-    schemas = pydantic.TypeAdapter(cls).json_schema()["properties"]
-    for key, schema in schemas.items():
-        owners = (getattr(owner, "__pydantic_fields__", {}).get(key) for owner in cls.__mro__)
-        schema["description"] = next(
-            (field.description for field in owners if field and field.description), ""
-        )
-    return schemas
+def build(cls: type[T], values: Mapping[str, Any], where: Mapping[str, str]) -> T:
+    """Return cls(**values), with every refusal as one InputError line.
 
-
-def _kinds(schema: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The alternatives of a field by JSON type: `float | None` -> {"number": ..., "null": ...}."""
-    return {kind.get("type", "any"): kind for kind in schema.get("anyOf", [schema])}
-
-
-def _describe(schema: Mapping[str, Any]) -> str:
-    """What a field allows: `float > 0 | null`, `no | bf16 | fp16`, `list of str`."""
-    names = {
-        "integer": "int",
-        "number": "float",
-        "string": "str",
-        "boolean": "true | false",
-        "object": "mapping",
-    }
-    signs = {
-        "exclusiveMinimum": ">",
-        "minimum": ">=",
-        "exclusiveMaximum": "<",
-        "maximum": "<=",
-        "minItems": "length >=",
-    }
-    words = []
-    for name, kind in _kinds(schema).items():
-        text = " | ".join(map(str, _choices(kind))) or names.get(name, name)
-        text = f"list of {_describe(kind['items'])}" if name == "array" else text
-        words.append(
-            " ".join(
-                [text, *(f"{sign} {kind[bound]}" for bound, sign in signs.items() if bound in kind)]
-            )
-        )
-    return " | ".join(words)
-
-
-def _choices(kind: Mapping[str, Any]) -> list[Any]:
-    return kind.get("enum") or ([kind["const"]] if "const" in kind else [])
-
-
-def _from_text(text: str, schema: Mapping[str, Any]) -> Any:
-    """A word of the command line as YAML would read it there, but kept as it is for a field that
-    takes a str."""
-    kinds = _kinds(schema)
-    chosen = [choice for kind in kinds.values() for choice in _choices(kind) if text == str(choice)]
-    if chosen:
-        return chosen[0]
-    if "null" in kinds and text.lower() in ("null", "none"):
-        return None
-    if "string" in kinds or len(text) > 100:
-        return text
-    loader = Loader("")
-    return loader.construct_object(
-        yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
-    )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are InputErrors."""
-
-    def error(self, message: str):
-        raise InputError(f"{CLI}: {message}; see --help")
-
-
-def _parse(cls: type, argv: Sequence[str]) -> dict[str, Any]:
-    """{key: value} of what the command line gives, "config" (a path) among them. Prints help and
-    exits 0 on --help."""
-    schemas, fields, seen = _schemas(cls), cls.__pydantic_fields__, {"config"}
-    about = sys.modules[cls.__module__].__doc__ or cls.__doc__
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        description=about,
-        usage="%(prog)s [--config FILE] [--key value ...]",
-        formatter_class=raw,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of keys; the command line wins over it"
-    )
-    for owner in cls.__mro__[:-1]:  # own keys first, then the shared ones
-        group = parser.add_argument_group(
-            (owner.__doc__ or owner.__name__).strip().split("\n")[0].rstrip(".")
-        )
-        for key in [
-            key for key in inspect.get_annotations(owner) if key in schemas and key not in seen
-        ]:
-            seen.add(key)
-            default = fields[key].get_default(call_default_factory=True)
-            default = "REQUIRED" if fields[key].is_required() else f"default {json.dumps(default)}"
-            about = f"({_describe(schemas[key])}; {default}) {schemas[key]['description']}"
-            kinds = _kinds(schemas[key])
-            nargs = "*" if "array" in kinds else "?" if "boolean" in kinds else None
-            const = "true" if nargs == "?" else None
-            group.add_argument(
-                f"--{key}", metavar="X", nargs=nargs, const=const, help=about.replace("%", "%%")
-            )
-            if "boolean" in kinds and fields[key].default is True:
-                group.add_argument(
-                    f"--no_{key}",
-                    dest=key,
-                    action="store_const",
-                    const="false",
-                    help=f"--{key} false",
-                )
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        key = word.partition("=")[0].removeprefix("--")
-        if not word.startswith("--"):
-            raise InputError(f"{CLI}: unexpected {word}; options are written --key value")
-        raise InputError(f"{CLI}: unknown key --{key}; {did_you_mean(key, list(schemas))}")
-    values = vars(known)
-    for key, text in values.items():
-        if isinstance(text, list):
-            null = "null" in _kinds(schemas[key]) and [word.lower() for word in text] in (
-                ["null"],
-                ["none"],
-            )
-            values[key] = (
-                None
-                if null
-                else [_from_text(word, _kinds(schemas[key])["array"]["items"]) for word in text]
-            )
-        elif key != "config":
-            values[key] = _from_text(text, schemas[key])
-    return values
-
-
-def did_you_mean(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}"
-
-
-def cli_args(overrides: Mapping[str, Any]) -> list[str]:
-    """{"seed": 3, "parent": None, "files": ["a", "b"]} -> ["--seed", "3", "--parent", "null",
-    "--files", "a", "b"]."""
-    args = []
-    for key, value in overrides.items():
-        items = value if isinstance(value, list | tuple) else [value]
-        words = [item if isinstance(item, str) else json.dumps(item) for item in items]
-        if any(
-            word.startswith("-") for word in words
-        ):  # only `--key=-text` says that the dash belongs to the value
-            if len(words) > 1:
-                raise InputError(
-                    f"{key}: on a command line no item of a list can start with `-`: {' '.join(words)}"
-                )
-            args.append(f"--{key}={words[0]}")
-        else:
-            args += [f"--{key}", *words]
-    return args
-
-
-def _build(cls: type[T], values: Mapping[str, Any], where: Mapping[str, str]) -> T:
-    """cls(**values), every refusal as one InputError line; `where` tells the place ("file:line") of
-    each dotted key."""
-    fields, schemas = cls.__pydantic_fields__, _schemas(cls)
+    `where` tells the place ("file:line") of each dotted key; "" is the place of the whole.
+    """
+    schemas = schemas_of(cls)
     for key, value in values.items():
-        if key not in fields:
-            raise InputError(
-                f"{where[key]}: unknown key `{key}`; {did_you_mean(key, list(fields))}"
-            )
-        kinds = _kinds(schemas[key])
-        if (
-            isinstance(value, bool)
-            and {"integer", "number"} & kinds.keys()
-            and "boolean" not in kinds
-        ):
-            # pydantic alone would take true for 1
-            raise InputError(
-                f"{where[key]}: {key} = {value} is refused; allowed: {_describe(schemas[key])}"
-            )
+        if key not in schemas:
+            hint = did_you_mean(key, list(schemas))
+            raise InputError(f"{where[key]}: unknown key `{key}`; {hint}")
+        kinds = kinds_of(schemas[key])
+        number = {"integer", "number"} & kinds.keys() and "boolean" not in kinds
+        if isinstance(value, bool) and number:  # pydantic alone would take true for 1
+            allowed = describe(schemas[key])
+            raise InputError(f"{where[key]}: {key} = {value} is refused; allowed: {allowed}")
     try:
         return cls(**values)
     except pydantic.ValidationError as failure:
         first, *others = failure.errors(include_url=False)
-    loc = [str(part) for part in first["loc"]]
-    key, message = ".".join(loc), first["msg"].removeprefix("Value error, ")
-    place = next(where[k] for n in range(len(loc), -1, -1) if (k := ".".join(loc[:n])) in where)
-    if first["type"] == "missing":
-        message = f"`{key}` is required" + (
-            f": set it in the file or with --{key}" if len(loc) == 1 else ""
-        )
-    elif first["type"] == "unexpected_keyword_argument":
-        message = f"unknown key `{key}`"
-    elif loc:  # otherwise a check over several keys (__post_init__), whose message names them
-        value = first["input"]
-        plain = isinstance(value, str) and value.isprintable() and 0 < len(value) < 200
-        shown = value if plain else reprlib.repr(value)
-        message = f"{key} = {shown} is refused: {message}"
-        message += f"; allowed: {_describe(schemas[key])}" if key in schemas else ""
-    raise InputError(f"{place}: {message}" + (f" (and {len(others)} more)" if others else ""))
+    more = f" (and {len(others)} more)" if others else ""
+    raise InputError(f"{_place(first, where)}: {_reason(first, schemas)}{more}")
+
+
+def _place(error: Mapping[str, Any], where: Mapping[str, str]) -> str:
+    """The place of the key that pydantic refused, or of the nearest one around it."""
+    parts = [str(part) for part in error["loc"]]
+    around = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
+    return next(where[key] for key in around if key in where)
+
+
+def _reason(error: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
+    """What pydantic refused, in our words."""
+    key = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        fix = f": set it in the file or with --{key}" if len(error["loc"]) == 1 else ""
+        return f"`{key}` is required{fix}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown key `{key}`"
+    if not key:  # a check over several keys (__post_init__), whose message names them
+        return message
+    value = error["input"]
+    plain = isinstance(value, str) and value.isprintable() and 0 < len(value) < 200
+    shown = value if plain else reprlib.repr(value)
+    allowed = f"; allowed: {describe(schemas[key])}" if key in schemas else ""
+    return f"{key} = {shown} is refused: {message}{allowed}"
 
 
 def load(cls: type[T], argv: Sequence[str]) -> T:
-    """`--config file.yaml` then `--key value` (the command line wins). Prints help and exits 0 on
-    --help."""
-    given = _parse(cls, argv)
+    """Read `--config file.yaml`, then `--key value`, which wins. Prints help and exits with 0 on
+    --help; raises InputError for every mistake."""
+    given = parse(cls, argv)
     path = given.pop("config", None)
     values, where = read_yaml(path) if path else ({}, {"": CLI})
-    return _build(cls, values | given, where | dict.fromkeys(given, CLI))
+    return build(cls, values | given, where | dict.fromkeys(given, CLI))
 
 
 def cli(
@@ -313,10 +153,13 @@ def cli(
     argv: Sequence[str] | None = None,
     words: str | None = None,
 ) -> None:
-    """Run main(config from the command line) as a program. `words`: the key that takes what stands
-    before the first option."""
+    """Run main(config from the command line) as a program, as `guard` does.
+
+    `words` is the key that takes what stands before the first option.
+    """
 
     def program() -> None:
+        """Read the command line, then run."""
         keep_freed_memory()
         given = list(sys.argv[1:] if argv is None else argv)
         named = [f"--{words}"] if words and given and not given[0].startswith("-") else []

@@ -1,5 +1,5 @@
-"""One way to read a YAML file, strictly, and the error for what a user got wrong. Import both from
-common.config.schema."""
+"""One way to read a YAML file, strictly: what is not a plain mapping of plain values is refused in
+one line that names the place."""
 
 import re
 from pathlib import Path
@@ -17,6 +17,7 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # replaces SafeLoader's YAML 1.1 table
 
     def compose_node(self, parent, index):
+        """Refuse an alias, which could make a small file expand without end."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(
                 problem="aliases are not supported", problem_mark=self.peek_event().start_mark
@@ -43,9 +44,8 @@ def _note_lines(node: yaml.Node, path: Path, prefix: str, lines: dict[str, str])
         for key, value in node.value:
             name, here = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
             if name in lines:
-                raise InputError(
-                    f"{here}: duplicate key `{name}` (first at {lines[name]}); keep one"
-                )
+                first = lines[name]
+                raise InputError(f"{here}: duplicate key `{name}` (first at {first}); keep one")
             lines[name] = here
             _note_lines(value, path, f"{name}.", lines)
     elif isinstance(node, yaml.SequenceNode):
@@ -54,31 +54,37 @@ def _note_lines(node: yaml.Node, path: Path, prefix: str, lines: dict[str, str])
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """-> (the mapping in the file, "file:line" of each dotted key). Raises InputError for all but
-    one plain mapping."""
-    path, lines = Path(path), {}
+    """Return (the mapping in the file, "file:line" of each dotted key).
+
+    Raises InputError unless the file holds one plain mapping: no duplicate keys, no tags that build
+    objects, no aliases.
+    """
+    path = Path(path)
     try:
-        loader = Loader(path.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode | None):
-            raise InputError(
-                f"{path}:{node.start_mark.line + 1}: expected lines of `key: value`, found a {node.id}"
-            )
-        _note_lines(node, path, "", lines)
-        values = loader.construct_document(node) if node else {}
+        values, lines = _read_mapping(path)
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror or error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise InputError(
-            f"{path}:{mark.line + 1 if mark else '?'}: {error.problem} (not valid in a config)"
-        ) from None
+        line = mark.line + 1 if mark else "?"
+        raise InputError(f"{path}:{line}: {error.problem} (not valid in a config)") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a YAML text: {error}") from None
     return {str(key): value for key, value in values.items()}, {"": str(path), **lines}
 
 
+def _read_mapping(path: Path) -> tuple[dict, dict[str, str]]:
+    """As read_yaml, with the errors of yaml and of the file system as they are."""
+    loader = Loader(path.read_text(encoding="utf-8-sig"))
+    node = loader.get_single_node()
+    if not isinstance(node, yaml.MappingNode | None):
+        place = f"{path}:{node.start_mark.line + 1}"
+        raise InputError(f"{place}: expected lines of `key: value`, found a {node.id}")
+    lines: dict[str, str] = {}
+    _note_lines(node, path, "", lines)
+    return (loader.construct_document(node) if node else {}), lines
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, read strictly: no duplicate keys, no tags that build objects, no
-    aliases."""
+    """The mapping in a YAML file, read as strictly as `read_yaml` does."""
     return read_yaml(path)[0]

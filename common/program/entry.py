@@ -1,4 +1,4 @@
-"""How every program starts and ends: one line for each kind of failure, and its exit code."""
+"""How every program starts and ends: its name, one line for each kind of failure, its exit code."""
 
 import errno
 import os
@@ -6,50 +6,81 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common.program.errors import INTERRUPTED, Failure, InputError, Interrupted
 from common.program.terminal import one_line
 
+UNUSABLE = (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS)  # the user named a path like that
+
+
+class Ending(NamedTuple):
+    """How a program that failed ends."""
+
+    code: int
+    """Exit code."""
+    line: str | None = None
+    """What is told on stderr; None = nothing."""
+    is_bug: bool = False
+    """Whether a traceback comes before the line."""
+
+
+def program_name() -> str:
+    """How this program is started: `python -m stages.sft.train`, or `python` and its file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {sys.argv[0]}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def ending_of(error: BaseException) -> Ending:
+    """The exit code and the line for what ended a program.
+
+    2 for bad input and for paths that cannot be used, 75 when interrupted with all saved, 130 for
+    Ctrl-C where there was nothing to save, 1 for all else: a Failure, a bug, another process that
+    died.
+    """
+    said = f"error: {one_line(error)}"
+    if isinstance(error, InputError):
+        return Ending(2, said)
+    if isinstance(error, Failure):
+        return Ending(1, said)
+    if isinstance(error, Interrupted):
+        return Ending(INTERRUPTED, f"interrupted: {error}")
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(130)
+    if getattr(error, "errno", None) in UNUSABLE:
+        return Ending(2, said)
+    program = program_name().removeprefix("python ").removeprefix("-m ")
+    line = f"error: {program}: {type(error).__name__}: {one_line(error)}"
+    return Ending(1, line, is_bug=True)
+
 
 def guard(main: Callable[[], int | None]) -> None:
-    """Run main() as a program: exits with the int that it returns, 2 and one line for an
-    InputError, 75 when interrupted with all saved, 130 for Ctrl-C where there was nothing to save,
-    1 and one line (a traceback above it, if it is a bug, or another process that died) for
-    everything else."""
+    """Run main() as a program: exit with the int that it returns, or as `ending_of` says."""
     rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     who = f"process {rank} of {processes}: " if processes != "1" else ""
     try:
         code = main() or 0
-    except InputError as error:
-        print(f"{who}error: {one_line(error)}", file=sys.stderr)
-        code = 2
-    except Failure as error:
-        print(f"{who}error: {one_line(error)}", file=sys.stderr)
-        code = 1
-    except Interrupted as stop:
-        print(f"{who}interrupted: {stop}", file=sys.stderr)
-        code = INTERRUPTED
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = (
-            2
-            if getattr(error, "errno", None) in (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS)
-            else 1
-        )
-        if code == 2:  # a path that cannot be used
-            print(f"{who}error: {one_line(error)}", file=sys.stderr)
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        code, line, is_bug = ending_of(error)
+        if is_bug:
             traceback.print_exc()
-            program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])
-            print(
-                f"{who}error: {program}: {type(error).__name__}: {one_line(error)}", file=sys.stderr
-            )
+        if line:
+            print(f"{who}{line}", file=sys.stderr)
     if code:
-        if path := os.environ.get(
-            "EXIT_CODE_FILE"
-        ):  # accelerate turns every code into 1: tell the pipeline
-            Path(path).write_text(str(code))
-        # Where others may wait for this process, no orderly end: it would wait for them.
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code) if who else sys.exit(code)
+        leave(code, at_once=bool(who))
+
+
+def leave(code: int, at_once: bool) -> None:
+    """End the process with an exit code that is not 0.
+
+    `at_once`, where other processes may wait for this one: an orderly end would wait for them.
+    """
+    if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1
+        Path(path).write_text(str(code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if at_once:
+        os._exit(code)
+    sys.exit(code)

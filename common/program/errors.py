@@ -4,19 +4,16 @@ user."""
 
 class InputError(Exception):
     """Bad input from the user (config, data, directory): one line naming value, place and fix; exit
-    code 2.
-
-    `reason`: what a row that it refuses is counted under when such rows are skipped.
-    """
+    code 2."""
 
     def __init__(self, message: str, reason: str = "unusable") -> None:
+        """`reason` is what a row that is refused is counted under, where such rows are skipped."""
         super().__init__(message)
         self.reason = reason
 
 
-INTERRUPTED = (
-    75  # exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on
-)
+# Exit code (EX_TEMPFAIL): stopped by a signal, state saved; the same command goes on.
+INTERRUPTED = 75
 
 
 class Failure(Exception):

@@ -41,12 +41,7 @@ def verify(folder: Path, weights: bool = True) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         wanted = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except (
-        ValueError,
-        AttributeError,
-        TypeError,
-        KeyError,
-    ):  # ValueError: broken JSON, or no UTF-8
+    except (ValueError, AttributeError, TypeError, KeyError):  # broken JSON, or another content
         raise InputError(f"{folder / MANIFEST}: damaged; run the stage again") from None
     for name, (size, digest) in wanted.items():
         file = folder / name
@@ -60,11 +55,13 @@ def verify(folder: Path, weights: bool = True) -> None:
 
 
 def sha256(file: Path) -> str:
+    """The hash of a file's content, in hex."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def dump(value: Any) -> bytes:
+    """A value as the content of a JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

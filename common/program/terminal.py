@@ -1,4 +1,5 @@
-"""What may reach the terminal: text from data, models and files must neither drive it nor break it."""
+"""What may reach the terminal: text from data, models and files must neither drive it nor break
+it."""
 
 from typing import Any
 

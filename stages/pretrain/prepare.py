@@ -15,6 +15,7 @@ import collections
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import OutputDir, cli, fingerprint, stage_config, to_dict
 from common.config.training import ReadsRows, Seed, refuse_overwriting

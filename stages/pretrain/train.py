@@ -7,11 +7,16 @@ Rows of max_length tokens are cut from the stream of documents (an end-of-text b
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import TrainConfig

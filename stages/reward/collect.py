@@ -10,6 +10,7 @@ taken as they are. Writes comparisons.jsonl and eval.jsonl.
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,10 @@ from pydantic import Field
 from tqdm import tqdm
 
 from common.config.schema import OutputDir, cli, stage_config
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from common.config.training import ReadsRows, Seed, refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import check_context, load_model

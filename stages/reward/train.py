@@ -8,14 +8,19 @@ the end scores are shifted so that the SFT model's own answers average 0, and sc
 deviate by 1.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import NonNegative, RowsConfig

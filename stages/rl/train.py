@@ -9,13 +9,18 @@ from the SFT model, the critic from the reward model (Stiennon 2020, InstructGPT
 algorithms is in stages/rl/algorithms/, what they share in stages/rl/maths.py.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import nn
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType

@@ -7,14 +7,19 @@ is on each answer's text and its end token (InstructGPT, appendix C.1); a row to
 max_length is cut, and counted.
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+
+if not __package__:  # run as a file, for which Python looks for modules in its folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import cli, fingerprint, stage_config
 from common.config.training import RowsConfig

@@ -21,10 +21,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
+from common.config.schema import OutputDir, cli, stage_config
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
-from common.handoff.report import provenance
+from common.handoff.report import Gate, stage_report, write_stage_report
 from common.model.gpt import GPT
 from common.model.presets import ArchitectureConfig, new_model
 from common.program.errors import InputError
@@ -54,20 +54,21 @@ class Config:
 def symbols(tokenizer: Tokenizer, context: int, path: str) -> list[int]:
     """Ids of the text tokens, control tokens left out. InputError where they make too many
     arrows."""
-    control = (
-        {tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()}
-        if tokenizer.has_control
-        else set()
-    )
+    control: set[int] = set()
+    if tokenizer.has_control:
+        control = {tokenizer.eot_id, tokenizer.pad_id, *tokenizer.role_ids.values()}
     ids = [i for i in range(tokenizer.vocab_size) if i not in control]
     if len(ids) ** (context + 1) > MOST_ARROWS:
-        what = f"{len(ids)} tokens and a context of {context} make {len(ids)}^{context + 1} arrows, {MOST_ARROWS} can be drawn"
+        arrows = f"{len(ids)}^{context + 1} arrows, {MOST_ARROWS} can be drawn"
         fitting = int(math.log(MOST_ARROWS, max(2, len(ids)))) - 1
-        raise InputError(f"{path}: {what}" + (f"; try --context {fitting}" if fitting > 0 else ""))
+        hint = f"; try --context {fitting}" if fitting > 0 else ""
+        what = f"{len(ids)} tokens and a context of {context} make {arrows}{hint}"
+        raise InputError(f"{path}: {what}")
     return ids
 
 
 def visible(text: str) -> str:
+    """A token as it is written in a picture: a space and control characters can be seen."""
     return repr(text)[1:-1].replace(" ", "␣")
 
 
@@ -116,120 +117,144 @@ def distance(chain: np.ndarray, counted: np.ndarray) -> float:
     return float((apart * total[held]).sum() / total.sum())
 
 
-def main(cfg: Config) -> None:
-    started, folder, stage = time.perf_counter(), Path(cfg.output_dir), read_stage(cfg.model)
-    model, tokenizer = load_model(cfg.model, "lm"), load_tokenizer(cfg.model)
+def chains_of(
+    cfg: Config, model: GPT, tokenizer: Tokenizer
+) -> tuple[dict[str, Chain], np.ndarray | None]:
+    """Return (the chains to draw by their file's name, the counts of the training text).
+
+    The chains are "before" training, "after" it, and as "counted"; those are left out that nothing
+    tells. Raises InputError for a context that the model does not have.
+    """
     context = cfg.context or model.config.max_length
     if context > model.config.max_length:
         raise InputError(f"context {context}: the model's is {model.config.max_length}")
+    stage = read_stage(cfg.model)
     ids = symbols(tokenizer, context, cfg.model)
     tokens = [visible(tokenizer.decode([i])) for i in ids]
     names = ["".join(state) for state in itertools.product(tokens, repeat=context)]
 
     data = stage.get("config", {}).get("train_data", "")
     counted = counts(data, ids, context) if Path(data, "shards.json").exists() else None
-    found = {"after": transitions(model, ids, context)}
+    seen = counted.any(1) if counted is not None and counted.any() else None
+
+    def chain(title: str, probabilities: np.ndarray) -> Chain:
+        """A chain over these states."""
+        return Chain(title, names, tokens, probabilities, seen)
+
+    chains = {}
     if (begun := before_training(stage, model.config.vocab_size)) is not None:
-        found = {"before": transitions(begun, ids, context), **found}
-    seen = None
-    titles = {
-        "before": "before training",
-        "after": f"after {stage.get('step', '?')} steps",
-        "counted": "as the training text counts",
-    }
-    if counted is not None and counted.any():
+        chains["before"] = chain("before training", transitions(begun, ids, context))
+    trained = transitions(model, ids, context)
+    chains["after"] = chain(f"after {stage.get('step', '?')} steps", trained)
+    if seen is not None:
         with np.errstate(invalid="ignore"):
-            found["counted"] = counted / counted.sum(1, keepdims=True)
-        seen = counted.any(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not has_graphviz():
-        print(INSTALL)
-    chains = {
-        name: Chain(titles[name], names, tokens, values, seen) for name, values in found.items()
-    }
-    for name, chain in chains.items():
-        draw(chain, folder / name)
-    report(cfg, folder, chains, counted, model, started)
+            shares = counted / counted.sum(1, keepdims=True)
+        chains["counted"] = chain("as the training text counts", shares)
+    return chains, counted
 
 
-def report(
-    cfg: Config,
-    folder: Path,
-    chains: dict[str, Chain],
-    counted: np.ndarray | None,
-    model: GPT,
-    started: float,
-) -> None:
-    """The table on the terminal, chain.json, chain.html, stage.json."""
+def arrows_of(chains: dict[str, Chain], counted: np.ndarray | None) -> list[dict[str, Any]]:
+    """One row for each arrow: its probability in each chain (None for a state that does not occur),
+    and its count."""
     first = next(iter(chains.values()))
     S, V = first.probabilities.shape
     rows = []
-    for s in range(S):
-        for v in range(V):
-            values = {name: chain.probabilities[s, v] for name, chain in chains.items()}
-            values = {
-                name: None if np.isnan(value) else round(float(value), 6)
-                for name, value in values.items()
-            }
-            rows.append(
-                {
-                    "state": first.names[s],
-                    "token": first.tokens[v],
-                    "next": first.names[s * V % S + v],
-                    **values,
-                }
-            )
-            rows[-1] |= {} if counted is None else {"count": int(counted[s, v])}
-    cells = [
-        [f"{r['state']} -> {r['next']}", *("-" if r[n] is None else f"{r[n]:.3f}" for n in chains)]
-        for r in rows
-    ]
+    for s, v in itertools.product(range(S), range(V)):
+        values = {name: float(chain.probabilities[s, v]) for name, chain in chains.items()}
+        row = {
+            "state": first.names[s],
+            "token": first.tokens[v],
+            "next": first.names[s * V % S + v],
+            **{name: None if math.isnan(p) else round(p, 6) for name, p in values.items()},
+        }
+        if counted is not None:
+            row["count"] = int(counted[s, v])
+        rows.append(row)
+    return rows
+
+
+def distances(chains: dict[str, Chain], counted: np.ndarray | None) -> dict[str, float]:
+    """How far each model is from what the text counts; empty where nothing was counted."""
+    if counted is None or not counted.any():
+        return {}
+    models = [name for name in ("before", "after") if name in chains]
+    return {name: round(distance(chains[name].probabilities, counted), 6) for name in models}
+
+
+def gate_of(arrows: int, states: int, parameters: int, apart: dict[str, float]) -> Gate:
+    """Whether training brought the model nearer to what the text counts."""
+    text = f"{parameters:,} parameters, {states} states, {arrows} arrows"
+    if not apart:
+        return Gate(True, text)
+    moved = " -> ".join(f"{value:.3f}" for value in apart.values())
+    text += f"; mean distance from what the text counts (total variation) {moved}"
+    return Gate(apart.get("before", 1.0) > apart["after"], text)
+
+
+def table_of(
+    chains: dict[str, Chain], arrows: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of the probabilities."""
     header = ["arrow", *(chain.title for chain in chains.values())]
-    table = Table(*header, title=cfg.model, title_justify="left")
-    for row in cells:
+    rows = []
+    for row in arrows:
+        values = ["-" if row[name] is None else f"{row[name]:.3f}" for name in chains]
+        rows.append([f"{row['state']} -> {row['next']}", *values])
+    return header, rows
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The probabilities on the terminal."""
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    text = f"{parameters:,} parameters, {S} states, {S * V} arrows"
-    apart, passed = {}, True
-    if counted is not None and counted.any():
-        apart = {
-            name: round(distance(chains[name].probabilities, counted), 6)
-            for name in ("before", "after")
-            if name in chains
-        }
-        text += "; mean distance from what the text counts (total variation) " + " -> ".join(
-            f"{d:.3f}" for d in apart.values()
-        )
-        passed = apart.get("before", 1.0) > apart["after"]
-    print(f"gate chain: {'PASS' if passed else 'FAIL'}  {text}")
-    result = {"model": cfg.model, "parameters": parameters, "arrows": rows, "distance": apart}
-    write_atomically(folder / "chain.json", dump(result))
+
+def write_page(
+    folder: Path,
+    title: str,
+    chains: dict[str, Chain],
+    table: tuple[list[str], list[list[str]]],
+    text: str,
+) -> None:
+    """chain.html: the pictures, and the probabilities as a table."""
     about = "A state is what the model sees, an arrow the token that may come next."
-    about += "" if first.seen is None else " Dashed: states that the training text does not hold."
+    if next(iter(chains.values())).seen is not None:
+        about += " Dashed: states that the training text does not hold."
     parts = [page.paragraph(about), page.paragraph(text, "soft")]
-    parts += [
-        page.heading(chain.title) + page.picture(folder / f"{name}.png", chain.title)
-        for name, chain in chains.items()
-    ]
-    parts += [page.heading("Probabilities"), page.table(header, cells)]
-    write_atomically(
-        folder / "chain.html", page.document(f"{cfg.model} as a Markov chain", parts).encode()
-    )
-    done = {
-        "stage": "chain",
-        "kind": "report",
-        **lineage(cfg.model),
-        "config": to_dict(cfg),
-        "metrics": apart,
-    }
-    done |= {
-        "gate": {"passed": passed, "text": text},
-        "wall_time": round(time.perf_counter() - started, 2),
-        **provenance(),
-    }
-    write_atomically(folder / "stage.json", dump(done))
+    for name, chain in chains.items():
+        picture = page.picture(folder / f"{name}.png", chain.title)
+        parts.append(page.heading(chain.title) + picture)
+    parts += [page.heading("Probabilities"), page.table(*table)]
+    shown = page.document(f"{title} as a Markov chain", parts)
+    write_atomically(folder / "chain.html", shown.encode())
+
+
+def main(cfg: Config) -> None:
+    """Draw the chains, print their probabilities, write chain.json, chain.html and stage.json."""
+    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    model, tokenizer = load_model(cfg.model, "lm"), load_tokenizer(cfg.model)
+    chains, counted = chains_of(cfg, model, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not has_graphviz():
+        print(INSTALL)
+    for name, chain in chains.items():
+        draw(chain, folder / name)
+
+    arrows, apart = arrows_of(chains, counted), distances(chains, counted)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    states = len(chains["after"].names)
+    gate = gate_of(len(arrows), states, parameters, apart)
+    table = table_of(chains, arrows)
+    show(cfg.model, *table)
+    print(gate.line("chain"))
+    result = {"model": cfg.model, "parameters": parameters, "arrows": arrows, "distance": apart}
+    write_atomically(folder / "chain.json", dump(result))
+    write_page(folder, cfg.model, chains, table, gate.text)
+    facts = {"kind": "report", **lineage(cfg.model), "metrics": apart}
+    seconds = time.perf_counter() - started
+    write_stage_report(folder, stage_report("chain", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import numpy as np
 
 from common.program.files import write_atomically
 
-INSTALL = "Graphviz is not installed (apt-get install graphviz, brew install graphviz): matplotlib draws instead"
+INSTALL = (
+    "Graphviz is not installed (apt-get install graphviz, brew install graphviz): "
+    "matplotlib draws instead"
+)
 
 
 class Chain(NamedTuple):
@@ -23,6 +26,10 @@ class Chain(NamedTuple):
     tokens: list[str]  # the V symbols
     probabilities: np.ndarray  # (S, V), rows of NaN for states that do not occur
     seen: np.ndarray | None  # (S) whether the training text holds the state; None: not known
+
+    def is_unseen(self, state: int) -> bool:
+        """Whether the training text is known not to hold the state."""
+        return self.seen is not None and not self.seen[state]
 
     def arrows(self) -> list[tuple[int, int, int, float]]:
         """(state, token, next state, probability), those that do occur."""
@@ -36,6 +43,7 @@ class Chain(NamedTuple):
 
 
 def has_graphviz() -> bool:
+    """Whether its program circo is installed."""
     return shutil.which("circo") is not None
 
 
@@ -56,35 +64,29 @@ def draw(chain: Chain, file: Path) -> None:
 
 
 def draw_with_graphviz(chain: Chain, file: Path) -> None:
+    """As `draw`, with circo."""
     import graphviz
 
     font = {"fontname": "Helvetica,Arial,sans-serif"}
-    graph = graphviz.Digraph(
-        engine="circo",
-        node_attr=font | {"shape": "circle", "style": "filled", "fontsize": "18"},
-        edge_attr=font,
-        graph_attr=font
-        | {
-            "label": chain.title,
-            "labelloc": "t",
-            "fontsize": "20",
-            "bgcolor": "white",
-            "mindist": str(0.6 * len(chain.tokens)),
-        },
-    )
+    whole = {
+        **font,
+        "label": chain.title,
+        "labelloc": "t",
+        "fontsize": "20",
+        "bgcolor": "white",
+        "mindist": str(0.6 * len(chain.tokens)),
+    }
+    node = {**font, "shape": "circle", "style": "filled", "fontsize": "18"}
+    graph = graphviz.Digraph(engine="circo", node_attr=node, edge_attr=font, graph_attr=whole)
     for s, name in enumerate(chain.names):
-        unseen = chain.seen is not None and not chain.seen[s]
-        looks = (
-            {"style": "filled,dashed", "fillcolor": "#ffffff"}
-            if unseen
-            else {"fillcolor": "#dce9f7"}
-        )
+        looks = {"fillcolor": "#dce9f7"}
+        if chain.is_unseen(s):
+            looks = {"style": "filled,dashed", "fillcolor": "#ffffff"}
         graph.node(str(s), graphviz.escape(name), **looks)
     for s, v, t, p in chain.arrows():
-        text = html.escape(f"{chain.tokens[v]}  {p:.0%}")  # on white, as circo lays labels on lines
-        label = (
-            f'<<table border="0" cellpadding="1" bgcolor="white"><tr><td>{text}</td></tr></table>>'
-        )
+        text = html.escape(f"{chain.tokens[v]}  {p:.0%}")
+        cell = f"<td>{text}</td>"  # on white, as circo lays labels on lines
+        label = f'<<table border="0" cellpadding="1" bgcolor="white"><tr>{cell}</tr></table>>'
         graph.edge(str(s), str(t), label, color=shade(p), penwidth=f"{0.7 + 2.5 * p:.2f}")
     write_atomically(file.with_suffix(".svg"), graph.pipe("svg"))
     graph.graph_attr["dpi"] = "110"
@@ -103,9 +105,9 @@ def round_order(S: int, V: int) -> list[int]:
 
 
 def draw_with_matplotlib(chain: Chain, file: Path) -> None:
+    """As `draw`, with the states in an order in which each leads to the next."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import FancyArrowPatch
 
     S, V = chain.probabilities.shape
     size = max(7.5, 0.75 * S)  # inches
@@ -115,44 +117,53 @@ def draw_with_matplotlib(chain: Chain, file: Path) -> None:
     axis.set(aspect="equal", xlim=(-1.35, 1.35), ylim=(-1.35, 1.35))
     axis.set_title(chain.title, fontsize=15, parse_math=False)
     axis.axis("off")
-    angle = {s: math.pi / 2 - 2 * math.pi * n / S for n, s in enumerate(round_order(S, V))}
-    at = {s: np.array([math.cos(a), math.sin(a)]) for s, a in angle.items()}
+    angles = {s: math.pi / 2 - 2 * math.pi * n / S for n, s in enumerate(round_order(S, V))}
+    places = {s: np.array([math.cos(a), math.sin(a)]) for s, a in angles.items()}
     radius = min(0.13, 1.3 / S)
-    for s, v, t, p in chain.arrows():
-        looks = {"color": shade(p), "lw": 0.7 + 2.5 * p, "arrowstyle": "-|>", "mutation_scale": 14}
-        if s == t:  # a loop on the outside
-            side = np.array([-at[s][1], at[s][0]]) * radius * 0.6
-            base, label = at[s] * (1 + 0.75 * radius), at[s] * (1.03 + 2.3 * radius)
-            axis.add_patch(
-                FancyArrowPatch(base + side, base - side, connectionstyle="arc3,rad=-2", **looks)
-            )
-        else:
-            way = at[t] - at[s]
-            bow = np.array([way[1], -way[0]]) * 0.18  # arc3 bends to the right of its way
-            shrink = radius * size * 72 / 2.8
-            looks |= {"shrinkA": shrink, "shrinkB": shrink}
-            axis.add_patch(FancyArrowPatch(at[s], at[t], connectionstyle="arc3,rad=0.18", **looks))
-            label = at[s] + (0.5 if np.linalg.norm(way) < 7 / S else 0.33) * way + 0.5 * bow
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axis.text(
-            *label,
-            f"{chain.tokens[v]}  {p:.0%}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            bbox=box,
-            parse_math=False,
-        )
+    for arrow in chain.arrows():
+        add_arrow(axis, chain, arrow, places, radius)
     for s, name in enumerate(chain.names):
-        unseen = chain.seen is not None and not chain.seen[s]
+        unseen = chain.is_unseen(s)
         looks = {"facecolor": "white", "linestyle": "--"} if unseen else {"facecolor": "#dce9f7"}
-        axis.add_patch(circle(at[s], radius, edgecolor="black", zorder=3, **looks))
-        axis.text(*at[s], name, ha="center", va="center", fontsize=12, zorder=4, parse_math=False)
+        axis.add_patch(circle(places[s], radius, edgecolor="black", zorder=3, **looks))
+        text = {"ha": "center", "va": "center", "fontsize": 12, "zorder": 4, "parse_math": False}
+        axis.text(*places[s], name, **text)
     for suffix in (".svg", ".png"):
         figure.savefig(file.with_suffix(suffix))
 
 
+def add_arrow(
+    axis: Any,
+    chain: Chain,
+    arrow: tuple[int, int, int, float],
+    places: dict[int, np.ndarray],
+    radius: float,
+) -> None:
+    """One arrow with its token and probability; a loop lies on the outside of the circle."""
+    from matplotlib.patches import FancyArrowPatch
+
+    s, v, t, p = arrow
+    S = len(chain.names)
+    looks = {"color": shade(p), "lw": 0.7 + 2.5 * p, "arrowstyle": "-|>", "mutation_scale": 14}
+    if s == t:
+        side = np.array([-places[s][1], places[s][0]]) * radius * 0.6
+        base, label = places[s] * (1 + 0.75 * radius), places[s] * (1.03 + 2.3 * radius)
+        begin, end, looks["connectionstyle"] = base + side, base - side, "arc3,rad=-2"
+    else:
+        begin, end, looks["connectionstyle"] = places[s], places[t], "arc3,rad=0.18"
+        way = end - begin
+        bow = np.array([way[1], -way[0]]) * 0.18  # arc3 bends to the right of its way
+        shrink = radius * axis.figure.get_figwidth() * 72 / 2.8
+        looks |= {"shrinkA": shrink, "shrinkB": shrink}
+        label = begin + (0.5 if np.linalg.norm(way) < 7 / S else 0.33) * way + 0.5 * bow
+    axis.add_patch(FancyArrowPatch(begin, end, **looks))
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    text = {"ha": "center", "va": "center", "fontsize": 9, "bbox": box, "parse_math": False}
+    axis.text(*label, f"{chain.tokens[v]}  {p:.0%}", **text)
+
+
 def circle(place: np.ndarray, radius: float, **looks: Any) -> Any:
+    """A circle for matplotlib, which is imported only when it draws."""
     from matplotlib.patches import Circle
 
     return Circle(place, radius, **looks)

@@ -43,6 +43,7 @@ from tools.compare.measure import (
 )
 from tools.compare.reward_accuracy import beside, reward_accuracy
 from tools.compare.terminal import chat, show_figures, show_samples
+from tools.names import names_of
 
 
 @stage_config
@@ -124,18 +125,6 @@ def arguments(argv: Sequence[str]) -> list[str]:
             ):
                 rest.append(words.pop(0))
     return [*rest, *(["--models", *models] if models else [])]
-
-
-def names_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each directory: its last part, or as many parts as tell it from the
-    others."""
-    parts = [Path(path).parts if Path(path).name else Path(path).resolve().parts for path in paths]
-    if len({tuple(part) for part in parts}) < len(parts):
-        raise InputError(f"models: {', '.join(paths)}: one is named twice")
-    size = 1
-    while len({part[-size:] for part in parts}) < len(parts):
-        size += 1
-    return ["/".join(part[-size:]) for part in parts]
 
 
 def prompts_of(cfg: Config) -> list[list[Message]]:
@@ -369,7 +358,7 @@ def main(cfg: Config) -> None:
             top_p=cfg.top_p,
         )
         return
-    names, prompts = names_of(cfg.models), prompts_of(cfg)
+    names, prompts = names_of(cfg.models, "models"), prompts_of(cfg)
     findings = measure(cfg, prompts, names, device)
     result = findings.result
     result["samples"] = samples_of(findings, prompts, cfg.shown)

@@ -2,39 +2,37 @@
 money, and what does not fit.
 
     python -m tools.plan configs/demo --gpus 8 --gpu h100
-    python -m tools.plan configs/demo --gpus 8 --gpu a100-80 --sft.rows=16000 --sft.length=42 --rl.rows=6000 --mfu 0.3 --price 2.2
+    python -m tools.plan configs/demo --gpus 8 --sft.rows=16000 --sft.length=42 --price 2.2
     python -m tools.plan configs/demo/sft.yaml --gpu 4090 --sft.max_length=2048 --json
 
 Reads the configs and, where they exist, the files that they name; says what it had to assume.
 --STEP.KEY=VALUE sets a key of a step, also what only its data will tell: rows (to train on), length
 (tokens of a mean row, in collect and rl with its answer), answers (of a comparison). The formulas
-and their sources are in common/costs.py, the stages' loops in common/workload.py. Memory without
-ZeRO is that of our code (fp32 weights under autocast), under ZeRO 1-3 that of DeepSpeed in bf16.
-Hours rest on --mfu, money on --price: both are assumptions.
+and their sources are in common/model/costs.py, the stages' loops in tools/plan/workload.py. Memory
+without ZeRO is that of our code (fp32 weights under autocast), under ZeRO 1-3 that of DeepSpeed in
+bf16. Hours rest on --mfu, money on --price: both are assumptions.
 """
 
-import itertools
 import json
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 
+from common.config.overrides import Overrides, split_overrides
 from common.config.schema import load, stage_config
-from common.config.strict_yaml import Loader
 from common.model.costs import GPU, GPUS, MFU
 from common.program.entry import guard
-from tools.plan.recipe import MODULES, Plan
-from tools.plan.workload import Memory, Work, disk, flops, memory, seconds
+from tools.plan.advice import advice
+from tools.plan.planner import Plan
+from tools.plan.recipe import MODULES
+from tools.plan.tables import show
+from tools.plan.workload import Work, disk, flops, memory, seconds
 
-MOST_GPUS = 65536  # no advice goes beyond
+TABLE_WIDTH = 150  # columns, where the output is no terminal
 Above0 = Annotated[float, Field(gt=0)]
 
 
@@ -65,92 +63,24 @@ class Options:
     """Everything as JSON, in bytes, FLOPs, seconds and dollars."""
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, dict[str, dict[str, Any]]]:
-    """Also {step: {key: value}} from `--step.key=value`."""
-    words, keys = ["--recipe"] if argv and not argv[0].startswith("-") else [], {}
-    for word in argv:
-        if match := re.fullmatch(r"--([\w-]+)\.(\w+)=(.*)", word):
-            try:
-                value = Loader(match[3]).get_single_data()
-            except yaml.YAMLError:
-                value = match[3]
-            keys.setdefault(match[1], {})[match[2]] = value
-        else:
-            words.append("--json=true" if word == "--json" else word)
-    return load(Options, words), keys
+def parse(argv: Sequence[str]) -> tuple[Options, Overrides]:
+    """Return (the options, {step: {key: text}} from `--step.key=value`)."""
+    words, overrides = split_overrides(argv)
+    named = ["--recipe"] if words and not words[0].startswith("-") else []
+    return load(Options, [*named, *words]), overrides
 
 
-def alternatives(work: Work, factor: int = 1) -> list[tuple[Work, int, list[str]]]:
-    """(changed work, ZeRO stage, the changes in words) on `factor` times as many GPUs, the smallest
-    change first.
-
-    The global batch stays as long as each GPU has a row of it: smaller micro-batches are made up
-    for by accumulation.
-    """
-    rows, found = max(1, work.micro * work.accumulation // factor), []
-    spread = replace(work, gpus=work.gpus * factor)
-    for zero, micro in itertools.product(spread.zero_stages, range(1, work.micro + 1)):
-        if rows % micro == 0:
-            changed = replace(spread, micro=micro, accumulation=rows // micro)
-            words = [f"{changed.gpus:,} GPUs"] * (factor > 1) + [f"ZeRO stage {zero}"] * (zero > 0)
-            if (micro, rows // micro) != (work.micro, work.accumulation):
-                words += [
-                    f"per_device_train_batch_size {micro}, gradient_accumulation_steps {rows // micro}"
-                ]
-            found.append((changed, zero, words))
-    return sorted(found, key=lambda entry: (len(entry[2]), -entry[0].micro, entry[1]))
-
-
-def advice(work: Work, room: float) -> str:
-    """What does not fit, and the smallest change that makes it fit."""
-
-    def said(need: Memory, words: str) -> str:
-        parts = sorted(zip(need[:-1], need._fields, strict=False), reverse=True)
-        largest = ", ".join(f"{name} {size / 1e9:,.1f}" for size, name in parts[:3] if size)
-        return f"{need.peak / 1e9:,.1f} GB {words} (largest: {largest}). "
-
-    text = f"{work.step} needs " + said(memory(work), f"a GPU, there are {room / 1e9:,.0f}")
-    if work.stage == "collect":
-        sizes = (
-            n for n in range(work.micro - 1, 0, -1) if memory(replace(work, micro=n)).peak <= room
-        )
-        size = next(sizes, None)
-        return text + (
-            f"Smallest change that fits: batch_size {size}"
-            if size
-            else "The model alone is too large for it"
-        )
-    factors = [2**n for n in range(MOST_GPUS.bit_length()) if work.gpus * 2**n <= MOST_GPUS]
-    tried = [
-        (memory(changed, zero), words)
-        for n in factors
-        for changed, zero, words in alternatives(work, n)
-    ]
-    for need, words in tried:
-        if need.peak <= room:
-            return f"{text}Smallest change that fits: {' and '.join(words)} ({need.peak / 1e9:,.1f} GB)"
-    text += "No number of GPUs helps: " + said(
-        min((need for need, _ in tried), key=lambda need: need.peak), "at least"
-    )
-    whole = "Reference and reward model lie whole on every GPU. " if work.stage == "rl" else ""
-    others = ["gradient_checkpointing"] * (not work.checkpointing) + ["lora_r"] * (
-        work.stage != "pretrain"
-    )
-    return f"{text}{whole}What may: {', '.join(['a larger GPU', *others])}"
-
-
-def step_of(work: Work, gpu: GPU, o: Options) -> dict[str, Any]:
+def step_of(work: Work, gpu: GPU, options: Options) -> dict[str, Any]:
     """All figures of a step, as --json prints them."""
     needs = {zero: memory(work, zero) for zero in range(4)}
     fits = [zero for zero in work.zero_stages if needs[zero].peak <= gpu.memory]
     zero = fits[0] if fits else work.zero_stages[-1]
-    counted, (time, bound) = flops(work), seconds(work, gpu, o.mfu, zero) or (None, None)
+    counted = flops(work)
+    time, bound = seconds(work, gpu, options.mfu, zero) or (None, None)
     kept, most = disk(work, zero)
-    speed = (
-        work.tokens / time / work.gpus
-        if time and work.stage in ("pretrain", "sft", "reward")
-        else None
-    )
+    trains_on_rows = work.stage in ("pretrain", "sft", "reward")
+    speed = work.tokens / time / work.gpus if time and trains_on_rows else None
+    possible = [0] if work.stage == "collect" else list(needs)
     return {
         "step": work.step,
         "stage": work.stage,
@@ -163,173 +93,78 @@ def step_of(work: Work, gpu: GPU, o: Options) -> dict[str, Any]:
         "flops_by_kind": counted and counted._asdict(),
         "seconds": time,
         "bound_by": bound,
-        "dollars": time and time / 3600 * o.gpus * gpu.price,
+        "dollars": time and time / 3600 * options.gpus * gpu.price,
         "tokens_per_second_per_gpu": speed,
         "disk_kept": kept,
         "disk_most": most,
         "zero": zero,
         "fits": fits,
-        "memory": {
-            stage: need._asdict()
-            for stage, need in needs.items()
-            if not (stage and work.stage == "collect")
-        },
+        "memory": {stage: needs[stage]._asdict() for stage in possible},
         "advice": None if fits else advice(work, gpu.memory),
     }
 
 
-def short(value: float | None) -> str:
-    """1 234 567 -> "1.23 M"."""
-    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value and value >= size:
-            return (
-                f"{value / size:.3g}{letter}"
-                if value / size < 1000
-                else f"{value / size:,.0f}{letter}"
-            )
-    return form(value, ".3g")
-
-
-def lasting(time: float | None) -> str:
-    units = ((86400, "days"), (3600, "h"), (60, "min"))
-    return next(
-        (f"{time / unit:.1f} {name}" for unit, name in units if time and time >= 2 * unit),
-        form(time, ".2g", " s"),
-    )
-
-
-def form(value: float | None, how: str, unit: str = "") -> str:
-    return "?" if value is None else f"{value:{how}}{unit}"
-
-
-def gigabytes(size: float) -> str:
-    return "-" if not size else f"{size / 1e9:,.1f}" if size >= 1e8 else f"{size / 1e9:.1g}"
-
-
-def show(report: dict[str, Any], console: Console) -> None:
-    def table_of(title: str, columns: Sequence[str]) -> Table:
-        table = Table(title=title, title_justify="left")
-        for name in columns:
-            table.add_column(
-                name, justify="left" if name in ("step", "bound by", "fits") else "right"
-            )
-        return table
-
-    table = table_of(
-        report["title"],
-        (
-            "step",
-            "params",
-            "steps",
-            "tokens",
-            "FLOPs",
-            "time",
-            "bound by",
-            "$",
-            "tok/s/GPU",
-            "disk GB: kept",
-            "most",
-        ),
-    )
-    memories = table_of(
-        "Memory of one GPU in GB; not all parts are alive together: `peak` is what must fit",
-        ("step", "ZeRO", *Memory._fields, "fits"),
-    )
-    for s in report["steps"]:
-        speed = s["tokens_per_second_per_gpu"]
-        table.add_row(
-            s["step"],
-            short(s["parameters"]),
-            form(s["steps"], ","),
-            short(s["tokens"]),
-            form(s["flops"], ".2e"),
-            lasting(s["seconds"]),
-            s["bound_by"] or "?",
-            form(s["dollars"], ",.2f"),
-            "-" if speed is None else f"{speed:,.0f}",
-            gigabytes(s["disk_kept"]),
-            gigabytes(s["disk_most"]),
-        )
-        for zero, need in s["memory"].items():
-            fit = "yes" if need["peak"] <= report["gpu"]["memory"] else "NO"
-            memories.add_row(
-                "" if zero else s["step"], str(zero or "none"), *map(gigabytes, need.values()), fit
-            )
-        memories.add_section()
-    total = report["total"]
-    partly = " (what is known)" * any(s["seconds"] is None for s in report["steps"])
-    table.add_section()
-    table.add_row(
-        f"all{partly}",
-        "",
-        "",
-        short(total["tokens"]),
-        f"{total['flops']:.2e}",
-        lasting(total["seconds"]),
-        "",
-        f"{total['dollars']:,.2f}",
-        "",
-        gigabytes(total["disk_kept"]),
-        gigabytes(total["disk_most"]),
-    )
-    console.print(table)
-    console.print(memories)
-    for title, key in (
-        ("Does not fit", "does_not_fit"),
-        ("Would stop", "problems"),
-        ("Assumed", "assumed"),
-    ):
-        for line in report[key]:
-            console.print(f"{title}: {line}", soft_wrap=True)
-
-
-def main(argv: Sequence[str]) -> None:
-    o, keys = parse(argv)
-    gpu = GPUS[o.gpu]
-    gpu = gpu._replace(
-        memory=o.memory * 1e9 if o.memory else gpu.memory,
-        price=gpu.price if o.price is None else o.price,
-    )
-    plan = Plan(
-        Path(o.recipe),
-        o.gpus,
-        keys,
-        bf16=gpu.bf16,
-        vocab_size=o.vocab_size,
-        model=o.model,
-        stage=o.stage,
-    )
-    steps = [step_of(work, gpu, o) for work in plan.works]
-    sums = {
-        key: sum(s[key] or 0 for s in steps)
-        for key in ("tokens", "flops", "seconds", "dollars", "disk_kept")
-    }
+def total_of(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Sums over the steps, of what is known."""
+    keys = ("tokens", "flops", "seconds", "dollars", "disk_kept")
+    sums = {key: sum(step[key] or 0 for step in steps) for key in keys}
     # The states of a step are gone before the next one starts.
-    sums["disk_most"] = max(s["disk_most"] - s["disk_kept"] for s in steps) + sums["disk_kept"]
-    card = (
-        f"{gpu.memory / 1e9:g} GB, {gpu.flops / 1e12:g} TFLOP/s, ${gpu.price:g} an hour"
-        + " assumed" * (o.price is None)
+    states = max(step["disk_most"] - step["disk_kept"] for step in steps)
+    return sums | {"disk_most": states + sums["disk_kept"]}
+
+
+def gpu_of(options: Options) -> GPU:
+    """The GPU of the data sheet, with what the command line says instead."""
+    gpu = GPUS[options.gpu]
+    return gpu._replace(
+        memory=options.memory * 1e9 if options.memory else gpu.memory,
+        price=gpu.price if options.price is None else options.price,
     )
-    report = {
-        "title": f"{o.recipe} on {o.gpus:,} x {o.gpu} ({card}), MFU {o.mfu:.0%}"
-        + " assumed" * (o.mfu == MFU),
-        "gpu": {"name": o.gpu, **gpu._asdict()},
-        "gpus": o.gpus,
-        "mfu": o.mfu,
+
+
+def title_of(options: Options, gpu: GPU) -> str:
+    """What the plan is for, and on which assumptions it rests."""
+    card = f"{gpu.memory / 1e9:g} GB, {gpu.flops / 1e12:g} TFLOP/s, ${gpu.price:g} an hour"
+    card += " assumed" if options.price is None else ""
+    mfu = f"MFU {options.mfu:.0%}" + (" assumed" if options.mfu == MFU else "")
+    return f"{options.recipe} on {options.gpus:,} x {options.gpu} ({card}), {mfu}"
+
+
+def report_of(options: Options, overrides: Overrides) -> dict[str, Any]:
+    """The whole plan, as --json prints it."""
+    gpu = gpu_of(options)
+    plan = Plan(
+        Path(options.recipe),
+        options.gpus,
+        overrides,
+        bf16=gpu.bf16,
+        vocab_size=options.vocab_size,
+        model=options.model,
+        stage=options.stage,
+    )
+    steps = [step_of(work, gpu, options) for work in plan.works]
+    return {
+        "title": title_of(options, gpu),
+        "gpu": {"name": options.gpu, **gpu._asdict()},
+        "gpus": options.gpus,
+        "mfu": options.mfu,
         "steps": steps,
-        "total": sums,
-        "does_not_fit": [s["advice"] for s in steps if s["advice"]],
+        "total": total_of(steps),
+        "does_not_fit": [step["advice"] for step in steps if step["advice"]],
         "problems": plan.problems,
         "assumed": plan.assumed,
     }
-    if o.json:
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan a recipe, and print it as tables or as JSON."""
+    options, overrides = parse(argv)
+    report = report_of(options, overrides)
+    if options.json:
         print(json.dumps(report, indent=2))
-    else:
-        console = Console(highlight=False, markup=False)
-        show(
-            report,
-            console if console.is_terminal else Console(highlight=False, markup=False, width=150),
-        )
+        return
+    width = None if sys.stdout.isatty() else TABLE_WIDTH
+    show(report, Console(highlight=False, markup=False, width=width))
 
 
 if __name__ == "__main__":

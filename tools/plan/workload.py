@@ -2,7 +2,7 @@
 under each ZeRO stage, disk.
 
 The stages' loops in closed form: whoever changes a loop changes this file;
-tests/common/test_workload.py compares the two. Not counted: evaluations, samples for the log,
+tests/tools/plan/test_workload.py compares the two. Not counted: evaluations, samples for the log,
 reading data, and the time that GPUs wait for each other (MFU stands for that).
 """
 
@@ -30,17 +30,14 @@ LAUNCH = 5e-6
 # step), counted by dispatch with views left out; and outside the blocks.
 LAUNCHES = {"gpt2": (55, 14), "llama": (65, 21)}
 LAUNCHES_OUTSIDE = (40, 30)
-MUON_LAUNCHES = (
-    4 * 25
-)  # of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them
+# Of an update, a block: 4 matrices, 5 iterations of 3 products each, and what is around them.
+MUON_LAUNCHES = 4 * 25
 # Most bytes alive at once around a logit in kernels.linear_logprobs, measured on PyTorch 2.13: four
 # fp32 copies, where a temperature is not 1 and more tokens have gone before (logits, divided,
 # log-softmax, and theirs); at 1 it is 12, in bf16 10; where kernels.c does it, less.
 LOGIT_BYTES = 16
 PICK_BYTES = 20  # of a logit from which a token is sampled: five fp32 copies
-BUCKET = (
-    1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, by default 5e8 numbers of bf16
-)
+BUCKET = 1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, 5e8 numbers of bf16
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at most, by default (stage3_max_live_parameters)
 
 
@@ -88,10 +85,12 @@ class Work:
 
     @property
     def parameters(self) -> int:
+        """Of the networks that learn."""
         return sum(parameters(shape, head) for shape, head in self.networks)
 
     @property
     def trainable(self) -> int:
+        """Parameters that get a gradient: with LoRA the adapters and the scalar heads."""
         if not self.lora_r:
             return 0 if self.stage == "collect" else self.parameters
         adapters = sum(
@@ -236,62 +235,79 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
     (ZeRO, section 3.1 and figure 1). Reference and reward model stay whole and fp32 on every GPU,
     at every stage, as our code keeps them.
     """
-    w, half, learning = work, work.precision != "no", work.trainable
-    total = 0 if w.stage == "collect" else w.parameters
-    frozen = 4 * parameters(w.shape) if w.stage in ("collect", "rl") else 0  # in rl the reference
-    frozen += 4 * parameters(w.judge or w.shape, "scalar") if w.stage == "rl" else 0
-    if zero:
-        weights = 2 * total / (w.gpus if zero == 3 else 1)
-        gradients = 2 * learning / (w.gpus if zero >= 2 else 1)
-        optimizer = (4 * learning + w.moments) / w.gpus
-        buffers, copies = BUCKET, min(2 * total, 2 * LIVE) if zero == 3 else 0
-    else:
-        weights, gradients, optimizer = 4 * total, 4 * learning, w.moments
-        buffers, copies = gradients if w.gpus > 1 else 0, 2 * total if half else 0
-
-    numerics = (
-        NUMERICS["deepspeed"]
-        if zero
-        else NUMERICS[("cpu " * on_cpu + "autocast" * half).strip() or "no"]
-    )
-    rows, part = (
-        w.micro * w.answers,
-        w.ptx_tokens / w.accumulation,
-    )  # ptx is split over the micro-batches of an update
-    passes = [(shape, rows, w.length, w.masked) for shape, _ in w.networks if w.stage != "collect"]
-    passes += (
-        [(w.shape, part / w.ptx_length, w.ptx_length, True)] if part else []
-    )  # documents do not see each other
-    activations = sum(
-        activation_bytes(shape, n, length, numerics, masked=masked, checkpointing=w.checkpointing)
-        for shape, n, length, masked in passes
-    )
-    logits = 0.0
-    if w.stage in ("pretrain", "sft", "rl"):
-        positions = max(part, rows * (w.response if w.stage == "rl" else w.length * w.logits))
-        alive = min(positions, at_once("cpu" if on_cpu else "cuda", w.shape.vocab_size))
-        # The weight's gradient in fp32, which all activations outlive, and what a few tokens add to
-        # it.
-        learned = 0 if w.lora_r else w.shape.n_embd * (4 + numerics.compute)
-        logits = w.shape.vocab_size * (LOGIT_BYTES * alive + learned)
-    rollout = 0.0
-    if w.response:
-        # PPO's half copy of the policy, and on a CPU its matrices as the matrix units want them.
-        rollout = 2 * parameters(w.shape) * (1 + on_cpu) if w.stage == "rl" and half else 0.0
-        # A batch that shrinks is copied: the old cache and at most 80 % of it.
-        element = 2 if zero and w.stage == "rl" else 4
-        rollout += 1.8 * kv_cache_bytes(w.shape, w.rollout_rows, w.prompt + w.response, element)
-        rollout += PICK_BYTES * w.rollout_rows * w.shape.vocab_size
-    gathered = (
-        2 * parameters(w.shape) if zero == 3 and w.stage == "rl" else 0
-    )  # once for all tokens of a rollout
+    weights, gradients, optimizer, buffers, copies = learner_bytes(work, zero)
+    activations, logits = pass_bytes(work, zero, on_cpu)
+    rollout = rollout_bytes(work, zero, on_cpu)
+    frozen = 0
+    if work.stage in ("collect", "rl"):  # in rl the reference
+        frozen += 4 * parameters(work.shape)
+    if work.stage == "rl":
+        frozen += 4 * parameters(work.judge or work.shape, "scalar")
+    # What ZeRO-3 gathers once for all tokens of a rollout.
+    gathered = 2 * parameters(work.shape) if zero == 3 and work.stage == "rl" else 0
     # Gradients are born while activations die, unless an earlier micro-batch has left its own.
-    early = gradients if w.accumulation > 1 else 0
+    early = gradients if work.accumulation > 1 else 0
     learn = copies + max(early + activations + logits, gradients)
     peak = weights + optimizer + frozen + buffers + max(learn, rollout + gathered)
     return Memory(
         weights, gradients, optimizer, frozen, buffers + copies, activations, logits, rollout, peak
     )
+
+
+def learner_bytes(work: Work, zero: int) -> tuple[float, float, float, float, float]:
+    """Bytes on one GPU of (weights, gradients, optimizer, buckets, copies of weights)."""
+    total, learning = 0 if work.stage == "collect" else work.parameters, work.trainable
+    if not zero:
+        half, several = work.precision != "no", work.gpus > 1
+        buckets, copies = 4 * learning if several else 0, 2 * total if half else 0
+        return 4 * total, 4 * learning, work.moments, buckets, copies
+    weights = 2 * total / (work.gpus if zero == 3 else 1)
+    gradients = 2 * learning / (work.gpus if zero >= 2 else 1)
+    optimizer = (4 * learning + work.moments) / work.gpus
+    gathered = min(2 * total, 2 * LIVE) if zero == 3 else 0
+    return weights, gradients, optimizer, BUCKET, gathered
+
+
+def pass_bytes(work: Work, zero: int, on_cpu: bool) -> tuple[float, float]:
+    """Bytes on one GPU of (activations, logits) of a forward and backward pass."""
+    kind = ("cpu " * on_cpu + "autocast" * (work.precision != "no")).strip() or "no"
+    numerics = NUMERICS["deepspeed" if zero else kind]
+    rows = work.micro * work.answers
+    part = work.ptx_tokens / work.accumulation  # ptx is split over an update's micro-batches
+    passes = [(shape, rows, work.length, work.masked) for shape, _ in work.networks]
+    if work.stage == "collect":
+        passes = []
+    if part:  # documents do not see each other
+        passes.append((work.shape, part / work.ptx_length, work.ptx_length, True))
+    activations = sum(
+        activation_bytes(
+            shape, n, length, numerics, masked=masked, checkpointing=work.checkpointing
+        )
+        for shape, n, length, masked in passes
+    )
+    if work.stage not in ("pretrain", "sft", "rl"):
+        return activations, 0.0
+    learned = work.response if work.stage == "rl" else work.length * work.logits
+    positions = max(part, rows * learned)
+    alive = min(positions, at_once("cpu" if on_cpu else "cuda", work.shape.vocab_size))
+    # The weight's gradient in fp32, which all activations outlive, and what a few tokens add to it.
+    gradient = 0 if work.lora_r else work.shape.n_embd * (4 + numerics.compute)
+    return activations, work.shape.vocab_size * (LOGIT_BYTES * alive + gradient)
+
+
+def rollout_bytes(work: Work, zero: int, on_cpu: bool) -> float:
+    """Bytes on one GPU while answers are sampled: caches, logits, PPO's copy of the policy."""
+    if not work.response:
+        return 0.0
+    size = 0.0
+    if work.stage == "rl" and work.precision != "no":
+        # PPO's half copy of the policy, and on a CPU its matrices as the matrix units want them.
+        size = 2 * parameters(work.shape) * (1 + on_cpu)
+    # A batch that shrinks is copied: the old cache and at most 80 % of it.
+    element = 2 if zero and work.stage == "rl" else 4
+    tokens = work.prompt + work.response
+    size += 1.8 * kv_cache_bytes(work.shape, work.rollout_rows, tokens, element)
+    return size + PICK_BYTES * work.rollout_rows * work.shape.vocab_size
 
 
 def disk(work: Work, zero: int = 0) -> tuple[float, float]:

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from common.config.schema import cli, cli_args, fingerprint, load, stage_config, to_dict
+from common.config.command_line import cli_args
+from common.config.overrides import check_overrides, split_overrides
+from common.config.schema import cli, fingerprint, load, stage_config, to_dict
 from common.config.strict_yaml import load_yaml
 from common.program.entry import guard
 from common.program.errors import InputError
@@ -408,3 +410,15 @@ def test_as_a_program(tmp_path):
     assert bad.stderr.count("\n") == 1
     shown = run("--help").stdout
     assert "Doc of the program." in shown and "(int; default 1) How many." in shown
+    assert shown.startswith(f"usage: python {tmp_path / 'program.py'} [--config FILE]")
+    assert re.fullmatch(r"state-of-gpt \d+\.\d+\.\d+( \(commit \w+\))?\n", run("--version").stdout)
+
+
+def test_keys_of_one_step():
+    words = ["configs/demo", "--sft.rate=1=2", "--seed", "3", "--sft.text=a\nb", "--rl.x="]
+    others, overrides = split_overrides(words)
+    assert others == ["configs/demo", "--seed", "3"]
+    assert overrides == {"sft": {"rate": "1=2", "text": "a\nb"}, "rl": {"x": ""}}
+    check_overrides(overrides, ["sft", "rl"], "demo")
+    with pytest.raises(InputError, match=r"--rl\.x=: demo has no step rl; the keys are sft"):
+        check_overrides(overrides, ["sft"], "demo")

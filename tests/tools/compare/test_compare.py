@@ -375,8 +375,6 @@ def test_arguments():
         "a",
         "b",
     ]
-    assert compare.names_of(["runs/x/rl", "runs/x/sft/"]) == ["rl", "sft"]
-    assert compare.names_of(["runs/x/sft", "runs/y/sft/"]) == ["x/sft", "y/sft"]
 
 
 def figures(gold: float, half: float, **correct: float) -> dict:

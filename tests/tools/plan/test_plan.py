@@ -1,5 +1,6 @@
 """tools.plan from configs alone, on a published run, and with the defaults that our stages have."""
 
+import importlib
 import json
 import re
 from functools import partial
@@ -7,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic_core import PydanticUndefined
 
+from common.config.schema import load
 from common.program.errors import InputError
 from common.rows.sources import read_rows
-from stages.pretrain import prepare, train
-from stages.reward import collect
-from stages.reward import train as reward
-from stages.rl import train as rl
+from stages.pretrain import train
 from stages.sft import train as sft
 from tests.conftest import SENTENCES
 from tools.plan import __main__ as plan
-from tools.plan.recipe import COMPILED, MODULES, Plan, defaults
+from tools.plan.advice import alternatives
+from tools.plan.planner import COMPILED, Plan
+from tools.plan.recipe import CONFIGS, MODULES, read_step
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -169,7 +169,7 @@ def test_the_changed_batch_is_the_same_batch(tmp_path):
     file = llama_7b(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     (work,) = Plan(file, 8, vocab_size=32000).works
     for factor in (1, 2, 4, 16):
-        found = plan.alternatives(work, factor)
+        found = alternatives(work, factor)
         assert all(
             changed.micro * changed.accumulation * changed.gpus == 8 * 2 * 8
             for changed, _, _ in found
@@ -332,23 +332,31 @@ def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path, capsys):
     assert found["steps"] and all(step["memory"]["0"]["peak"] > 0 for step in found["steps"])
 
 
-@pytest.mark.parametrize(
-    ("stage", "config"),
-    [
-        ("prepare", prepare),
-        ("pretrain", train),
-        ("sft", sft),
-        ("collect", collect),
-        ("reward", reward),
-        ("rl", rl),
-    ],
-)
-def test_defaults_are_those_of_the_stages(stage, config):
-    """All keys, as the planner reads them from the text of the stages."""
-    fields = {
-        key: field.get_default(call_default_factory=True)
-        for key, field in config.Config.__pydantic_fields__.items()
-    }
-    assert defaults(MODULES[stage]) == {
-        key: None if value is PydanticUndefined else value for key, value in fields.items()
-    }
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_a_config_is_read_as_the_stage_reads_it(stage, tmp_path):
+    """Defaults, file and command line, by the stage's own class."""
+    required = {"parent": "p", "train_data": "t", "reward_model": "r", "output_dir": "o"}
+    fields = CONFIGS[stage].__pydantic_fields__
+    keys = {key: value for key, value in required.items() if key in fields}
+    if stage == "prepare":
+        keys["train_data"] = ["t"]
+    if "num_train_epochs" in fields and stage != "rl":
+        keys["num_train_epochs"] = 2
+    file = tmp_path / f"{stage}.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    step = read_step(file, stage, {}, {}, {"seed": "7", "rows": "12"})
+    module = importlib.import_module(MODULES[stage])
+    assert step.config == load(module.Config, ["--config", str(file), "--seed", "7"])
+    assert (step.name, step.facts.rows, step.facts.length) == (stage, 12, None)
+
+
+def test_what_is_filled_in(tmp_path):
+    """Variables with a default, a folder that only the recipe names, the recipe's args."""
+    (tmp_path / "base.yaml").write_text("train_data: ${text}\nparent: ${model}\nmax_steps: 3\n")
+    recipe = {"output_dir": "runs/x", "variables": {"text": "a.txt", "model": None}}
+    step = read_step(tmp_path / "base.yaml", "pretrain", recipe, {"max_steps": 5}, {})
+    config = step.config
+    assert (config.train_data, config.parent) == ("a.txt", "${model}")
+    assert (config.max_steps, config.output_dir) == (5, "runs/x/base")
+    with pytest.raises(InputError, match=r"pipeline.yaml: max_steps = 0 is refused"):
+        read_step(tmp_path / "base.yaml", "pretrain", recipe, {"max_steps": 0}, {})

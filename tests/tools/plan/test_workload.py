@@ -32,7 +32,7 @@ from stages.rl.rollout import Sampling, roll_out
 from stages.rl.train import Config
 from stages.sft import train as sft
 from tests.conftest import SENTENCES, shape
-from tools.plan.recipe import Plan
+from tools.plan.planner import Plan
 from tools.plan.workload import Work, flops, memory
 
 ROOT = Path(__file__).resolve().parents[3]

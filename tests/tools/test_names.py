@@ -1,0 +1,16 @@
+"""Short names for directories."""
+
+import pytest
+
+from common.program.errors import InputError
+from tools.names import names_of
+
+
+def test_as_many_parts_as_tell_them_apart():
+    assert names_of(["runs/x/rl", "runs/x/sft/"], "models") == ["rl", "sft"]
+    assert names_of(["runs/x/sft", "runs/y/sft/"], "models") == ["x/sft", "y/sft"]
+
+
+def test_one_that_is_named_twice():
+    with pytest.raises(InputError, match="^runs: a/b, a/b/: one is named twice$"):
+        names_of(["a/b", "a/b/"], "runs")
