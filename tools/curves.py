@@ -28,8 +28,7 @@ from common.model.gpt import GPT
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.shards import Shards
-from tools import page
-from tools.compare import report
+from tools import page, plots
 from tools.compare.checks import failures, want
 
 BIGRAM_WITHIN = (
@@ -132,7 +131,7 @@ def bigram_loss(folder: str, smoothing: float) -> float:
 
 def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> None:
     """Held-out loss against updates. What a run begins with may lie above the picture."""
-    figure, axes = report.new_figure(1, height=3.6)
+    figure, axes = plots.new_figure(1, height=3.6)
     axis = axes[0]
     for n, (name, run) in enumerate(runs.items()):
         steps, losses = zip(*run["curve"], strict=True)
@@ -143,7 +142,7 @@ def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> N
             ms=3,
             lw=1.4,
             label=name,
-            color=report.COLOURS[n % len(report.COLOURS)],
+            color=plots.COLOURS[n % len(plots.COLOURS)],
         )
     if bigram is not None:
         axis.axhline(bigram, color="black", lw=1, ls="--", label="bigram counts")
@@ -155,7 +154,7 @@ def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> N
         ylabel="held-out loss, nats a token",
         ylim=(min(ends) - margin, max(early) + margin),
     )
-    report.legend_above(figure, axis)
+    plots.legend_above(figure, axis)
     figure.savefig(file)
 
 
@@ -230,16 +229,16 @@ def main(cfg: Config) -> None:
     }
     write_atomically(folder / "curves.json", dump(result))
     draw(runs, bigram, folder / "curves.png")
-    parts = [
-        page.table(
-            HEADER,
-            rows,
-            "shape: layers x heads x width; tokens trained on; held-out loss in nats a token",
-        ),
-        *map(page.paragraph, remarks),
-    ]
-    parts += [page.picture(folder / "curves.png", "held-out loss of each run against updates")]
-    write_atomically(folder / "curves.html", page.document(" / ".join(runs), parts).encode())
+    about = "shape: layers x heads x width; tokens trained on; held-out loss in nats a token"
+    picture = page.Picture(folder / "curves.png", "held-out loss of each run against updates")
+    content = page.render(
+        "curves.html",
+        title=" / ".join(runs),
+        runs=page.Table(HEADER, rows, about),
+        remarks=remarks,
+        picture=picture,
+    )
+    write_atomically(folder / "curves.html", content.encode())
     stage = {
         "stage": "curves",
         "kind": "report",

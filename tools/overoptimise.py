@@ -26,8 +26,7 @@ from common.handoff.report import provenance
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.sources import Row, read_rows
-from tools import page
-from tools.compare import report
+from tools import page, plots
 from tools.compare.checks import failures, want
 from tools.compare.measure import (
     Gold,
@@ -210,36 +209,36 @@ def typical(episodes: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[d
 
 def draw(result: dict[str, Any], file: Path) -> None:
     """Gold above, proxy below, both against sqrt(KL)."""
-    figure, axes = report.new_figure(2)
+    figure, axes = plots.new_figure(2)
     points = result["ppo"]
     distances = [math.sqrt(max(0.0, point["kl"])) for point in points]
     for axis, kind, other in zip(axes, ("gold", "proxy"), ("gold", "reward"), strict=True):
-        report.error_bars(
+        plots.error_bars(
             axis,
             distances,
             [point[kind] for point in points],
             fmt="o-",
             ms=3,
             lw=1.2,
-            color=report.COLOURS[2],
+            color=plots.COLOURS[2],
             label="PPO",
         )
         if rows := list(result.get("best_of_n", {}).values()):
-            report.error_bars(
+            plots.error_bars(
                 axis,
                 [row["kl"] ** 0.5 for row in rows],
                 [row[other] for row in rows],
                 fmt="s-",
                 ms=3,
                 lw=1.2,
-                color=report.COLOURS[1],
+                color=plots.COLOURS[1],
                 label="best of n",
             )
         axis.axvline(
-            math.sqrt(max(0.0, result["peak"]["kl"])), color=report.COLOURS[0], lw=1, ls="--"
+            math.sqrt(max(0.0, result["peak"]["kl"])), color=plots.COLOURS[0], lw=1, ls="--"
         )
         axis.set_ylabel("gold (ground truth)" if kind == "gold" else "proxy (reward model)")
-    report.legend_above(figure, axes[0])
+    plots.legend_above(figure, axes[0])
     axes[1].set_xlabel(
         "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
     )
@@ -249,72 +248,73 @@ def draw(result: dict[str, Any], file: Path) -> None:
 def render(
     result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool
 ) -> str:
-    peak, end = result["peak"], result["end"]
-    about = (
-        f"PPO is paid by the proxy, the score of {result['reward']}. Gold, the ground truth"
-        f" ({result['gold']}, 0 to 1), is what was meant. Gold is best at steps {peak['first_step']} to {peak['last_step']}"
-        f" ({cell(peak['gold'])}, proxy {cell(peak['proxy'])}, KL {peak['kl']:.1f} nats) and ends at {cell(end['gold'])}, proxy"
-        f" {cell(end['proxy'])}, KL {end['kl']:.1f}. "
+    """The page of a report: the plot, typical answers, every point of the curves."""
+    text = "Gold and proxy against the square root of KL, PPO and best of n"
+    return page.render(
+        "overoptimise.html",
+        title="Over-optimisation: what the proxy sees and what is true",
+        result=result,
+        peak=described(result["peak"]),
+        end=described(result["end"]),
+        passed=passed,
+        picture=page.Picture(png, text),
+        samples=typical_pairs(result, episodes),
+        points=table_of_points(result["ppo"]),
+        best_of=table_of_best(result) if "best_of_n" in result else None,
+        runs=", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()),
     )
-    about += (
-        "The proxy went on up while gold went down."
-        if passed
-        else "Over-optimisation is not established here."
-    )
-    parts = [
-        page.paragraph(about),
-        page.picture(png, "Gold and proxy against the square root of KL, PPO and best of n"),
-    ]
-    parts += [page.heading("One answer of each family, at gold's peak and at the end")]
-    last = {row["kind"]: row for row in typical(episodes, end)}
-    for row in typical(episodes, peak):
+
+
+def described(point: dict[str, Any]) -> dict[str, str]:
+    """A point of the curve in words."""
+    return {
+        "steps": f"{point['first_step']} to {point['last_step']}",
+        "gold": cell(point["gold"]),
+        "proxy": cell(point["proxy"]),
+        "kl": f"{point['kl']:.1f}",
+    }
+
+
+def typical_pairs(result: dict[str, Any], episodes: Sequence[dict[str, Any]]) -> list[page.Sample]:
+    """One answer of each family at gold's peak, and one at the end beside it."""
+    last = {row["kind"]: row for row in typical(episodes, result["end"])}
+    found = []
+    for row in typical(episodes, result["peak"]):
         pair = [("at gold's peak", row), ("at the end", last.get(row["kind"]))]
-        cards = [
-            page.card(
-                when,
-                [
-                    (
-                        r["prompt"],
-                        r["answer"],
-                        f"gold {r['gold']:.2f} · proxy {r['score']:+.2f}",
-                        "good" if r["correct"] else "bad",
-                    )
-                ],
-            )
-            for when, r in pair
-            if r
-        ]
-        parts.append(page.beside(f"{row['kind']}: the answer of median proxy score", cards))
-    kinds = sorted({kind for point in result["ppo"] for kind in point["correct"]})
-    rows = [
-        [
-            f"{p['first_step']}-{p['last_step']}",
-            f"{p['kl']:.2f}",
-            cell(p["gold"]),
-            cell(p["proxy"]),
-            f"{p['stop_rate']:.2f}",
-        ]
-        + [f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds]
-        for p in result["ppo"]
-    ]
+        cards = [page.Card(when, [as_answer(r)]) for when, r in pair if r]
+        found.append(page.Sample(f"{row['kind']}: the answer of median proxy score", cards))
+    return found
+
+
+def as_answer(row: dict[str, Any]) -> page.Answer:
+    """An episode as the page shows it."""
+    remarks = f"gold {row['gold']:.2f} · proxy {row['score']:+.2f}"
+    return page.Answer(row["prompt"], row["answer"], remarks, "good" if row["correct"] else "bad")
+
+
+def table_of_points(points: Sequence[dict[str, Any]]) -> page.Table:
+    """PPO's curve, one row a point."""
+    kinds = sorted({kind for point in points for kind in point["correct"]})
+    rows = []
+    for p in points:
+        row = [f"{p['first_step']}-{p['last_step']}", f"{p['kl']:.2f}", cell(p["gold"])]
+        row += [cell(p["proxy"]), f"{p['stop_rate']:.2f}"]
+        row += [f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds]
+        rows.append(row)
     header = ["steps", "KL", "gold", "proxy", "stop rate", *(f"correct {kind}" for kind in kinds)]
-    parts += [
-        page.heading("PPO"),
-        page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)"),
+    about = "nats an answer; in brackets 95 % intervals (bootstrap)"
+    return page.Table(header, rows, about)
+
+
+def table_of_best(result: dict[str, Any]) -> page.Table:
+    """Best-of-n, one row for each n."""
+    rows = [
+        [n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])]
+        for n, r in result["best_of_n"].items()
     ]
-    if "best_of_n" in result:
-        rows = [
-            [n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])]
-            for n, r in result["best_of_n"].items()
-        ]
-        about = f"{result['reference']}, {result['best_of_prompts']} held-out prompts; KL = ln n - (n-1)/n"
-        parts += [page.heading("Best of n"), page.table(["n", "KL", "gold", "proxy"], rows, about)]
-    parts += [
-        page.paragraph(
-            "Runs: " + ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()), "soft"
-        )
-    ]
-    return page.document("Over-optimisation: what the proxy sees and what is true", parts)
+    prompts = f"{result['best_of_prompts']} held-out prompts"
+    about = f"{result['reference']}, {prompts}; KL = ln n - (n-1)/n"
+    return page.Table(["n", "KL", "gold", "proxy"], rows, about)
 
 
 def main(cfg: Config) -> None:

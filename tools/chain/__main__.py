@@ -206,17 +206,15 @@ def report(
     print(f"gate chain: {'PASS' if passed else 'FAIL'}  {text}")
     result = {"model": cfg.model, "parameters": parameters, "arrows": rows, "distance": apart}
     write_atomically(folder / "chain.json", dump(result))
-    about = "A state is what the model sees, an arrow the token that may come next."
-    about += "" if first.seen is None else " Dashed: states that the training text does not hold."
-    parts = [page.paragraph(about), page.paragraph(text, "soft")]
-    parts += [
-        page.heading(chain.title) + page.picture(folder / f"{name}.png", chain.title)
-        for name, chain in chains.items()
-    ]
-    parts += [page.heading("Probabilities"), page.table(header, cells)]
-    write_atomically(
-        folder / "chain.html", page.document(f"{cfg.model} as a Markov chain", parts).encode()
+    content = page.render(
+        "chain.html",
+        title=f"{cfg.model} as a Markov chain",
+        unseen=first.seen is not None,
+        verdict=text,
+        pictures=[page.Picture(folder / f"{n}.png", chain.title) for n, chain in chains.items()],
+        arrows=page.Table(header, cells),
     )
+    write_atomically(folder / "chain.html", content.encode())
     done = {
         "stage": "chain",
         "kind": "report",

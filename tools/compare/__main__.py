@@ -30,6 +30,8 @@ from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.sources import read_rows
 from common.text.chat import Message, prompt_ids
+from tools import page
+from tools.compare import pictures as plots
 from tools.compare import report
 from tools.compare.checks import checks, verdict
 from tools.compare.measure import (
@@ -41,6 +43,7 @@ from tools.compare.measure import (
     read_prompts,
     summarise,
 )
+from tools.compare.modes import modes
 from tools.compare.reward_accuracy import beside, reward_accuracy
 from tools.compare.terminal import chat, show_figures, show_samples
 
@@ -312,16 +315,14 @@ def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], star
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     if cfg.gold:
-        pictures.append((folder / "compare-families.png", "Correct answers by family"))
-        report.plot_families(result, pictures[-1][0])
+        file = folder / "compare-families.png"
+        plots.plot_families(result, file)
+        pictures.append(page.Picture(file, "Correct answers by family"))
     if cfg.best_of:
-        pictures.append(
-            (
-                folder / "compare-best-of-n.png",
-                "Gold and reward against the distance from the reference",
-            )
-        )
-        report.plot_best_of(result, pictures[-1][0])
+        file = folder / "compare-best-of-n.png"
+        plots.plot_best_of(result, file)
+        text = "Gold and reward against the distance from the reference"
+        pictures.append(page.Picture(file, text))
     passed, text = verdict(result, names)
     print(
         f"gate compare: {'PASS' if passed else 'FAIL'}  {text}",
@@ -341,7 +342,7 @@ def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], star
                 n: (row.get("gold") or row.get("reward") or {}).get("mean")
                 for n, row in result[mode].items()
             }
-            for mode in report.modes(result)
+            for mode in modes(result)
         },
         "wall_time": round(time.perf_counter() - started, 2),
         **provenance(),
@@ -381,7 +382,7 @@ def main(cfg: Config) -> None:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         console = Console(highlight=False)
-        mode = report.modes(result)[0]
+        mode = modes(result)[0]
         count = max(3, len(set(findings.kinds or []))) if cfg.output_dir else 20
         show_samples(console, result["samples"][:count], mode)
         if len(prompts) > count:
@@ -390,7 +391,7 @@ def main(cfg: Config) -> None:
                 style="dim",
             )
         if len(prompts) > 1 or len(names) > 1:
-            for mode in report.modes(result):
+            for mode in modes(result):
                 show_figures(console, result[mode], mode)
     if cfg.output_dir:
         write_report(cfg, result, names, started)

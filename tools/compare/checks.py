@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tools.compare.report import modes
+from tools.compare.modes import modes
 
 # Wanted of (base, sft, rl), the first three models of a comparison. Gold and accuracies are shares
 # of 1.
