@@ -22,6 +22,7 @@ def new_figure(panels: int, height: float = 2.9) -> tuple[Any, Any]:
 
 
 def legend_above(figure: Any, axis: Any) -> None:
+    """The names of an axis' lines, in one row over the figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False

@@ -4,7 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from tools.compare.modes import modes
+from tools.page import Picture
 from tools.plots import COLOURS, error_bars, legend_above, new_figure
+
+
+def draw_all(result: dict[str, Any], folder: Path) -> list[Picture]:
+    """The plots that a comparison has figures for, as PNG files in `folder`."""
+    pictures = []
+    if result["gold"]:
+        pictures.append(Picture(folder / "compare-families.png", "Correct answers by family"))
+        plot_families(result, pictures[-1].file)
+    if "best_of_n" in result:
+        text = "Gold and reward against the distance from the reference"
+        pictures.append(Picture(folder / "compare-best-of-n.png", text))
+        plot_best_of(result, pictures[-1].file)
+    return pictures
 
 
 def plot_families(result: dict[str, Any], file: Path) -> None:

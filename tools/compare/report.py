@@ -5,7 +5,8 @@ from typing import Any
 
 from tools import page
 from tools.compare.modes import MODES, modes
-from tools.compare.terminal import cell, marks
+from tools.compare.numbers import columns, marks
+from tools.compare.terminal import cell
 
 
 def comparison(result: dict[str, Any], pictures: Sequence[page.Picture]) -> str:
@@ -32,24 +33,20 @@ def comparison(result: dict[str, Any], pictures: Sequence[page.Picture]) -> str:
 
 def figures(result: dict[str, Any], mode: str) -> page.Table:
     """Means over all answers of a mode, one row a model."""
-    columns = [
-        c
-        for c in ("gold", "reward", "kl", "stop_rate", "length")
-        if c in next(iter(result[mode].values()))
-    ]
-    rows = [[name, *(cell(row[c]) for c in columns)] for name, row in result[mode].items()]
-    header = ["model", *(c.replace("_", " ") for c in columns)]
+    shown = columns(next(iter(result[mode].values())))
+    rows = [[name, *(cell(row[c]) for c in shown)] for name, row in result[mode].items()]
+    header = ["model", *(c.replace("_", " ") for c in shown)]
     return page.Table(header, rows, MODES[mode].format(**result))
 
 
 def by_family(result: dict[str, Any], names: Sequence[str]) -> page.Table:
     """Shares of correct answers, one row a family, one column a mode and model."""
-    columns = [(mode, name) for mode in modes(result) for name in names]
-    kinds = result[columns[0][0]][names[0]]["families"]
-    header = ["family", "answers", *(f"{name}, {mode}" for mode, name in columns)]
+    shown = [(mode, name) for mode in modes(result) for name in names]
+    kinds = result[shown[0][0]][names[0]]["families"]
+    header = ["family", "answers", *(f"{name}, {mode}" for mode, name in shown)]
     rows = []
     for kind in kinds:
-        shares = [result[mode][name]["families"][kind]["correct"] for mode, name in columns]
+        shares = [result[mode][name]["families"][kind]["correct"] for mode, name in shown]
         rows.append([kind, str(kinds[kind]["n"]), *(f"{share:.3f}" for share in shares)])
     about = "share of answers that say what was asked and nothing against it"
     return page.Table(header, rows, about)
@@ -72,20 +69,21 @@ def sample(row: dict[str, Any]) -> page.Sample:
 def best_of(result: dict[str, Any]) -> page.Table:
     """Best-of-n by n, and the last model under it."""
     table = result["best_of_n"]
-    columns = ["gold", "reward", "kl"] if "gold" in table["1"] else ["reward", "kl"]
-    rows = [[f"best of {n}", *(cell(row[c]) for c in columns)] for n, row in table.items()]
+    shown = columns(table["1"])
+    rows = [[f"best of {n}", *(cell(row[c]) for c in shown)] for n, row in table.items()]
     last = list(result["models"])[-1]
     if "sampled" in result:
         figures = result["sampled"][last]
-        rows.append([f"{last} (all prompts)", *(cell(figures.get(c)) for c in columns)])
+        rows.append([f"{last} (all prompts)", *(cell(figures.get(c)) for c in shown)])
     about = f"the answer of highest reward among n that {result['reference']} gives"
-    return page.Table(["", *columns], rows, f"{about}, on {result['best_of_prompts']} prompts")
+    return page.Table(["", *shown], rows, f"{about}, on {result['best_of_prompts']} prompts")
 
 
 def accuracy(found: dict[str, Any]) -> dict[str, page.Table]:
     """How often the reward model orders answers as gold does: the headline, and its parts."""
 
     def line(name: str, row: dict[str, Any]) -> list[str]:
+        """One row: a subset of the pairs."""
         return [name, cell({"mean": row["accuracy"], "ci95": row["ci95"]}), f"{row['n']:,}"]
 
     about = (

@@ -23,7 +23,7 @@ from common.text.chat import prompt_ids
 from common.text.tokenizer import Tokenizer
 from tools.compare import __main__ as compare
 from tools.compare import terminal
-from tools.compare.checks import checks, verdict
+from tools.compare.checks import Bars, check_comparison, verdict
 from tools.compare.measure import interval
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +97,8 @@ def run(*words: object) -> None:
 def full(runs, tmp_path_factory):
     """The whole report: (compare.json, folder)."""
     folder = tmp_path_factory.mktemp("report")
+    bars = runs / "compare.yaml"
+    bars.write_text("checks: {sft_gold_at_least: 0.45}\n")
     module = types.ModuleType("fake_gold")
     module.judge = judge
     sys.modules["fake_gold"] = module
@@ -124,6 +126,8 @@ def full(runs, tmp_path_factory):
         4,
         "--output_dir",
         folder,
+        "--config",
+        bars,
     )
     return json.loads((folder / "compare.json").read_text()), folder
 
@@ -379,6 +383,15 @@ def test_arguments():
     assert compare.names_of(["runs/x/sft", "runs/y/sft/"]) == ["x/sft", "y/sft"]
 
 
+BARS = Bars(
+    base_gold_at_most=0.15,
+    sft_gold_at_least=0.45,
+    rl_gold_gain=0.15,
+    family_drop_at_most=0.03,
+    reward_accuracy_at_least=0.75,
+)
+
+
 def figures(gold: float, half: float, **correct: float) -> dict:
     kinds = {kind: {"gold": gold, "correct": share, "n": 100} for kind, share in correct.items()}
     return {"gold": {"mean": gold, "ci95": [gold - half, gold + half], "n": 200}, "families": kinds}
@@ -392,11 +405,11 @@ def test_gate():
         "r": figures(0.69, 0.02, sum=0.94),
     }
     result = {"sampled": rows, "greedy": dict(rows), "reward_model": {"accuracy": 0.75}}
-    result["checks"] = checks(result, names)
+    result["checks"] = check_comparison(result, names, BARS)
     assert len(result["checks"]) == 8 and verdict(result, names)[0]  # every bound is met exactly
     result["greedy"] = rows | {"r": figures(0.57, 0.02, sum=0.9)}
     result["reward_model"] = {"accuracy": 0.7}
-    result["checks"] = checks(result, names)
+    result["checks"] = check_comparison(result, names, BARS)
     passed, text = verdict(result, names)
     assert not passed and "5 of 8 checks hold" in text
     for part in (
@@ -405,6 +418,33 @@ def test_gate():
         "accuracy against gold is 0.700, not >= 0.75",
     ):
         assert part in text
+
+
+def test_only_the_checks_that_a_config_names():
+    names, rows = ["b", "s", "r"], {n: figures(0.5, 0.01, sum=0.5) for n in "bsr"}
+    result = {"sampled": rows, "greedy": rows, "reward_model": {"accuracy": 0.1}}
+    assert check_comparison(result, names, None) == []
+    some = check_comparison(result, names, Bars(sft_gold_at_least=0.5))
+    assert [(check["name"], check["passed"]) for check in some] == [("sampled gold of s", True)]
+    reward = {n: {"reward": {"mean": i, "ci95": [i, i]}} for i, n in enumerate("bsr")}
+    assert [c["name"] for c in check_comparison({"sampled": reward}, names, None)] == [
+        "sampled reward, r - s"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("checks: {base_gold: 0.1}", "unknown key `checks.base_gold`"),
+        ("checks: {rl_gold_gain: 15}", "checks.rl_gold_gain = 15 is refused"),
+        ("checks: 3", "checks = 3 is refused"),
+    ],
+)
+def test_checks_of_a_config_are_strict(tmp_path, text, message):
+    file = tmp_path / "compare.yaml"
+    file.write_text(f"models: [a]\n{text}\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        load(compare.Config, ["--config", str(file)])
 
 
 def test_pieces_hold_back_half_a_character(tokenizer):
