@@ -129,7 +129,7 @@ def bigram_loss(folder: str, smoothing: float) -> float:
     return float(-np.log(counts[first, second] / counts.sum(1)[first]).mean())
 
 
-def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> None:
+def draw(runs: dict[str, dict[str, Any]], bigram: float | None) -> Any:
     """Held-out loss against updates. What a run begins with may lie above the picture."""
     figure, axes = plots.new_figure(1, height=3.6)
     axis = axes[0]
@@ -145,7 +145,7 @@ def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> N
             color=plots.COLOURS[n % len(plots.COLOURS)],
         )
     if bigram is not None:
-        axis.axhline(bigram, color="black", lw=1, ls="--", label="bigram counts")
+        axis.axhline(bigram, color=plots.ink(), lw=1, ls="--", label="bigram counts")
     ends = [run["loss"] for run in runs.values()]
     early = [loss for run in runs.values() for _, loss in run["curve"][1:]] or ends
     margin = 0.06 * (max(early) - min(ends) + 0.1)
@@ -155,7 +155,7 @@ def draw(runs: dict[str, dict[str, Any]], bigram: float | None, file: Path) -> N
         ylim=(min(ends) - margin, max(early) + margin),
     )
     plots.legend_above(figure, axis)
-    figure.savefig(file)
+    return figure
 
 
 def cells(name: str, run: dict[str, Any]) -> list[str]:
@@ -228,9 +228,9 @@ def main(cfg: Config) -> None:
         "checks": checks,
     }
     write_atomically(folder / "curves.json", dump(result))
-    draw(runs, bigram, folder / "curves.png")
     about = "shape: layers x heads x width; tokens trained on; held-out loss in nats a token"
-    picture = page.Picture(folder / "curves.png", "held-out loss of each run against updates")
+    what = "held-out loss of each run against updates"
+    picture = plots.picture(lambda: draw(runs, bigram), folder / "curves.png", what)
     content = page.render(
         "curves.html",
         title=" / ".join(runs),

@@ -207,7 +207,7 @@ def typical(episodes: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[d
     return found
 
 
-def draw(result: dict[str, Any], file: Path) -> None:
+def draw(result: dict[str, Any]) -> Any:
     """Gold above, proxy below, both against sqrt(KL)."""
     figure, axes = plots.new_figure(2)
     points = result["ppo"]
@@ -242,7 +242,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axes[1].set_xlabel(
         "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
     )
-    figure.savefig(file)
+    return figure
 
 
 def render(
@@ -257,7 +257,7 @@ def render(
         peak=described(result["peak"]),
         end=described(result["end"]),
         passed=passed,
-        picture=page.Picture(png, text),
+        picture=plots.picture(lambda: draw(result), png, text),
         samples=typical_pairs(result, episodes),
         points=table_of_points(result["ppo"]),
         best_of=table_of_best(result) if "best_of_n" in result else None,
@@ -335,7 +335,6 @@ def main(cfg: Config) -> None:
     }
     if cfg.prompts:
         result |= best_of(cfg, reference, reward)
-    draw(result, folder / "overoptimise.png")
     failed, peak, end = failures(result["checks"]), result["peak"], result["end"]
     line = " -> ".join(
         f"{p['gold']['mean']:.3f} / {p['proxy']['mean']:+.2f} at KL {p['kl']:.1f}"

@@ -4,28 +4,38 @@ A page needs nothing else: styles inside, pictures as data: URIs, no script, not
 """
 
 import base64
-import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+
+FOLD = 240  # characters: of a longer answer only the beginning is seen until someone opens it
+
+
+class Link(NamedTuple):
+    """A cell of a table that leads somewhere."""
+
+    text: str
+    href: str
 
 
 class Table(NamedTuple):
     """A table of text."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]  # the first cell of each is its heading
+    rows: Sequence[Sequence[str | Link]]  # the first cell of each is its heading
     caption: str = ""
 
 
 class Picture(NamedTuple):
-    """A PNG file."""
+    """A PNG file, perhaps with another for pages of dark background."""
 
     file: Path
     text: str  # what it shows
+    dark: Path | None = None
 
 
 class Answer(NamedTuple):
@@ -51,14 +61,19 @@ class Sample(NamedTuple):
     cards: Sequence[Card]
 
 
+def link(path: str, folder: Path | None) -> str | Link:
+    """A link from a page in `folder` to a directory; plain text where there is no such directory.
+
+    It is relative, so that page and directory can be moved together.
+    """
+    if folder is None or not Path(path).is_dir():
+        return path
+    return Link(path, "./" + quote(os.path.relpath(path, folder)) + "/")
+
+
 def data_uri(file: Path) -> str:
     """The content of a PNG file as a URI that holds all of it."""
     return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-
-
-def escaped(value: Any) -> Any:
-    """Escape text as html.escape does, which writes quotes otherwise than markupsafe."""
-    return value if hasattr(value, "__html__") else Markup(html.escape(str(value)))
 
 
 def environment() -> Environment:
@@ -67,13 +82,13 @@ def environment() -> Environment:
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        finalize=escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     found.filters["data_uri"] = data_uri
+    found.globals["fold"] = FOLD
     return found
 
 

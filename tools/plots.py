@@ -1,9 +1,40 @@
 """What the tools' plots share: size, colours, legend, error bars. Drawn without a screen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from tools.page import Picture
+
 COLOURS = ("#9aa3ad", "#3b7dd8", "#d9822b", "#2f9e77", "#8e5bb5", "#c2456b")
+
+
+# Backgrounds and inks of the pages (tools/templates/base.html).
+THEMES = {"light": ("#ffffff", "#1c2024"), "dark": ("#15181b", "#e6e8ea")}
+
+
+def picture(draw: Callable[[], Any], file: Path, text: str) -> Picture:
+    """Draw a figure twice, for pages of light and of dark background: FILE.png and FILE-dark.png.
+
+    `draw` makes the figure (see `new_figure`); `text` says what it shows.
+    """
+    from matplotlib import rc_context
+
+    files = {"light": file, "dark": file.with_name(f"{file.stem}-dark{file.suffix}")}
+    for theme, target in files.items():
+        back, ink = THEMES[theme]
+        colours = dict.fromkeys(("figure.facecolor", "axes.facecolor"), back)
+        inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+        with rc_context(colours | dict.fromkeys(inked, ink)):
+            draw().savefig(target)
+    return Picture(file, text, files["dark"])
+
+
+def ink() -> str:
+    """The colour of the text in the figure that is being drawn."""
+    from matplotlib import rcParams
+
+    return rcParams["text.color"]
 
 
 def new_figure(panels: int, height: float = 2.9) -> tuple[Any, Any]:

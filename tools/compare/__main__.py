@@ -29,14 +29,13 @@ from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.text.chat import Message, prompt_ids
 from tools.compare import report
+from tools.compare.afterwards import COMMAND, about, lines
 from tools.compare.checks import Bars, check_comparison, verdict
 from tools.compare.findings import measure, questions, samples_of
 from tools.compare.measure import read_prompts
 from tools.compare.modes import modes
 from tools.compare.pictures import draw_all
 from tools.compare.terminal import chat, show
-
-COMMAND = "python -m tools.compare"
 
 
 @stage_config
@@ -186,6 +185,7 @@ def talk(cfg: Config, device: torch.device) -> None:
     chat(
         model,
         tokenizer,
+        about=about(path),
         max_new_tokens=cfg.max_new_tokens,
         seed=cfg.seed,
         temperature=cfg.temperature,
@@ -202,7 +202,7 @@ def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], star
     print(gate.line("compare"), file=sys.stderr if cfg.json else sys.stdout)
     write_atomically(folder / "compare.json", dump(result))
     pictures = draw_all(result, folder)
-    write_atomically(folder / "compare.html", report.comparison(result, pictures).encode())
+    write_atomically(folder / "compare.html", report.comparison(result, pictures, folder).encode())
     facts = {
         "kind": "report",
         "parents": {name: lineage(path) for name, path in zip(names, cfg.models, strict=True)},
@@ -232,12 +232,12 @@ def main(cfg: Config) -> None:
     asked = questions(cfg, prompts, shared_budget(cfg, prompts))
     findings = measure(cfg, asked, names, device)
     samples = samples_of(findings, prompts)
-    result = findings.result | {"samples": samples[: cfg.shown]}
+    result = findings.result | {"samples": samples[: cfg.shown], "about": about(cfg.models[-1])}
     result["checks"] = check_comparison(result, names, cfg.checks)
     if cfg.html:
         file = Path(cfg.html)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(report.comparison(result, []), encoding="utf-8")
+        file.write_text(report.comparison(result, {}, file.parent), encoding="utf-8")
     if cfg.json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     else:
@@ -245,6 +245,9 @@ def main(cfg: Config) -> None:
         show(Console(highlight=False), result, max(3, families) if cfg.output_dir else 20)
     if cfg.output_dir:
         write_report(cfg, result, names, started)
+    if cfg.output_dir and not cfg.json:
+        file, talks = Path(cfg.output_dir, "compare.html"), load_tokenizer(cfg.models[-1]).chat
+        print(*lines(result, samples, file, bool(talks)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,23 +5,24 @@ from typing import Any
 
 from tools.compare.modes import modes
 from tools.page import Picture
-from tools.plots import COLOURS, error_bars, legend_above, new_figure
+from tools.plots import COLOURS, error_bars, legend_above, new_figure, picture
 
 
-def draw_all(result: dict[str, Any], folder: Path) -> list[Picture]:
-    """The plots that a comparison has figures for, as PNG files in `folder`."""
-    pictures = []
+def draw_all(result: dict[str, Any], folder: Path) -> dict[str, Picture]:
+    """The plots that a comparison has figures for, as PNG files in `folder`, by place in the
+    page."""
+    pictures = {}
     if result["gold"]:
-        pictures.append(Picture(folder / "compare-families.png", "Correct answers by family"))
-        plot_families(result, pictures[-1].file)
+        file, text = folder / "compare-families.png", "Correct answers by family"
+        pictures["families"] = picture(lambda: plot_families(result), file, text)
     if "best_of_n" in result:
+        file = folder / "compare-best-of-n.png"
         text = "Gold and reward against the distance from the reference"
-        pictures.append(Picture(folder / "compare-best-of-n.png", text))
-        plot_best_of(result, pictures[-1].file)
+        pictures["best_of"] = picture(lambda: plot_best_of(result), file, text)
     return pictures
 
 
-def plot_families(result: dict[str, Any], file: Path) -> None:
+def plot_families(result: dict[str, Any]) -> Any:
     """Correct answers by family, one panel a mode, one bar a model."""
     names, found = list(result["models"]), modes(result)
     figure, axes = new_figure(len(found))
@@ -36,10 +37,10 @@ def plot_families(result: dict[str, Any], file: Path) -> None:
             ylabel=f"correct, {mode}", ylim=(0, 1.02), xticks=range(len(kinds)), xticklabels=kinds
         )
     legend_above(figure, axes[0])
-    figure.savefig(file)
+    return figure
 
 
-def plot_best_of(result: dict[str, Any], file: Path) -> None:
+def plot_best_of(result: dict[str, Any]) -> Any:
     """Gold and reward against sqrt(KL): best-of-n, the reference, and the models that come after
     it."""
     names = list(result["models"])
@@ -76,4 +77,4 @@ def plot_best_of(result: dict[str, Any], file: Path) -> None:
         axis.set_ylabel(kind)
     axes[-1].set_xlabel("distance from the reference, sqrt(KL / nats)")
     legend_above(figure, axes[0])
-    figure.savefig(file)
+    return figure

@@ -1,16 +1,17 @@
 """The page of a comparison: what compare.json holds, laid out as rows for its template."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tools import page
 from tools.compare.modes import MODES, modes
-from tools.compare.numbers import columns, marks
+from tools.compare.numbers import NUMBERS, columns, marks
 from tools.compare.terminal import cell
 
 
-def comparison(result: dict[str, Any], pictures: Sequence[page.Picture]) -> str:
-    """One page from what compare.json holds, with these pictures."""
+def comparison(result: dict[str, Any], pictures: dict[str, page.Picture], folder: Path) -> str:
+    """One page from what compare.json holds, with these pictures; `folder`: where it will lie."""
     names, rows = list(result["models"]), result["samples"]
     # A reader should see answers before figures: one prompt of each family, the rest folded away.
     kinds = {row.get("family") for row in rows if row.get("family")}
@@ -23,11 +24,12 @@ def comparison(result: dict[str, Any], pictures: Sequence[page.Picture]) -> str:
         first=max(1, len(kinds) or min(4, len(rows))),
         figures=[figures(result, mode) for mode in modes(result)],
         families=by_family(result, names) if families else None,
-        pictures=pictures,
+        pictures={"families": None, "best_of": None} | pictures,
+        legend=legend(result),
         best_of=best_of(result) if "best_of_n" in result else None,
         accuracy=accuracy(result["reward_model"]) if "reward_model" in result else None,
         checks=checks(result) if result.get("checks") else None,
-        origins=origins(result),
+        origins=origins(result, folder),
     )
 
 
@@ -37,6 +39,16 @@ def figures(result: dict[str, Any], mode: str) -> page.Table:
     rows = [[name, *(cell(row[c]) for c in shown)] for name, row in result[mode].items()]
     header = ["model", *(c.replace("_", " ") for c in shown)]
     return page.Table(header, rows, MODES[mode].format(**result))
+
+
+def legend(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the columns of the figures mean."""
+    shown = columns(next(iter(result[modes(result)[0]].values())))
+    return [
+        (number.column.replace("_", " "), number.about)
+        for number in NUMBERS
+        if number.column in shown
+    ]
 
 
 def by_family(result: dict[str, Any], names: Sequence[str]) -> page.Table:
@@ -106,13 +118,15 @@ def checks(result: dict[str, Any]) -> page.Table:
     return page.Table(["check", "value", "wanted", "holds"], rows)
 
 
-def origins(result: dict[str, Any]) -> page.Table:
+def origins(result: dict[str, Any], folder: Path) -> page.Table:
     """Where each model lies and what made it."""
     header = ["model", "directory", "stage", "steps", "parent", "commit", "seconds"]
     rows = []
     for name, model in result["models"].items():
         commit = (model.get("commit") or "-")[:10] + (" + changes" if model.get("dirty") else "")
-        facts = [model.get(key) for key in ("path", "stage", "step", "parent")]
+        facts = [model.get(key) for key in ("stage", "step", "parent")]
         facts = ["-" if fact is None else str(fact) for fact in facts]
-        rows.append([name, *facts, commit, cell(model.get("wall_time"))])
+        rows.append(
+            [name, page.link(model["path"], folder), *facts, commit, cell(model.get("wall_time"))]
+        )
     return page.Table(header, rows)

@@ -62,7 +62,10 @@ def show_figures(console: Console, figures: dict[str, dict[str, Any]], mode: str
     table = Table(title=mode, title_justify="left")
     shown = columns(first)
     for name in ("model", *shown):  # short headings: three models' figures fit into 80 columns
-        table.add_column(name.replace("_rate", ""), justify="left" if name == "model" else "right")
+        table.add_column(
+            name.removesuffix("_rate").replace("_", " "),
+            justify="left" if name == "model" else "right",
+        )
     for name, row in figures.items():
         table.add_row(Text(name), *(cell(row[column]) for column in shown))
     console.print(table)

@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from common.model.shape import GPTConfig
 from common.program.errors import InputError
 from common.text.chat import prompt_ids
 from common.text.tokenizer import Tokenizer
+from tools import page
 from tools.compare import __main__ as compare
 from tools.compare import terminal
 from tools.compare.checks import Bars, check_comparison, verdict
@@ -277,24 +279,44 @@ def test_kl_against_a_full_forward(runs, tokenizer, capsys):
 
 
 def test_page_needs_nothing_else(full):
-    result, folder = full
+    _, folder = full
     text = (folder / "compare.html").read_text()
-    links = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']([^"']*)""", text)
+    links = re.findall(r"""(?:src|srcset|action|link [^>]*href)\s*=\s*["']([^"']*)""", text)
     assert links and all(link.startswith("data:") for link in links)
-    assert sum(link.startswith("data:image/png;base64,") for link in links) == 2
+    pictures = [link for link in links if link.startswith("data:image/png;base64,")]
+    assert len(set(pictures)) == 4  # two plots, each for light and for dark pages
     assert "<script" not in text and "@import" not in text and "url(" not in text
     assert "&lt;script&gt;" in text  # a prompt is text
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
-    for name in ("base", "sft", "rl"):
-        assert result["models"][name]["path"] in text
-    assert sorted(file.name for file in folder.glob("*.png")) == [
-        "compare-best-of-n.png",
-        "compare-families.png",
-    ]
+    plots = ("compare-best-of-n", "compare-families")
+    wanted = [f"{plot}{theme}.png" for plot in plots for theme in ("-dark", "")]
+    assert sorted(file.name for file in folder.glob("*.png")) == wanted
+
+
+def test_page_links_to_the_models_from_where_it_lies(full):
+    result, folder = full
+    text = (folder / "compare.html").read_text()
+    links = [unquote(link) for link in re.findall('<a href="([^"]*)"', text)]
+    places = [(folder / link).resolve() for link in links]
+    assert places == [Path(model["path"]).resolve() for model in result["models"].values()]
+    assert all(link.startswith("./") for link in links)
+    assert isinstance(page.link("gpt2", folder), str)  # a model of the Hub
+
+
+def test_page_folds_long_answers():
+    words = "say it again " * 40
+    card = page.Card("base", [page.Answer("", words, "", ""), page.Answer("", "short", "", "")])
+    template = page.environment().from_string(
+        '{% import "macros.html" as part %}{{ part.card(card) }}'
+    )
+    text = template.render(card=card)
+    assert text.count('<details class="long">') == 1
+    told = re.sub(r"<span.*?</span>|<[^>]*>", " ", text.split("</details>")[0])
+    assert told.split() == ["base", *words.split()]  # nothing is lost at the fold
 
 
 def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
-    page = tmp_path / "page.html"
+    file = tmp_path / "page.html"
     run(
         runs / "base",
         runs / "sft",
@@ -303,13 +325,13 @@ def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
         "--temperature",
         0,
         "--html",
-        page,
+        file,
         "--max_new_tokens",
         4,
     )
     out = capsys.readouterr().out
     assert "red one" in out and "base" in out and "sft" in out
-    assert "<h1>Side by side: base / sft</h1>" in page.read_text()
+    assert "<h1>Side by side: base / sft</h1>" in file.read_text()
 
 
 def test_budget_is_that_of_the_smallest_context(runs, capsys):
