@@ -28,8 +28,7 @@ from common.model.gpt import GPT
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.shards import Shards
-from tools import page
-from tools.compare import report
+from tools import page, plots
 from tools.compare.checks import Check, failures, want
 from tools.names import names_of
 
@@ -117,16 +116,16 @@ def bigram_loss(folder: str, smoothing: float) -> float:
     return float(-np.log(counts[first, second] / counts.sum(1)[first]).mean())
 
 
-def draw(runs: Runs, bigram: float | None, file: Path) -> None:
+def draw(runs: Runs, bigram: float | None) -> Any:
     """Held-out loss against updates. What a run begins with may lie above the picture."""
-    figure, axes = report.new_figure(1, height=3.6)
+    figure, axes = plots.new_figure(1, height=3.6)
     axis = axes[0]
     for n, (name, run) in enumerate(runs.items()):
         steps, losses = zip(*run["curve"], strict=True)
-        colour = report.COLOURS[n % len(report.COLOURS)]
+        colour = plots.COLOURS[n % len(plots.COLOURS)]
         axis.plot(steps, losses, "o-", ms=3, lw=1.4, label=name, color=colour)
     if bigram is not None:
-        axis.axhline(bigram, color="black", lw=1, ls="--", label="bigram counts")
+        axis.axhline(bigram, color=plots.ink(), lw=1, ls="--", label="bigram counts")
     ends = [run["loss"] for run in runs.values()]
     early = [loss for run in runs.values() for _, loss in run["curve"][1:]] or ends
     margin = 0.06 * (max(early) - min(ends) + 0.1)
@@ -135,8 +134,8 @@ def draw(runs: Runs, bigram: float | None, file: Path) -> None:
         ylabel="held-out loss, nats a token",
         ylim=(min(ends) - margin, max(early) + margin),
     )
-    report.legend_above(figure, axis)
-    figure.savefig(file)
+    plots.legend_above(figure, axis)
+    return figure
 
 
 def cells(name: str, run: dict[str, Any]) -> list[str]:
@@ -206,15 +205,18 @@ def show(title: str, runs: Runs, remarks: Sequence[str]) -> None:
         console.print(remark, soft_wrap=True)
 
 
-def write_page(file: Path, runs: Runs, remarks: Sequence[str], png: Path) -> None:
-    """The same as a page."""
+def write_page(folder: Path, runs: Runs, bigram: float | None, remarks: Sequence[str]) -> None:
+    """curves.png, and curves.html with it."""
     caption = "shape: layers x heads x width; tokens trained on; held-out loss in nats a token"
-    parts = [
-        page.table(HEADER, [cells(name, run) for name, run in runs.items()], caption),
-        *map(page.paragraph, remarks),
-        page.picture(png, "held-out loss of each run against updates"),
-    ]
-    write_atomically(file, page.document(" / ".join(runs), parts).encode())
+    about = "held-out loss of each run against updates"
+    content = page.render(
+        "curves.html",
+        title=" / ".join(runs),
+        runs=page.Table(HEADER, [cells(name, run) for name, run in runs.items()], caption),
+        remarks=remarks,
+        picture=plots.picture(lambda: draw(runs, bigram), folder / "curves.png", about),
+    )
+    write_atomically(folder / "curves.html", content.encode())
 
 
 def main(cfg: Config) -> None:
@@ -232,8 +234,7 @@ def main(cfg: Config) -> None:
     counted = None if bigram is None else {"loss": bigram, "smoothing": cfg.smoothing}
     result = {"runs": runs, "bigram": counted, "checks": checks}
     write_atomically(folder / "curves.json", dump(result))
-    draw(runs, bigram, folder / "curves.png")
-    write_page(folder / "curves.html", runs, remarks, folder / "curves.png")
+    write_page(folder, runs, bigram, remarks)
     losses = {name: run["loss"] for name, run in runs.items()}
     seconds = time.perf_counter() - started
     facts = {"kind": "report", "metrics": losses}

@@ -25,8 +25,7 @@ from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.sources import Row, read_rows
-from tools import page
-from tools.compare import report
+from tools import page, plots
 from tools.compare.checks import failures, want
 from tools.compare.measure import (
     Gold,
@@ -203,25 +202,26 @@ def typical(episodes: Sequence[dict[str, Any]], point: dict[str, Any]) -> list[d
     return found
 
 
-def draw(result: dict[str, Any], file: Path) -> None:
+def draw(result: dict[str, Any]) -> Any:
     """Gold above, proxy below, both against sqrt(KL)."""
-    figure, axes = report.new_figure(2)
+    figure, axes = plots.new_figure(2)
     points, peak = result["ppo"], distance(result["peak"])
     chosen = list(result.get("best_of_n", {}).values())
     looks = {"ms": 3, "lw": 1.2}
     for axis, kind, other in zip(axes, ("gold", "proxy"), ("gold", "reward"), strict=True):
-        ppo = looks | {"fmt": "o-", "color": report.COLOURS[2], "label": "PPO"}
-        report.error_bars(axis, list(map(distance, points)), [p[kind] for p in points], **ppo)
+        ppo = looks | {"fmt": "o-", "color": plots.COLOURS[2], "label": "PPO"}
+        plots.error_bars(axis, list(map(distance, points)), [p[kind] for p in points], **ppo)
         if chosen:
-            best = looks | {"fmt": "s-", "color": report.COLOURS[1], "label": "best of n"}
+            best = looks | {"fmt": "s-", "color": plots.COLOURS[1], "label": "best of n"}
             places = [row["kl"] ** 0.5 for row in chosen]
-            report.error_bars(axis, places, [row[other] for row in chosen], **best)
-        axis.axvline(peak, color=report.COLOURS[0], lw=1, ls="--")
+            plots.error_bars(axis, places, [row[other] for row in chosen], **best)
+        axis.axvline(peak, color=plots.COLOURS[0], lw=1, ls="--")
         axis.set_ylabel("gold (ground truth)" if kind == "gold" else "proxy (reward model)")
-    report.legend_above(figure, axes[0])
-    about = "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
-    axes[1].set_xlabel(about)
-    figure.savefig(file)
+    plots.legend_above(figure, axes[0])
+    axes[1].set_xlabel(
+        "distance from the reference, sqrt(KL / nats); dashed: PPO's gold at its best"
+    )
+    return figure
 
 
 def distance(point: dict[str, Any]) -> float:
@@ -229,88 +229,76 @@ def distance(point: dict[str, Any]) -> float:
     return math.sqrt(max(0.0, point["kl"]))
 
 
-def summary(result: dict[str, Any], passed: bool) -> str:
-    """What the curves show, in words."""
-    peak, end = result["peak"], result["end"]
-    established = (
-        "The proxy went on up while gold went down."
-        if passed
-        else "Over-optimisation is not established here."
-    )
-    return (
-        f"PPO is paid by the proxy, the score of {result['reward']}. Gold, the ground truth"
-        f" ({result['gold']}, 0 to 1), is what was meant. Gold is best at steps"
-        f" {peak['first_step']} to {peak['last_step']} ({cell(peak['gold'])}, proxy"
-        f" {cell(peak['proxy'])}, KL {peak['kl']:.1f} nats) and ends at {cell(end['gold'])}, proxy"
-        f" {cell(end['proxy'])}, KL {end['kl']:.1f}. {established}"
-    )
-
-
-def answers_beside(result: dict[str, Any], episodes: Sequence[dict[str, Any]]) -> list[str]:
-    """For each family a typical answer at gold's peak beside one at the end."""
-    parts = []
-    last = {row["kind"]: row for row in typical(episodes, result["end"])}
-    for row in typical(episodes, result["peak"]):
-        pair = {"at gold's peak": row, "at the end": last.get(row["kind"])}
-        cards = [card(when, answer) for when, answer in pair.items() if answer]
-        parts.append(page.beside(f"{row['kind']}: the answer of median proxy score", cards))
-    return parts
-
-
-def card(when: str, row: dict[str, Any]) -> str:
-    """One answer with its prompt and its scores."""
-    scores = f"gold {row['gold']:.2f} · proxy {row['score']:+.2f}"
-    colour = "good" if row["correct"] else "bad"
-    return page.card(when, [(row["prompt"], row["answer"], scores, colour)])
-
-
-def table_of_points(points: Sequence[dict[str, Any]]) -> str:
-    """One row for each point of PPO's curve."""
-    kinds = sorted({kind for point in points for kind in point["correct"]})
-    rows = [
-        [
-            f"{p['first_step']}-{p['last_step']}",
-            f"{p['kl']:.2f}",
-            cell(p["gold"]),
-            cell(p["proxy"]),
-            f"{p['stop_rate']:.2f}",
-            *(f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds),
-        ]
-        for p in points
-    ]
-    header = ["steps", "KL", "gold", "proxy", "stop rate", *(f"correct {kind}" for kind in kinds)]
-    return page.table(header, rows, "nats an answer; in brackets 95 % intervals (bootstrap)")
-
-
-def table_of_best(result: dict[str, Any]) -> str:
-    """One row for each n of best-of-n."""
-    rows = [
-        [n, f"{row['kl']:.2f}", cell(row["gold"]), cell(row["reward"])]
-        for n, row in result["best_of_n"].items()
-    ]
-    prompts = f"{result['best_of_prompts']} held-out prompts"
-    about = f"{result['reference']}, {prompts}; KL = ln n - (n-1)/n"
-    return page.table(["n", "KL", "gold", "proxy"], rows, about)
-
-
 def render(
     result: dict[str, Any], episodes: Sequence[dict[str, Any]], png: Path, passed: bool
 ) -> str:
-    """The report as a page."""
-    shown = "Gold and proxy against the square root of KL, PPO and best of n"
-    parts = [
-        page.paragraph(summary(result, passed)),
-        page.picture(png, shown),
-        page.heading("One answer of each family, at gold's peak and at the end"),
-        *answers_beside(result, episodes),
-        page.heading("PPO"),
-        table_of_points(result["ppo"]),
+    """The page of a report: the plot, typical answers, every point of the curves."""
+    text = "Gold and proxy against the square root of KL, PPO and best of n"
+    return page.render(
+        "overoptimise.html",
+        title="Over-optimisation: what the proxy sees and what is true",
+        result=result,
+        peak=described(result["peak"]),
+        end=described(result["end"]),
+        passed=passed,
+        picture=plots.picture(lambda: draw(result), png, text),
+        samples=typical_pairs(result, episodes),
+        points=table_of_points(result["ppo"]),
+        best_of=table_of_best(result) if "best_of_n" in result else None,
+        runs=", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items()),
+    )
+
+
+def described(point: dict[str, Any]) -> dict[str, str]:
+    """A point of the curve in words."""
+    return {
+        "steps": f"{point['first_step']} to {point['last_step']}",
+        "gold": cell(point["gold"]),
+        "proxy": cell(point["proxy"]),
+        "kl": f"{point['kl']:.1f}",
+    }
+
+
+def typical_pairs(result: dict[str, Any], episodes: Sequence[dict[str, Any]]) -> list[page.Sample]:
+    """One answer of each family at gold's peak, and one at the end beside it."""
+    last = {row["kind"]: row for row in typical(episodes, result["end"])}
+    found = []
+    for row in typical(episodes, result["peak"]):
+        pair = [("at gold's peak", row), ("at the end", last.get(row["kind"]))]
+        cards = [page.Card(when, [as_answer(r)]) for when, r in pair if r]
+        found.append(page.Sample(f"{row['kind']}: the answer of median proxy score", cards))
+    return found
+
+
+def as_answer(row: dict[str, Any]) -> page.Answer:
+    """An episode as the page shows it."""
+    remarks = f"gold {row['gold']:.2f} · proxy {row['score']:+.2f}"
+    return page.Answer(row["prompt"], row["answer"], remarks, "good" if row["correct"] else "bad")
+
+
+def table_of_points(points: Sequence[dict[str, Any]]) -> page.Table:
+    """PPO's curve, one row a point."""
+    kinds = sorted({kind for point in points for kind in point["correct"]})
+    rows = []
+    for p in points:
+        row = [f"{p['first_step']}-{p['last_step']}", f"{p['kl']:.2f}", cell(p["gold"])]
+        row += [cell(p["proxy"]), f"{p['stop_rate']:.2f}"]
+        row += [f"{p['correct'][kind]:.2f}" if kind in p["correct"] else "-" for kind in kinds]
+        rows.append(row)
+    header = ["steps", "KL", "gold", "proxy", "stop rate", *(f"correct {kind}" for kind in kinds)]
+    about = "nats an answer; in brackets 95 % intervals (bootstrap)"
+    return page.Table(header, rows, about)
+
+
+def table_of_best(result: dict[str, Any]) -> page.Table:
+    """Best-of-n, one row for each n."""
+    rows = [
+        [n, f"{r['kl']:.2f}", cell(r["gold"]), cell(r["reward"])]
+        for n, r in result["best_of_n"].items()
     ]
-    if "best_of_n" in result:
-        parts += [page.heading("Best of n"), table_of_best(result)]
-    runs = ", ".join(f"{run} ({n} steps)" for run, n in result["runs"].items())
-    parts.append(page.paragraph(f"Runs: {runs}", "soft"))
-    return page.document("Over-optimisation: what the proxy sees and what is true", parts)
+    prompts = f"{result['best_of_prompts']} held-out prompts"
+    about = f"{result['reference']}, {prompts}; KL = ln n - (n-1)/n"
+    return page.Table(["n", "KL", "gold", "proxy"], rows, about)
 
 
 def gate_of(result: dict[str, Any]) -> Gate:
@@ -343,10 +331,8 @@ def main(cfg: Config) -> None:
     }
     gate = gate_of(result)
     print(gate.line("overoptimise"))
-    png = folder / "overoptimise.png"
-    draw(result, png)
     write_atomically(folder / "overoptimise.json", dump(result))
-    shown = render(result, episodes, png, gate.passed)
+    shown = render(result, episodes, folder / "overoptimise.png", gate.passed)
     write_atomically(folder / "overoptimise.html", shown.encode())
     facts = {
         "kind": "report",

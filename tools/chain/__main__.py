@@ -219,16 +219,15 @@ def write_page(
     text: str,
 ) -> None:
     """chain.html: the pictures, and the probabilities as a table."""
-    about = "A state is what the model sees, an arrow the token that may come next."
-    if next(iter(chains.values())).seen is not None:
-        about += " Dashed: states that the training text does not hold."
-    parts = [page.paragraph(about), page.paragraph(text, "soft")]
-    for name, chain in chains.items():
-        picture = page.picture(folder / f"{name}.png", chain.title)
-        parts.append(page.heading(chain.title) + picture)
-    parts += [page.heading("Probabilities"), page.table(*table)]
-    shown = page.document(f"{title} as a Markov chain", parts)
-    write_atomically(folder / "chain.html", shown.encode())
+    content = page.render(
+        "chain.html",
+        title=f"{title} as a Markov chain",
+        unseen=next(iter(chains.values())).seen is not None,
+        verdict=text,
+        pictures=[page.Picture(folder / f"{n}.png", chain.title) for n, chain in chains.items()],
+        arrows=page.Table(*table),
+    )
+    write_atomically(folder / "chain.html", content.encode())
 
 
 def main(cfg: Config) -> None:

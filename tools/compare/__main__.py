@@ -1,7 +1,7 @@
 """Base and assistants side by side: the same prompts, the same seeds.
 
-    python -m tools.compare runs/demo/pretrain runs/demo/sft runs/demo/rl --prompt "Where do the otter and the owl live?"
-    python -m tools.compare runs/demo/sft runs/demo/rl --prompts FILE --temperature 0 --reward runs/demo/reward --html page.html
+    python -m tools.compare runs/demo/pretrain runs/demo/sft runs/demo/rl --prompt "Who is Ada?"
+    python -m tools.compare runs/demo/sft runs/demo/rl --prompts FILE --html page.html
     python -m tools.compare runs/demo/rl --prompt TEXT      one model: plain sampling
     python -m tools.compare runs/demo/rl --chat             talk with it
 
@@ -15,34 +15,27 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from rich.console import Console
-from tqdm import tqdm
 
-from common.config.schema import OutputDir, cli, stage_config, to_dict
-from common.handoff.locate import lineage, load_tokenizer, read_stage
+from common.config.schema import OutputDir, cli, stage_config
+from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import load_config, load_model
-from common.handoff.report import provenance
+from common.handoff.report import stage_report, write_stage_report
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
-from common.rows.sources import read_rows
 from common.text.chat import Message, prompt_ids
 from tools.compare import report
-from tools.compare.checks import checks, verdict
-from tools.compare.measure import (
-    Answer,
-    answer_prompts,
-    best_of_table,
-    families,
-    load_judges,
-    read_prompts,
-    summarise,
-)
-from tools.compare.reward_accuracy import beside, reward_accuracy
-from tools.compare.terminal import chat, show_figures, show_samples
+from tools.compare.afterwards import COMMAND, about, lines
+from tools.compare.checks import Bars, check_comparison, verdict
+from tools.compare.findings import measure, questions, samples_of
+from tools.compare.measure import read_prompts
+from tools.compare.modes import modes
+from tools.compare.pictures import draw_all
+from tools.compare.terminal import chat, show
 from tools.names import names_of
 
 
@@ -89,6 +82,8 @@ class Config:
     """Prompts used for that."""
     shown: Annotated[int, Field(gt=0)] | None = None
     """Prompts whose answers are kept in page and JSON, families in turn; null = all."""
+    checks: Bars | None = None
+    """What gold must say of base, sft and rl, a mapping; null = no such checks."""
     json: bool = False
     """Print JSON and nothing else."""
     html: str | None = None
@@ -117,12 +112,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
                 models.append(words.pop(0))
         else:
             rest.append(word)
-            if (
-                "=" not in word
-                and word not in ("--help", "-h")
-                and words
-                and not words[0].startswith("--")
-            ):
+            alone = "=" in word or word in ("--help", "-h")  # such a word takes no value
+            if not alone and words and not words[0].startswith("--"):
                 rest.append(words.pop(0))
     return [*rest, *(["--models", *models] if models else [])]
 
@@ -142,13 +133,11 @@ def prompts_of(cfg: Config) -> list[list[Message]]:
 def check(cfg: Config) -> None:
     """Raise InputError for keys that do not go together."""
     if not cfg.models:
-        raise InputError(
-            "name one or more model directories: python -m tools.compare runs/demo/sft runs/demo/rl --prompt TEXT"
-        )
+        example = f"{COMMAND} runs/demo/sft runs/demo/rl --prompt TEXT"
+        raise InputError(f"name one or more model directories: {example}")
     if cfg.chat and len(cfg.models) > 1:
-        raise InputError(
-            f"--chat takes one model, these are {len(cfg.models)}: {', '.join(cfg.models)}"
-        )
+        named = ", ".join(cfg.models)
+        raise InputError(f"--chat takes one model, these are {len(cfg.models)}: {named}")
     if cfg.best_of and not (cfg.reward and cfg.reference):
         raise InputError("best_of needs reward (which chooses) and reference (which answers)")
     if cfg.comparisons and not (cfg.reward and cfg.gold):
@@ -169,220 +158,85 @@ def shared_budget(cfg: Config, prompts: Sequence[Sequence[Message]]) -> int:
             )
         rooms.append(context - longest)
     if min(rooms) < cfg.max_new_tokens:
-        print(
-            f"max_new_tokens {cfg.max_new_tokens} -> {min(rooms)}: the models' contexts end there",
-            file=sys.stderr,
-        )
+        change = f"max_new_tokens {cfg.max_new_tokens} -> {min(rooms)}"
+        print(f"{change}: the models' contexts end there", file=sys.stderr)
     return min(cfg.max_new_tokens, *rooms)
 
 
-class Findings(NamedTuple):
-    answers: dict[str, dict[str, list[Answer]]]  # mode: model: answers, one prompt behind the other
-    kinds: list[str] | None  # family of each prompt
-    result: dict[str, Any]  # what compare.json holds, less samples and checks
-
-
-def measure(
-    cfg: Config, prompts: Sequence[list[Message]], names: Sequence[str], device: torch.device
-) -> Findings:
-    """Let every model answer every prompt, and judge the answers."""
-    judges = load_judges(cfg.reward, cfg.reference, cfg.gold, device)
-    kinds = families(judges.gold, prompts) if judges.gold else None
-    rows = read_rows(cfg.comparisons) if cfg.comparisons else []
-    modes = {"greedy": 0.0} if cfg.temperature == 0 else {"sampled": cfg.temperature}
-    modes |= {"greedy": 0.0} if cfg.output_dir else {}
-    options = {
-        "max_new_tokens": shared_budget(cfg, prompts),
-        "seed": cfg.seed,
-        "batch_size": cfg.batch_size,
-    }
-    few = prompts[: cfg.best_of_prompts] if cfg.best_of else []
-    asked = {
-        mode: [m for m in prompts for _ in range(cfg.answers_per_prompt if t else 1)]
-        for mode, t in modes.items()
-    }
-    total = sum(map(len, asked.values())) * len(names) + len(few) * cfg.best_of
-    answers: dict[str, dict[str, list[Answer]]] = {mode: {} for mode in modes}
-    result: dict[str, Any] = {
-        "models": {},
-        "reference": cfg.reference,
-        "reward": cfg.reward,
-        "gold": cfg.gold,
-    }
-    result |= {"prompts": len(prompts)} | {
-        key: getattr(cfg, key) for key in ("answers_per_prompt", "temperature", "seed")
-    }
-    with tqdm(
-        total=total,
-        unit="answer",
-        disable=total < 32 or not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    ) as bar:
-        for name, path in zip(names, cfg.models, strict=True):
-            bar.set_description(name, refresh=False)
-            model, tokenizer = load_model(path, "lm").to(device), load_tokenizer(path)
-            same = (
-                cfg.reference is not None and Path(path).resolve() == Path(cfg.reference).resolve()
-            )
-            for mode, temperature in modes.items():
-                cut = {"top_k": cfg.top_k, "top_p": cfg.top_p} if temperature else {}
-                answers[mode][name] = answer_prompts(
-                    model,
-                    tokenizer,
-                    asked[mode],
-                    judges,
-                    is_reference=same,
-                    temperature=temperature,
-                    progress=bar.update,
-                    **cut,
-                    **options,
-                )
-            stage = read_stage(path)
-            facts = {
-                key: stage.get(key)
-                for key in ("stage", "step", "parent", "commit", "dirty", "wall_time")
-            }
-            result["models"][name] = {"path": path, **facts}
-        for mode, found in answers.items():
-            each = len(asked[mode]) // len(prompts)
-            result[mode] = {name: summarise(rows, kinds, each) for name, rows in found.items()}
-        if cfg.best_of:
-            bar.set_description(f"best of {cfg.best_of}", refresh=False)
-            # At temperature 1: what the formula of its KL holds for.
-            many = [messages for messages in few for _ in range(cfg.best_of)]
-            drawn = answer_prompts(
-                *judges.reference, many, judges, is_reference=True, progress=bar.update, **options
-            )
-            result |= {"best_of_n": best_of_table(drawn, cfg.best_of), "best_of_prompts": len(few)}
-    if cfg.comparisons:
-        rows = beside(rows, few, drawn) if cfg.best_of else rows
-        result["reward_model"] = reward_accuracy(judges.reward, judges.gold, rows)
-    return Findings(answers, kinds, result)
-
-
-def samples_of(
-    findings: Findings, prompts: Sequence[list[Message]], count: int | None
-) -> list[dict[str, Any]]:
-    """Rows for JSON, page and terminal: families in turn, so that the first rows show one prompt of
-    each."""
-    order = list(range(len(prompts)))
-    if findings.kinds:
-        order.sort(key=lambda i: (findings.kinds[:i].count(findings.kinds[i]), findings.kinds[i]))
-    rows = []
-    for i in order[:count]:
-        turns = prompts[i]
-        text = (
-            turns[0]["content"]
-            if len(turns) == 1
-            else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+def talk(cfg: Config, device: torch.device) -> None:
+    """Chat with the one model named. InputError where it was never taught to talk."""
+    path = cfg.models[0]
+    tokenizer, model = load_tokenizer(path), load_model(path, "lm").to(device)
+    if not tokenizer.chat:
+        raise InputError(
+            f"{path}: has no chat template, it was never taught to talk; give an sft or rl model"
         )
-        row: dict[str, Any] = {"prompt": text, "answers": {}}
-        row |= {"family": findings.kinds[i]} if findings.kinds else {}
-        for mode, models in findings.answers.items():
-            for name, answers in models.items():
-                a = answers[i * (len(answers) // len(prompts))]
-                known = {"gold": a.gold, "correct": a.correct, "reward": a.reward, "kl": a.kl}
-                kept = {
-                    key: round(v, 4) if isinstance(v, float) else v
-                    for key, v in known.items()
-                    if v is not None
-                }
-                row["answers"].setdefault(name, {})[mode] = {
-                    "text": a.text,
-                    "stopped": a.stopped,
-                    **kept,
-                }
-        rows.append(row)
-    return rows
+    chat(
+        model,
+        tokenizer,
+        about=about(path),
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+    )
 
 
 def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], started: float) -> None:
+    """Write the page with its plots, compare.json and stage.json, and print the gate line."""
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    if cfg.gold:
-        pictures.append((folder / "compare-families.png", "Correct answers by family"))
-        report.plot_families(result, pictures[-1][0])
-    if cfg.best_of:
-        pictures.append(
-            (
-                folder / "compare-best-of-n.png",
-                "Gold and reward against the distance from the reference",
-            )
-        )
-        report.plot_best_of(result, pictures[-1][0])
-    passed, text = verdict(result, names)
-    print(
-        f"gate compare: {'PASS' if passed else 'FAIL'}  {text}",
-        file=sys.stderr if cfg.json else sys.stdout,
-    )
+    gate = verdict(result, names)
+    print(gate.line("compare"), file=sys.stderr if cfg.json else sys.stdout)
     write_atomically(folder / "compare.json", dump(result))
-    write_atomically(folder / "compare.html", report.comparison(result, pictures).encode())
-    stage = {
-        "stage": "compare",
+    pictures = draw_all(result, folder)
+    write_atomically(folder / "compare.html", report.comparison(result, pictures, folder).encode())
+    facts = {
         "kind": "report",
         "parents": {name: lineage(path) for name, path in zip(names, cfg.models, strict=True)},
-        "config": to_dict(cfg),
-        "seed": cfg.seed,
-        "gate": {"passed": passed, "text": text},
-        "metrics": {
-            mode: {
-                n: (row.get("gold") or row.get("reward") or {}).get("mean")
-                for n, row in result[mode].items()
-            }
-            for mode in report.modes(result)
-        },
-        "wall_time": round(time.perf_counter() - started, 2),
-        **provenance(),
+        "metrics": {mode: headline(result[mode]) for mode in modes(result)},
     }
-    write_atomically(folder / "stage.json", dump(stage))
+    seconds = time.perf_counter() - started
+    write_stage_report(folder, stage_report("compare", cfg, gate, seconds, **facts))
+
+
+def headline(figures: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Mean gold of each model, or mean reward where there is no gold."""
+    return {
+        name: (row.get("gold") or row.get("reward") or {}).get("mean")
+        for name, row in figures.items()
+    }
 
 
 def main(cfg: Config) -> None:
+    """Compare: ask every model, judge the answers, show them, write the report."""
     started = time.perf_counter()
     check(cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.chat:
-        tokenizer, model = load_tokenizer(cfg.models[0]), load_model(cfg.models[0], "lm").to(device)
-        if not tokenizer.chat:
-            raise InputError(
-                f"{cfg.models[0]}: has no chat template, it was never taught to talk; give an sft or rl model"
-            )
-        chat(
-            model,
-            tokenizer,
-            max_new_tokens=cfg.max_new_tokens,
-            seed=cfg.seed,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-        )
+        talk(cfg, device)
         return
     names, prompts = names_of(cfg.models, "models"), prompts_of(cfg)
-    findings = measure(cfg, prompts, names, device)
-    result = findings.result
-    result["samples"] = samples_of(findings, prompts, cfg.shown)
-    result["checks"] = checks(result, names)
+    asked = questions(cfg, prompts, shared_budget(cfg, prompts))
+    findings = measure(cfg, asked, names, device)
+    samples = samples_of(findings, prompts)
+    result = findings.result | {"samples": samples[: cfg.shown], "about": about(cfg.models[-1])}
+    result["checks"] = check_comparison(result, names, cfg.checks)
     if cfg.html:
-        Path(cfg.html).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.html).write_text(report.comparison(result, []), encoding="utf-8")
+        file = Path(cfg.html)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(report.comparison(result, {}, file.parent), encoding="utf-8")
     if cfg.json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     else:
-        console = Console(highlight=False)
-        mode = report.modes(result)[0]
-        count = max(3, len(set(findings.kinds or []))) if cfg.output_dir else 20
-        show_samples(console, result["samples"][:count], mode)
-        if len(prompts) > count:
-            console.print(
-                f"{count} of {len(prompts)} prompts shown; more in --html FILE and --json",
-                style="dim",
-            )
-        if len(prompts) > 1 or len(names) > 1:
-            for mode in report.modes(result):
-                show_figures(console, result[mode], mode)
+        families = len(set(findings.kinds or []))
+        show(Console(highlight=False), result, max(3, families) if cfg.output_dir else 20)
     if cfg.output_dir:
         write_report(cfg, result, names, started)
+    if cfg.output_dir and not cfg.json:
+        file, talks = Path(cfg.output_dir, "compare.html"), load_tokenizer(cfg.models[-1]).chat
+        print(*lines(result, samples, file, bool(talks)), sep="\n")
 
 
 if __name__ == "__main__":

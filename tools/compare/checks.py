@@ -1,21 +1,32 @@
 """The gate of a report: what must hold, and in one line whether it does."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from tools.compare.report import modes
+from pydantic import Field
 
-# Wanted of (base, sft, rl), the first three models of a comparison. Gold and accuracies are shares
-# of 1.
-BASE_AT_MOST = 0.15  # sampled gold: a base model goes on with the document instead of answering
-SFT_AT_LEAST = 0.45  # sampled gold
-RL_GAIN = 0.15  # sampled gold of rl over sft, with disjoint intervals; greedy: disjoint intervals
-# most that rl may lose in correct answers of any family, sampled or greedy: a mean hides such
-# losses
-FAMILY_DROP = 0.03
-REWARD_ACCURACY = 0.75  # of the reward model against gold on held-out pairs
+from common.config.schema import stage_config
+from common.handoff.report import Gate
+from tools.compare.modes import modes
 
 Check = dict[str, Any]  # {"name", "value", "wanted", "passed"}
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@stage_config
+class Bars:
+    """What gold must say of base, sft and rl, the first three models; null = no such check."""
+
+    base_gold_at_most: Share | None = None
+    """Sampled gold of the base model."""
+    sft_gold_at_least: Share | None = None
+    """Sampled gold of the SFT model."""
+    rl_gold_gain: Share | None = None
+    """Sampled gold of rl over sft; the intervals must be disjoint, sampled and greedy."""
+    family_drop_at_most: Share | None = None
+    """Most that rl may lose in correct answers of any family: a mean hides such losses."""
+    reward_accuracy_at_least: Share | None = None
+    """The reward model's accuracy against gold on held-out pairs."""
 
 
 def want(
@@ -38,6 +49,7 @@ def want(
 
 
 def failures(checks: Sequence[Check]) -> list[str]:
+    """A line for each check that does not hold."""
     return [
         f"{check['name']} is {check['value']:.3f}, not {check['wanted']}"
         for check in checks
@@ -45,55 +57,74 @@ def failures(checks: Sequence[Check]) -> list[str]:
     ]
 
 
-def checks(result: dict[str, Any], names: Sequence[str]) -> list[Check]:
-    """What a comparison (see tools.compare) of base, sft and rl must show; without gold only that
-    the reward rose."""
+def check_comparison(
+    result: dict[str, Any], names: Sequence[str], bars: Bars | None
+) -> list[Check]:
+    """The checks of a comparison (compare.json) of base, sft and rl: without gold that the reward
+    rose, with gold what `bars` ask for."""
     if len(names) < 3 or "sampled" not in result:
         return []
     base, sft, rl = names[:3]
     if "gold" not in result["sampled"][base]:
         rows = [result["sampled"][name].get("reward") for name in (sft, rl)]
-        rise = rows[1]["mean"] - rows[0]["mean"] if all(rows) else 0.0
-        return [want(f"sampled reward, {rl} - {sft}", rise, above=0)] if all(rows) else []
-    gold = {
-        mode: {name: result[mode][name]["gold"] for name in (base, sft, rl)}
-        for mode in modes(result)
-    }
-    sampled = {name: row["mean"] for name, row in gold["sampled"].items()}
-    found = [
-        want(f"sampled gold of {base}", sampled[base], at_most=BASE_AT_MOST),
-        want(f"sampled gold of {sft}", sampled[sft], at_least=SFT_AT_LEAST),
-        want(f"sampled gold, {rl} - {sft}", sampled[rl] - sampled[sft], at_least=RL_GAIN),
-    ]
-    for mode, row in gold.items():
-        apart = row[rl]["ci95"][0] - row[sft]["ci95"][1]
-        found.append(want(f"{mode} gold, {rl}'s interval above {sft}'s", apart, above=0))
-    for mode in gold:
-        for kind, now in result[mode][rl]["families"].items():
-            change = now["correct"] - result[mode][sft]["families"][kind]["correct"]
-            found.append(
-                want(f"{mode} correct {kind}, {rl} - {sft}", change, at_least=-FAMILY_DROP)
-            )
-    if "reward_model" in result:
+        if not all(rows):
+            return []
+        rise = rows[1]["mean"] - rows[0]["mean"]
+        return [want(f"sampled reward, {rl} - {sft}", rise, above=0)]
+    if bars is None:
+        return []
+    found = check_gold(result, (base, sft, rl), bars)
+    if bars.family_drop_at_most is not None:
+        found += check_families(result, sft, rl, bars.family_drop_at_most)
+    if bars.reward_accuracy_at_least is not None and "reward_model" in result:
         accuracy = result["reward_model"]["accuracy"] or 0.0  # null: not a single pair
-        found.append(
-            want("reward model's accuracy against gold", accuracy, at_least=REWARD_ACCURACY)
-        )
+        name, least = "reward model's accuracy against gold", bars.reward_accuracy_at_least
+        found.append(want(name, accuracy, at_least=least))
     return found
 
 
-def verdict(result: dict[str, Any], names: Sequence[str]) -> tuple[bool, str]:
-    """(passed, one line) of a comparison: the figures, and each check that failed."""
-    kind = next(
-        (kind for kind in ("gold", "reward") if kind in result[modes(result)[0]][names[0]]), None
-    )
-    words = [
-        f"{mode} {kind} "
-        + ", ".join(f"{name} {row[kind]['mean']:.3f}" for name, row in result[mode].items())
-        for mode in (modes(result) if kind else ())
-    ]
+def check_gold(result: dict[str, Any], names: tuple[str, str, str], bars: Bars) -> list[Check]:
+    """The checks of mean gold, and that the intervals of sft and rl are disjoint."""
+    base, sft, rl = names
+    sampled = {name: result["sampled"][name]["gold"]["mean"] for name in names}
+    found = []
+    if bars.base_gold_at_most is not None:
+        most = bars.base_gold_at_most
+        found.append(want(f"sampled gold of {base}", sampled[base], at_most=most))
+    if bars.sft_gold_at_least is not None:
+        least = bars.sft_gold_at_least
+        found.append(want(f"sampled gold of {sft}", sampled[sft], at_least=least))
+    if bars.rl_gold_gain is not None:
+        gain = sampled[rl] - sampled[sft]
+        found.append(want(f"sampled gold, {rl} - {sft}", gain, at_least=bars.rl_gold_gain))
+        for mode in modes(result):
+            ends = [result[mode][name]["gold"]["ci95"] for name in (sft, rl)]
+            apart = ends[1][0] - ends[0][1]
+            found.append(want(f"{mode} gold, {rl}'s interval above {sft}'s", apart, above=0))
+    return found
+
+
+def check_families(result: dict[str, Any], sft: str, rl: str, most: float) -> list[Check]:
+    """That rl loses at most so many correct answers of each family, in each mode."""
+    found = []
+    for mode in modes(result):
+        before = result[mode][sft]["families"]
+        for kind, now in result[mode][rl]["families"].items():
+            change = now["correct"] - before[kind]["correct"]
+            found.append(want(f"{mode} correct {kind}, {rl} - {sft}", change, at_least=-most))
+    return found
+
+
+def verdict(result: dict[str, Any], names: Sequence[str]) -> Gate:
+    """The gate of a comparison: its figures in one line, and each check that failed."""
+    first = result[modes(result)[0]][names[0]]
+    kind = next((kind for kind in ("gold", "reward") if kind in first), None)
+    words = []
+    for mode in modes(result) if kind else ():
+        means = (f"{name} {row[kind]['mean']:.3f}" for name, row in result[mode].items())
+        words.append(f"{mode} {kind} " + ", ".join(means))
     total, failed = len(result["checks"]), failures(result["checks"])
-    words += [f"{total - len(failed)} of {total} checks hold"] if total else []
-    return not failed, "; ".join(
-        [*words, *failed]
-    ) or f"{len(names)} models answered {result['prompts']} prompts"
+    if total:
+        words.append(f"{total - len(failed)} of {total} checks hold")
+    text = "; ".join([*words, *failed])
+    return Gate(not failed, text or f"{len(names)} models answered {result['prompts']} prompts")

@@ -29,12 +29,13 @@ RESAMPLES = 2000
 
 
 class Answer(NamedTuple):
+    """An answer, and what the judges say about it; None where there is no such judge."""
+
     text: str
     tokens: int  # with the stop token
     stopped: bool  # by itself, not cut off
-    kl: (
-        float | None
-    )  # nats: sum of log-probs of the model that answered less those of the reference
+    # nats: sum of log-probs of the model that answered less those of the reference
+    kl: float | None
     reward: float | None
     gold: float | None
     correct: bool | None
@@ -112,63 +113,73 @@ def answer_prompts(
     *,
     is_reference: bool = False,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     **options: Any,
 ) -> list[Answer]:
-    """One answer of the model to each prompt, judged. `options` go to `generate.sample`.
+    """One answer of the model to each prompt, judged. `options` go to `sample`.
 
-    KL is taken at the sampling temperature (1 for greedy), between whole distributions: top_k and
-    top_p change what is said, not what it is measured by. Each model sees the prompt in its own
-    form (chat tokens, or plain text for a base).
+    Each model sees the prompt in its own form (chat tokens, or plain text for a base).
     """
     own = [prompt_ids(tokenizer, messages) for messages in prompts]
-    drawn = sample(
-        model,
-        own,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=stop_ids(tokenizer),
-        **options,
-    )
+    drawn = sample(model, own, temperature=temperature, stop_ids=stop_ids(tokenizer), **options)
     texts = [tokenizer.decode(answer.ids) for answer in drawn]
-
-    def seen_by(other: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
-        ids = [answer.ids for answer in drawn]
-        same = same_ids(tokenizer, other)
-        return [prompt_ids(other, m) for m in prompts], ids if same else [
-            translate(i, tokenizer, other) for i in ids
-        ]
-
+    spoken = Spoken(prompts, drawn, tokenizer)
     kls: list[float | None] = [0.0 if is_reference else None] * len(drawn)
     if judges.reference and not is_reference:
-        reference, theirs = judges.reference
-        mine = whole_logprobs(model, own, drawn, temperature or 1.0, top_k > 0 or top_p < 1)
-        other = logprobs_of(reference, *seen_by(theirs), temperature or 1.0)
-        kls = [sum(p) - sum(q) for p, q in zip(mine, other, strict=True)]
-    rewards: list[float | None] = [None] * len(drawn)
-    if judges.reward:
-        rows = [[*prompt, *ids] for prompt, ids in zip(*seen_by(judges.reward[1]), strict=True)]
-        rewards = reward_scores(judges.reward[0], rows)
+        truncated = options.get("top_k", 0) > 0 or options.get("top_p", 1.0) < 1
+        mine = whole_logprobs(model, own, drawn, temperature or 1.0, truncated)
+        kls = kl_to(judges.reference, spoken, mine, temperature or 1.0)
+    rewards = rewards_of(judges.reward, spoken) if judges.reward else [None] * len(drawn)
     truths = [None] * len(drawn)
     if judges.gold:
-        truths = [
-            judges.gold(question(m), t, a.stopped)
-            for m, t, a in zip(prompts, texts, drawn, strict=True)
-        ]
+        asked = zip(prompts, texts, drawn, strict=True)
+        truths = [judges.gold(question(m), text, a.stopped) for m, text, a in asked]
     return [
         Answer(
-            text,
-            len(a.ids),
-            a.stopped,
-            kl,
-            reward,
-            truth and float(truth.score),
-            truth and bool(truth.correct),
+            *(text, len(a.ids), a.stopped, kl, reward),
+            gold=truth and float(truth.score),
+            correct=truth and bool(truth.correct),
         )
         for text, a, kl, reward, truth in zip(texts, drawn, kls, rewards, truths, strict=True)
     ]
+
+
+class Spoken(NamedTuple):
+    """What was asked and answered, for judges whose tokens may be others."""
+
+    prompts: Sequence[Sequence[Message]]
+    drawn: Sequence[Sample]
+    tokenizer: Tokenizer  # of the model that answered
+
+    def ids_for(self, other: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+        """(prompts, answers) as ids of `other`."""
+        prompts = [prompt_ids(other, messages) for messages in self.prompts]
+        answers = [list(answer.ids) for answer in self.drawn]
+        if not same_ids(self.tokenizer, other):
+            answers = [translate(ids, self.tokenizer, other) for ids in answers]
+        return prompts, answers
+
+
+def kl_to(
+    reference: tuple[GPT, Tokenizer],
+    spoken: Spoken,
+    logprobs: Sequence[Sequence[float]],
+    temperature: float,
+) -> list[float]:
+    """log-prob of each answer, its tokens' `logprobs` summed, less that under the reference.
+
+    KL is taken at the sampling temperature (1 for greedy), between whole distributions: top_k and
+    top_p change what is said, not what it is measured by.
+    """
+    model, tokenizer = reference
+    other = logprobs_of(model, *spoken.ids_for(tokenizer), temperature)
+    return [sum(p) - sum(q) for p, q in zip(logprobs, other, strict=True)]
+
+
+def rewards_of(reward: tuple[RewardModel, Tokenizer], spoken: Spoken) -> list[float]:
+    """The reward model's score of each answer."""
+    model, tokenizer = reward
+    pairs = zip(*spoken.ids_for(tokenizer), strict=True)
+    return reward_scores(model, [[*prompt, *answer] for prompt, answer in pairs])
 
 
 def whole_logprobs(
@@ -209,40 +220,8 @@ def interval(
 
 
 def mean(values: Sequence[float]) -> float:
+    """The mean, rounded as compare.json has it."""
     return round(sum(values) / len(values), 6)
-
-
-def summarise(
-    answers: Sequence[Answer], kinds: Sequence[str] | None, each: int = 1
-) -> dict[str, Any]:
-    """Figures of one model in one mode: `each` answers to a prompt, one prompt behind the other; n
-    counts answers.
-
-    What no judge spoke about is left out. `kinds`: the family of each prompt.
-    """
-    found: dict[str, Any] = {}
-    for name in ("gold", "reward"):
-        values = [getattr(answer, name) for answer in answers]
-        if None not in values:
-            sums = np.reshape(values, (-1, each)).sum(1)
-            found[name] = interval(sums, [each] * len(sums))
-    if None not in (kls := [answer.kl for answer in answers]):
-        found["kl"] = mean(kls)
-    found |= {
-        "stop_rate": mean([a.stopped for a in answers]),
-        "length": mean([a.tokens for a in answers]),
-    }
-    if kinds:
-        found["families"] = {}
-        for kind in sorted(set(kinds)):
-            own = [answer for i, answer in enumerate(answers) if kinds[i // each] == kind]
-            figures = {
-                "gold": mean([a.gold for a in own]),
-                "correct": mean([a.correct for a in own]),
-                "n": len(own),
-            }
-            found["families"][kind] = figures
-    return found
 
 
 def best_of_n(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
@@ -275,6 +254,5 @@ def best_of_table(answers: Sequence[Answer], size: int) -> dict[str, dict[str, A
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best-of-n || policy) in nats an episode (Stiennon 2020, appendix G.3): ln n - (n - 1) /
-    n."""
+    """KL(best-of-n || policy), nats an answer: ln n - (n - 1) / n (Stiennon 2020, appendix G.3)."""
     return math.log(n) - (n - 1) / n

@@ -1,7 +1,8 @@
 """How often a reward model orders answers as the ground truth does, and on which answers."""
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.model.gpt import RewardModel
 from common.program.errors import InputError
@@ -50,6 +51,15 @@ def beside(
     return found
 
 
+class Exam(NamedTuple):
+    """A prompt's answers, as the ground truth and the reward model see them."""
+
+    gold: list[float]  # score of each answer
+    family: str
+    sources: list[str]  # who wrote each answer
+    ids: list[list[int]]  # prompt and answer, of the reward model
+
+
 def reward_accuracy(
     reward: tuple[RewardModel, Tokenizer], gold: Gold, rows: Sequence[Row]
 ) -> dict[str, Any]:
@@ -63,81 +73,74 @@ def reward_accuracy(
     Raises InputError naming file and line.
     """
     model, tokenizer = reward
-    ids: list[list[int]] = []
-    kept: list[dict[str, Any]] = []
-    for row in rows:
-        if not (texts := row.data.get("answers")):
-            continue
-        stopped = row.data.get("stopped") or [True] * len(texts)
-        try:
-            messages = rows_to_prompt({"prompt": row.data.get("prompt")})
-            prompt = prompt_ids(tokenizer, messages)
-            verdicts = [
-                gold(question(messages), text, end)
-                for text, end in zip(texts, stopped, strict=True)
-            ]
-        except (InputError, ValueError) as error:
-            raise InputError(f"{row.origin}: {error}") from None
-        new = [
-            [*prompt, *tokenizer.encode(t), *[tokenizer.eot_id] * end]
-            for t, end in zip(texts, stopped, strict=True)
-        ]
-        if (longest := max(map(len, new))) > model.config.max_length:
-            raise InputError(
-                f"{row.origin}: {longest} tokens, the reward model's context is {model.config.max_length}"
-            )
-        sources = row.data.get("sources") or ["answer"] * len(texts)
-        kept.append(
-            {"gold": [v.score for v in verdicts], "family": verdicts[0].family, "sources": sources}
-        )
-        ids += new
-    if not kept:
+    room = model.config.max_length
+    exams = [read_exam(row, tokenizer, gold, room) for row in rows if row.data.get("answers")]
+    if not exams:
         raise InputError(
             "comparisons: no row has `answers`, so there is nothing to measure the reward model on"
         )
-    scores = iter(reward_scores(model, ids))
-    return order_statistics([(row, [next(scores) for _ in row["gold"]]) for row in kept])
+    scores = iter(reward_scores(model, [ids for exam in exams for ids in exam.ids]))
+    return order_statistics([(exam, [next(scores) for _ in exam.ids]) for exam in exams])
 
 
-def order_statistics(judged: Sequence[tuple[dict[str, Any], Sequence[float]]]) -> dict[str, Any]:
-    """`reward_accuracy` from (gold, sources and family of a prompt's answers; their rewards)."""
-    groups: dict[
-        str, dict[int, list[float]]
-    ] = {}  # name of a subset: prompt: 1 right, 0 wrong, 1/2 equal
-    for prompt, (row, rewards) in enumerate(judged):
-        for i in range(len(rewards)):
-            for j in range(i):
-                gap = row["gold"][i] - row["gold"][j]
-                if abs(gap) < MINIMUM_GAP:
-                    continue
-                hit = (
-                    0.5
-                    if rewards[i] == rewards[j]
-                    else float((rewards[i] > rewards[j]) == (gap > 0))
-                )
-                pair = " / ".join(sorted((row["sources"][i], row["sources"][j])))
-                for name in ("all", f"source {pair}", f"family {row['family']}"):
-                    groups.setdefault(name, {}).setdefault(prompt, []).append(hit)
+def read_exam(row: Row, tokenizer: Tokenizer, gold: Gold, room: int) -> Exam:
+    """A row of comparisons, judged by the ground truth; `room`: the reward model's context."""
+    texts = row.data["answers"]
+    ends = row.data.get("stopped") or [True] * len(texts)
+    try:
+        messages = rows_to_prompt({"prompt": row.data.get("prompt")})
+        prompt = prompt_ids(tokenizer, messages)
+        answers = list(zip(texts, ends, strict=True))
+        verdicts = [gold(question(messages), text, end) for text, end in answers]
+    except (InputError, ValueError) as error:
+        raise InputError(f"{row.origin}: {error}") from None
+    ids = [
+        [*prompt, *tokenizer.encode(text), *([tokenizer.eot_id] if end else [])]
+        for text, end in answers
+    ]
+    if (longest := max(map(len, ids))) > room:
+        tokens = f"{row.origin}: {longest} tokens"
+        raise InputError(f"{tokens}, the reward model's context is {room}")
+    sources = row.data.get("sources") or ["answer"] * len(texts)
+    return Exam([verdict.score for verdict in verdicts], verdicts[0].family, sources, ids)
 
-    def accuracy(name: str) -> dict[str, Any]:
-        hits = list(groups.get(name, {}).values())
-        found = interval([sum(prompt) for prompt in hits], [len(prompt) for prompt in hits])
-        return {"accuracy": found["mean"], "ci95": found["ci95"], "n": found["n"]}
 
-    def part(prefix: str) -> dict[str, Any]:
-        return {
-            name.removeprefix(prefix): accuracy(name)
-            for name in sorted(groups)
-            if name.startswith(prefix)
-        }
+Groups = dict[str, dict[int, list[float]]]  # subset: prompt: 1 right, 0 wrong, 1/2 equal
 
-    everything, own = accuracy("all"), accuracy("source policy / policy")
+
+def order_statistics(judged: Sequence[tuple[Exam, Sequence[float]]]) -> dict[str, Any]:
+    """`reward_accuracy` from the answers to each prompt and their rewards."""
+    groups: Groups = {}
+    for prompt, (exam, rewards) in enumerate(judged):
+        for i, j in itertools.combinations(range(len(rewards)), 2):
+            gap = exam.gold[i] - exam.gold[j]
+            if abs(gap) < MINIMUM_GAP:
+                continue
+            right = (rewards[i] > rewards[j]) == (gap > 0)
+            hit = 0.5 if rewards[i] == rewards[j] else float(right)
+            pair = " / ".join(sorted((exam.sources[i], exam.sources[j])))
+            for name in ("all", f"source {pair}", f"family {exam.family}"):
+                groups.setdefault(name, {}).setdefault(prompt, []).append(hit)
+    everything, own = accuracy(groups, "all"), accuracy(groups, "source policy / policy")
     return {
         **(own if own["n"] else everything),
         "pairs": "the policy's own answers" if own["n"] else "all answers",
         "prompts": len(judged),
         "minimum_gap": MINIMUM_GAP,
         "all": everything,
-        "by_source": part("source "),
-        "by_family": part("family "),
+        "by_source": parts(groups, "source "),
+        "by_family": parts(groups, "family "),
     }
+
+
+def accuracy(groups: Groups, name: str) -> dict[str, Any]:
+    """Share of pairs of a subset that are ordered right, with its interval."""
+    hits = list(groups.get(name, {}).values())
+    found = interval([sum(prompt) for prompt in hits], [len(prompt) for prompt in hits])
+    return {"accuracy": found["mean"], "ci95": found["ci95"], "n": found["n"]}
+
+
+def parts(groups: Groups, prefix: str) -> dict[str, Any]:
+    """The accuracy on every subset whose name starts so."""
+    names = [name for name in sorted(groups) if name.startswith(prefix)]
+    return {name.removeprefix(prefix): accuracy(groups, name) for name in names}

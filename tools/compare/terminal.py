@@ -15,18 +15,22 @@ from common.program.errors import InputError
 from common.program.terminal import printable
 from common.text.chat import Message, prompt_ids, stop_ids
 from common.text.tokenizer import Tokenizer
+from tools.compare.modes import modes
+from tools.compare.numbers import columns, marks
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short"
 
 
-def marks(answer: dict[str, Any]) -> str:
-    """What is known about an answer: `gold 0.93 right · reward +1.20 · cut off`."""
-    words = []
-    if answer.get("gold") is not None:
-        words.append(f"gold {answer['gold']:.2f} {'right' if answer['correct'] else 'wrong'}")
-    if answer.get("reward") is not None:
-        words.append(f"reward {answer['reward']:+.2f}")
-    return " · ".join(words + ([] if answer["stopped"] else ["cut off"]))
+def show(console: Console, result: dict[str, Any], count: int) -> None:
+    """The first `count` samples of a comparison, and its figures in every mode."""
+    names, found = list(result["models"]), modes(result)
+    show_samples(console, result["samples"][:count], found[0])
+    if result["prompts"] > count:
+        shown = f"{count} of {result['prompts']} prompts shown"
+        console.print(f"{shown}; more in --html FILE and --json", style="dim")
+    if result["prompts"] > 1 or len(names) > 1:
+        for mode in found:
+            show_figures(console, result[mode], mode)
 
 
 def show_samples(console: Console, samples: Sequence[dict[str, Any]], mode: str) -> None:
@@ -56,11 +60,14 @@ def show_figures(console: Console, figures: dict[str, dict[str, Any]], mode: str
     """One line a model: means with their 95 % intervals."""
     first = next(iter(figures.values()))
     table = Table(title=mode, title_justify="left")
-    columns = [name for name in ("gold", "reward", "kl", "stop_rate", "length") if name in first]
-    for name in ("model", *columns):  # short headings: three models' figures fit into 80 columns
-        table.add_column(name.replace("_rate", ""), justify="left" if name == "model" else "right")
+    shown = columns(first)
+    for name in ("model", *shown):  # short headings: three models' figures fit into 80 columns
+        table.add_column(
+            name.removesuffix("_rate").replace("_", " "),
+            justify="left" if name == "model" else "right",
+        )
     for name, row in figures.items():
-        table.add_row(Text(name), *(cell(row[column]) for column in columns))
+        table.add_row(Text(name), *(cell(row[column]) for column in shown))
     console.print(table)
 
 
@@ -90,11 +97,9 @@ def fit(tokenizer: Tokenizer, history: Sequence[Message], room: int) -> list[Mes
     """The newest turns of `history` whose prompt has at most `room` tokens. InputError when not
     even the last has."""
     kept = list(history)
-    while len(prompt_ids(tokenizer, kept)) > room:
+    while (tokens := len(prompt_ids(tokenizer, kept))) > room:
         if len(kept) == 1:
-            raise InputError(
-                f"the message has {len(prompt_ids(tokenizer, kept))} tokens, there is room for {room}"
-            )
+            raise InputError(f"the message has {tokens} tokens, there is room for {room}")
         kept = kept[2:]  # a question and its answer
     return kept
 
@@ -106,13 +111,16 @@ def chat(
     *,
     max_new_tokens: int,
     seed: int,
+    about: str | None = None,
     **options: Any,
 ) -> None:
-    """Talk with a model until end of input or /exit; answers are streamed. `options` go to
-    `generate.stream`."""
+    """Talk with a model until end of input or /exit; answers are streamed. `about`: what the model
+    knows, said at the start. `options` go to `common.model.sample.stream`."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing
-    print(HELP)
+    print(f"{printable(about)}\n{HELP}" if about else HELP)
+    # At least half the context stays free for the answer.
+    room = model.config.max_length - min(max_new_tokens, model.config.max_length // 2)
     history: list[Message] = []
     for turn in range(2**31):
         try:
@@ -128,29 +136,29 @@ def chat(
         if not text or text == "/reset":
             continue
         asked = [*history, {"role": "user", "content": text}]
-        # At least half the context stays free for the answer.
-        room = model.config.max_length - min(max_new_tokens, model.config.max_length // 2)
         try:
             kept = fit(tokenizer, asked, room)
         except InputError as error:
             print(f"({error})")
             continue
         if len(kept) < len(asked):
-            print(
-                f"(the oldest {(len(asked) - len(kept)) // 2} turns no longer fit into the model's context)"
-            )
-        said = ""
-        ids = stream(
-            model,
-            prompt_ids(tokenizer, kept),
-            max_new_tokens=max_new_tokens,
-            seed=seed + turn,
-            stop_ids=stop_ids(tokenizer),
-            **options,
-        )
-        with contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces(tokenizer, ids):
-                said += piece
-                print(printable(piece), end="", flush=True)
-        print()
+            turns = (len(asked) - len(kept)) // 2
+            print(f"(the oldest {turns} turns no longer fit into the model's context)")
+        options |= {"max_new_tokens": max_new_tokens, "seed": seed + turn}
+        said = answer_aloud(model, tokenizer, kept, options)
         history = [*kept, {"role": "assistant", "content": said}] if said else kept[:-1]
+
+
+def answer_aloud(
+    model: GPT, tokenizer: Tokenizer, messages: Sequence[Message], options: dict[str, Any]
+) -> str:
+    """The model's answer, printed as it comes; Ctrl-C ends it where it is."""
+    said = ""
+    prompt = prompt_ids(tokenizer, messages)
+    ids = stream(model, prompt, stop_ids=stop_ids(tokenizer), **options)
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces(tokenizer, ids):
+            said += piece
+            print(printable(piece), end="", flush=True)
+    print()
+    return said

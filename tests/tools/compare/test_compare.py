@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from common.model.shape import GPTConfig
 from common.program.errors import InputError
 from common.text.chat import prompt_ids
 from common.text.tokenizer import Tokenizer
+from tools import page
 from tools.compare import __main__ as compare
 from tools.compare import terminal
-from tools.compare.checks import checks, verdict
+from tools.compare.checks import Bars, check_comparison, verdict
 from tools.compare.measure import interval
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +99,8 @@ def run(*words: object) -> None:
 def full(runs, tmp_path_factory):
     """The whole report: (compare.json, folder)."""
     folder = tmp_path_factory.mktemp("report")
+    bars = runs / "compare.yaml"
+    bars.write_text("checks: {sft_gold_at_least: 0.45}\n")
     module = types.ModuleType("fake_gold")
     module.judge = judge
     sys.modules["fake_gold"] = module
@@ -124,6 +128,8 @@ def full(runs, tmp_path_factory):
         4,
         "--output_dir",
         folder,
+        "--config",
+        bars,
     )
     return json.loads((folder / "compare.json").read_text()), folder
 
@@ -273,24 +279,44 @@ def test_kl_against_a_full_forward(runs, tokenizer, capsys):
 
 
 def test_page_needs_nothing_else(full):
-    result, folder = full
+    _, folder = full
     text = (folder / "compare.html").read_text()
-    links = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']([^"']*)""", text)
+    links = re.findall(r"""(?:src|srcset|action|link [^>]*href)\s*=\s*["']([^"']*)""", text)
     assert links and all(link.startswith("data:") for link in links)
-    assert sum(link.startswith("data:image/png;base64,") for link in links) == 2
+    pictures = [link for link in links if link.startswith("data:image/png;base64,")]
+    assert len(set(pictures)) == 4  # two plots, each for light and for dark pages
     assert "<script" not in text and "@import" not in text and "url(" not in text
     assert "&lt;script&gt;" in text  # a prompt is text
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
-    for name in ("base", "sft", "rl"):
-        assert result["models"][name]["path"] in text
-    assert sorted(file.name for file in folder.glob("*.png")) == [
-        "compare-best-of-n.png",
-        "compare-families.png",
-    ]
+    plots = ("compare-best-of-n", "compare-families")
+    wanted = [f"{plot}{theme}.png" for plot in plots for theme in ("-dark", "")]
+    assert sorted(file.name for file in folder.glob("*.png")) == wanted
+
+
+def test_page_links_to_the_models_from_where_it_lies(full):
+    result, folder = full
+    text = (folder / "compare.html").read_text()
+    links = [unquote(link) for link in re.findall('<a href="([^"]*)"', text)]
+    places = [(folder / link).resolve() for link in links]
+    assert places == [Path(model["path"]).resolve() for model in result["models"].values()]
+    assert all(link.startswith("./") for link in links)
+    assert isinstance(page.link("gpt2", folder), str)  # a model of the Hub
+
+
+def test_page_folds_long_answers():
+    words = "say it again " * 40
+    card = page.Card("base", [page.Answer("", words, "", ""), page.Answer("", "short", "", "")])
+    template = page.environment().from_string(
+        '{% import "macros.html" as part %}{{ part.card(card) }}'
+    )
+    text = template.render(card=card)
+    assert text.count('<details class="long">') == 1
+    told = re.sub(r"<span.*?</span>|<[^>]*>", " ", text.split("</details>")[0])
+    assert told.split() == ["base", *words.split()]  # nothing is lost at the fold
 
 
 def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
-    page = tmp_path / "page.html"
+    file = tmp_path / "page.html"
     run(
         runs / "base",
         runs / "sft",
@@ -299,13 +325,13 @@ def test_html_and_terminal_of_a_plain_comparison(runs, tmp_path, capsys):
         "--temperature",
         0,
         "--html",
-        page,
+        file,
         "--max_new_tokens",
         4,
     )
     out = capsys.readouterr().out
     assert "red one" in out and "base" in out and "sft" in out
-    assert "<h1>Side by side: base / sft</h1>" in page.read_text()
+    assert "<h1>Side by side: base / sft</h1>" in file.read_text()
 
 
 def test_budget_is_that_of_the_smallest_context(runs, capsys):
@@ -377,6 +403,15 @@ def test_arguments():
     ]
 
 
+BARS = Bars(
+    base_gold_at_most=0.15,
+    sft_gold_at_least=0.45,
+    rl_gold_gain=0.15,
+    family_drop_at_most=0.03,
+    reward_accuracy_at_least=0.75,
+)
+
+
 def figures(gold: float, half: float, **correct: float) -> dict:
     kinds = {kind: {"gold": gold, "correct": share, "n": 100} for kind, share in correct.items()}
     return {"gold": {"mean": gold, "ci95": [gold - half, gold + half], "n": 200}, "families": kinds}
@@ -390,11 +425,11 @@ def test_gate():
         "r": figures(0.69, 0.02, sum=0.94),
     }
     result = {"sampled": rows, "greedy": dict(rows), "reward_model": {"accuracy": 0.75}}
-    result["checks"] = checks(result, names)
+    result["checks"] = check_comparison(result, names, BARS)
     assert len(result["checks"]) == 8 and verdict(result, names)[0]  # every bound is met exactly
     result["greedy"] = rows | {"r": figures(0.57, 0.02, sum=0.9)}
     result["reward_model"] = {"accuracy": 0.7}
-    result["checks"] = checks(result, names)
+    result["checks"] = check_comparison(result, names, BARS)
     passed, text = verdict(result, names)
     assert not passed and "5 of 8 checks hold" in text
     for part in (
@@ -403,6 +438,33 @@ def test_gate():
         "accuracy against gold is 0.700, not >= 0.75",
     ):
         assert part in text
+
+
+def test_only_the_checks_that_a_config_names():
+    names, rows = ["b", "s", "r"], {n: figures(0.5, 0.01, sum=0.5) for n in "bsr"}
+    result = {"sampled": rows, "greedy": rows, "reward_model": {"accuracy": 0.1}}
+    assert check_comparison(result, names, None) == []
+    some = check_comparison(result, names, Bars(sft_gold_at_least=0.5))
+    assert [(check["name"], check["passed"]) for check in some] == [("sampled gold of s", True)]
+    reward = {n: {"reward": {"mean": i, "ci95": [i, i]}} for i, n in enumerate("bsr")}
+    assert [c["name"] for c in check_comparison({"sampled": reward}, names, None)] == [
+        "sampled reward, r - s"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("checks: {base_gold: 0.1}", "unknown key `checks.base_gold`"),
+        ("checks: {rl_gold_gain: 15}", "checks.rl_gold_gain = 15 is refused"),
+        ("checks: 3", "checks = 3 is refused"),
+    ],
+)
+def test_checks_of_a_config_are_strict(tmp_path, text, message):
+    file = tmp_path / "compare.yaml"
+    file.write_text(f"models: [a]\n{text}\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        load(compare.Config, ["--config", str(file)])
 
 
 def test_pieces_hold_back_half_a_character(tokenizer):

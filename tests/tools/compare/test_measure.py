@@ -1,6 +1,7 @@
 """Scores, log-probs, intervals, best-of-n and reward accuracy against values found another way."""
 
 import math
+import types
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ from common.rows.sources import Row
 from common.text.tokenizer import Tokenizer, same_ids, translate
 from tools.compare.measure import Answer as A
 from tools.compare.measure import best_of_n, best_of_table, interval, read_prompts
-from tools.compare.reward_accuracy import beside, order_statistics, reward_accuracy
+from tools.compare.reward_accuracy import Exam, beside, order_statistics, reward_accuracy
 
 CONFIG = GPTConfig(vocab_size=270, max_length=32, n_layer=1, n_head=2, n_embd=16)
 
@@ -107,26 +108,19 @@ def test_interval_of_groups_is_wider_than_of_independent_items():
 
 
 def test_accuracy_by_hand():
-    row = {
-        "gold": [0.9, 0.5, 0.48, 0.1],
-        "sources": ["policy", "policy", "near_miss", "policy"],
-        "family": "sum",
-    }
+    sources = ["policy", "policy", "near_miss", "policy"]
+    row = Exam([0.9, 0.5, 0.48, 0.1], "sum", sources, [])
     # pairs: 0>1 right, 0>2 right, 0>3 right, 1>2 (gap .02) left out, 1>3 equal, 2>3 wrong
-    found = order_statistics(
-        [(row, [2.0, 1.0, 0.5, 1.0]), ({**row, "gold": [0.3, 0.3, 0.3, 0.3]}, [1.0, 2.0, 3.0, 4.0])]
-    )
-    assert (
-        found["accuracy"] == pytest.approx(2.5 / 3, abs=1e-6) and found["n"] == 3
-    )  # the policy's own
-    assert (
-        found["all"]["accuracy"] == pytest.approx((1 + 1 + 1 + 0.5 + 0) / 5, abs=1e-6)
-        and found["all"]["n"] == 5
-    )
-    others = order_statistics([({**row, "sources": ["answer"] * 4}, [2.0, 1.0, 0.5, 1.0])])
-    assert {key: others[key] for key in ("accuracy", "ci95", "n")} == others["all"] and others[
-        "n"
-    ] == 5
+    even = row._replace(gold=[0.3, 0.3, 0.3, 0.3])
+    found = order_statistics([(row, [2.0, 1.0, 0.5, 1.0]), (even, [1.0, 2.0, 3.0, 4.0])])
+    # the headline is over the policy's own answers
+    assert found["accuracy"] == pytest.approx(2.5 / 3, abs=1e-6) and found["n"] == 3
+    everything = (1 + 1 + 1 + 0.5 + 0) / 5
+    assert found["all"]["accuracy"] == pytest.approx(everything, abs=1e-6)
+    assert found["all"]["n"] == 5
+    others = order_statistics([(row._replace(sources=["answer"] * 4), [2.0, 1.0, 0.5, 1.0])])
+    assert {key: others[key] for key in ("accuracy", "ci95", "n")} == others["all"]
+    assert others["n"] == 5
     assert {name: kind["n"] for name, kind in found["by_source"].items()} == {
         "near_miss / policy": 2,
         "policy / policy": 3,
@@ -139,9 +133,10 @@ def test_accuracy_of_a_model_uses_prompt_answer_and_end_token():
     tokenizer = Tokenizer.train_bpe(["ab ab ab"], 262).with_chat()
     torch.manual_seed(3)
     model = RewardModel(CONFIG)
-    gold = lambda prompt, answer, stopped: type(
-        "V", (), {"score": len(answer) / 9, "family": prompt}
-    )  # noqa: E731
+
+    def gold(prompt: str, answer: str, stopped: bool):
+        return types.SimpleNamespace(score=len(answer) / 9, family=prompt)
+
     rows = [
         Row(
             {"prompt": "ab", "answers": ["a", "abab", "abababa"], "stopped": [True, False, True]},
