@@ -1,23 +1,34 @@
-# `make demo` and `make test` are all a new user needs; both make .venv first.
+# `make demo` and `make test` are all that a new user needs; both make .venv first. `make help` lists all.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# Tests run in as many processes as there are cores, at most 8; make JOBS=0 runs them in one.
+JOBS ?= auto --maxprocesses 8
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults bench lint format clean
+.PHONY: help demo check test test-all faults bench lint format clean
 
-demo: .venv/.installed
+help:  ## list what can be made
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: .venv/.installed  ## the whole road on this machine: text, base, assistant, reward model, PPO, report
 	$(BIN)/python pipeline.py configs/demo
 
-test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+check: lint  ## lint, types and the fast tests: about a minute on two cores
+	$(PYTEST) -n $(JOBS) -m "not slow and not process"
 
-# Every kill, crash, flipped bit and stop of the issue, where the tests take a sample: 10 minutes.
-faults: .venv/.installed
-	FAULTS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults --timeout 1200
+test: lint  ## lint, types and all tests that are not rare: at most 8 minutes on two cores
+	$(PYTEST) -n $(JOBS) -m "not slow"
 
-# Side by side with what is installed, one core each, half an hour: make bench TEXT=input.txt ALPACA=alpaca.json
-# PREFERENCES=comparisons.json NANOGPT=path/of/a/clone TRL112=path/of/its/own/bin/python. What lacks its file is left out.
-bench: .venv/.installed
+test-all: lint  ## every test, the slow and rare ones too
+	$(PYTEST) -n $(JOBS)
+
+faults: .venv/.installed  ## every kill, crash, flipped bit and stop, of which the tests take a sample: 10 minutes
+	FAULTS=1 $(PYTEST) tests/faults --timeout 1200
+
+# One core for each side. make bench TEXT=input.txt ALPACA=alpaca.json PREFERENCES=comparisons.json
+# NANOGPT=path/of/a/clone TRL112=path/of/its/own/bin/python. What lacks its file is left out.
+bench: .venv/.installed  ## side by side with what is installed: half an hour
 	$(BIN)/python -m benchmarks.startup --threads 2
 	$(BIN)/python -m benchmarks.sample
 	$(BIN)/python -m benchmarks.ppo $(if $(TRL112),--trl $(TRL112))
@@ -27,11 +38,12 @@ bench: .venv/.installed
 	$(if $(TEXT),$(BIN)/python -m benchmarks.pretrain --text $(TEXT) $(if $(NANOGPT),--nanogpt $(NANOGPT)),@echo "pretrain is left out: give TEXT=")
 	$(if $(TEXT),$(BIN)/python -m benchmarks.pretrain --what loss --text $(TEXT) $(if $(NANOGPT),--nanogpt $(NANOGPT)))
 
-lint: .venv/.installed
+lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-format: .venv/.installed
+format: .venv/.installed  ## ruff's format, and what it can mend itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -47,5 +59,5 @@ PIP := $(BIN)/pip install --disable-pip-version-check --retries 1 -c constraints
 	$(PIP) ".[dev]"
 	touch $@
 
-clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+clean:  ## remove .venv, runs and caches
+	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,11 +1,12 @@
 """Shared fixtures: no network, one thread, a tiny chat tokenizer, tiny random models of both
-families."""
+families; and which tests share a process."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads them
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 
 import json
 from collections.abc import Callable

@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, family):
     "content, words",
     [
         (None, "no config.json"),
-        (b'{\n"a": 1,\n}', r"config.json:3: broken JSON"),
+        (b'{\n"a": 1,\n"b"}', r"config.json:3: broken JSON"),
         (b"{}", "model_type"),
         (b"[]", r"config.json: expected a JSON object, found list"),
         (b'{"model_type": "\xff"}', r"config.json: .*can't decode byte 0xff"),
