@@ -1,4 +1,4 @@
-"""Draw the README's picture from a finished run of the demo: one prompt, three models, three curves.
+"""Draw the README's picture from a run of the demo: one prompt, three models, three curves.
 
     python docs/picture.py runs/demo                     writes docs/picture.svg
     python docs/picture.py runs/demo --prompt "Where do the otter and the owl live?"
@@ -156,7 +156,8 @@ def read(run: Path, prompt: str | None) -> tuple[str, list[Stage]]:
 
 def text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
     """One line of text whose baseline begins (or ends, or has its middle) at x, y."""
-    return f'<text x="{x:.0f}" y="{y:.0f}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
+    where = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"'
+    return f'<text {where} class="{kind}">{escape(words)}</text>'
 
 
 def wrapped(answer: str, most: int = 9) -> list[str]:
