@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, MARGIN, GAP = 960, 28, 20
 COLUMN = (WIDTH - 2 * MARGIN - 2 * GAP) // 3
-LETTERS = 36  # of an answer's line, which is about as wide as a column inside its padding
+LETTERS = 31  # of an answer's line, which fits into a column in any font
 LINE = 23  # from one line of text to the next
 CHART = 150  # height of the area of the curves
 
@@ -39,6 +39,7 @@ text { font-family: -apple-system, "Segoe UI", "Noto Sans", Helvetica, Arial, sa
 .grid { stroke: #d1d9e0; }
 .one { stroke: #0969da; fill: none; stroke-width: 3; stroke-linejoin: round; }
 .two { stroke: #1a7f37; fill: none; stroke-width: 3; stroke-linejoin: round; }
+.dot-one { fill: #0969da; } .dot-two { fill: #1a7f37; }
 .name-one { fill: #0969da; font-size: 15px; font-weight: 600; }
 .name-two { fill: #1a7f37; font-size: 15px; font-weight: 600; }
 @media (prefers-color-scheme: dark) {
@@ -49,8 +50,8 @@ text { font-family: -apple-system, "Segoe UI", "Noto Sans", Helvetica, Arial, sa
   .good, .name-two { fill: #3fb950; }
   .bad { fill: #f0a04b; }
   .grid { stroke: #3d444d; }
-  .one { stroke: #58a6ff; } .name-one { fill: #58a6ff; }
-  .two { stroke: #3fb950; }
+  .one { stroke: #58a6ff; } .name-one, .dot-one { fill: #58a6ff; }
+  .two { stroke: #3fb950; } .dot-two { fill: #3fb950; }
 }
 """
 
@@ -62,6 +63,7 @@ class Curve(NamedTuple):
 
     name: str  # written above the chart, in the line's colour
     points: Points
+    dots: bool = False  # drawn as dots, as it was measured now and then
 
 
 class Stage(NamedTuple):
@@ -75,6 +77,7 @@ class Stage(NamedTuple):
     chart_title: str
     unit: str  # of the steps of the chart
     curves: list[Curve]
+    note: tuple[str, str] = ("", "")  # one more line below the names of the curves
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -97,24 +100,29 @@ def gold_by_rollout(run: Path, gold: str) -> Points:
 
 
 def pick(samples: Sequence[dict[str, Any]], prompt: str | None) -> dict[str, Any]:
-    """The sample to show: that of the prompt, or the one with the largest difference.
+    """The sample to show: that of the prompt, or the one that shows the largest difference.
 
-    Among equal differences it is the one with the shortest answers. Ends the program when the
-    prompt is not among the samples of compare.json.
+    That is where the assistant's answer is wrong but not nonsense, the answer after RL is right,
+    and gold differs most. Ends the program when there is no such sample.
     """
     if prompt is not None:
-        for sample in samples:
-            if sample["prompt"] == prompt:
-                return sample
-        known = "\n  ".join(sample["prompt"] for sample in samples)
-        sys.exit(f"compare.json has no answers to {prompt!r}; it has those to\n  {known}")
+        samples = [sample for sample in samples if sample["prompt"] == prompt]
+    else:
+        samples = [sample for sample in samples if is_telling(*golds(sample))]
+    if not samples:
+        sys.exit("compare.json has no such sample: name another prompt of it with --prompt")
+    return max(samples, key=lambda sample: round(golds(sample)[1] - golds(sample)[0], 1))
 
-    def difference(sample: dict[str, Any]) -> tuple[float, int]:
-        answers = {name: kinds["sampled"] for name, kinds in sample["answers"].items()}
-        gain = round(answers["rl"]["gold"] - answers["sft"]["gold"], 1)
-        return gain, -sum(len(answer["text"]) for answer in answers.values())
 
-    return max(samples, key=difference)
+def golds(sample: dict[str, Any]) -> tuple[float, float]:
+    """What the ground truth says of the sampled answers of the assistant, and of that after RL."""
+    answers = sample["answers"]
+    return answers["sft"]["sampled"]["gold"], answers["rl"]["sampled"]["gold"]
+
+
+def is_telling(before: float, after: float) -> bool:
+    """Whether the first is wrong but no nonsense, and the second right."""
+    return 0.1 < before < 0.5 < after
 
 
 def read(run: Path, prompt: str | None) -> tuple[str, list[Stage]]:
@@ -122,36 +130,48 @@ def read(run: Path, prompt: str | None) -> tuple[str, list[Stage]]:
     report = json.loads((run / "compare.json").read_text())
     sample = pick(report["samples"], prompt)
     metrics = {name: rows_of(run / name / "metrics.jsonl") for name in ("pretrain", "sft", "rl")}
-    gold = gold_by_rollout(run, report["gold"])
-    kl = metrics["rl"][-1]["kl"]
+    kl = column(metrics["rl"], "kl")
     told = {
-        "pretrain": (
-            "1. Pretraining: base",
-            "goes on with the document",
-            "next-token loss",
-            "step",
-        ),
-        "sft": ("2. SFT: assistant", "answers, carelessly", "loss on answers", "step"),
-        "rl": ("4. RL: better assistant", "answers well", f"ends at KL {kl:.1f} nats", "rollout"),
+        "pretrain": ("Base model", "continues a document", "loss on the next token", "step"),
+        "sft": ("Assistant (SFT)", "answers, with careless errors", "loss on answers", "step"),
+        "rl": ("After RL (PPO)", "answers well", "score of the answers", "rollout"),
     }
-    curves = {
-        "pretrain": [Curve("held-out loss", column(metrics["pretrain"], "eval_loss"))],
-        "sft": [
-            Curve("training", column(metrics["sft"], "loss")),
-            Curve("held out", column(metrics["sft"], "eval_loss")),
-        ],
-        "rl": [
-            Curve("reward model", column(metrics["rl"], "score")),
-            Curve("ground truth", gold),
-        ],
-    }
+    curves = {name: losses(metrics[name]) for name in ("pretrain", "sft")}
+    curves["rl"] = [
+        Curve("reward model", column(metrics["rl"], "score")),
+        Curve("ground truth", gold_by_rollout(run, report["gold"])),
+    ]
+    notes = {"rl": ("distance (KL)", f"{change(kl)} nats")}
     stages = []
     for name, (title, about, chart_title, unit) in told.items():
         answer = sample["answers"][name]["sampled"]
-        verdict = f"ground truth: {answer['gold']:.2f} of 1"
-        text, good = " ".join(answer["text"].split()), answer["gold"] > 0.5
-        stages.append(Stage(title, about, text, verdict, good, chart_title, unit, curves[name]))
+        stages.append(
+            Stage(
+                title,
+                about,
+                answer["text"].strip(),
+                f"ground truth: {answer['gold']:.2f} of 1",
+                answer["gold"] > 0.5,
+                chart_title,
+                unit,
+                curves[name],
+                notes.get(name, ("", "")),
+            )
+        )
     return sample["prompt"], stages
+
+
+def losses(rows: Sequence[dict[str, Any]]) -> list[Curve]:
+    """The two losses of a stage."""
+    return [
+        Curve("training", column(rows, "loss")),
+        Curve("held out", column(rows, "eval_loss"), dots=True),
+    ]
+
+
+def change(points: Points) -> str:
+    """From where to where some points go."""
+    return f"{points[0][1]:.2f} → {points[-1][1]:.2f}"
 
 
 def text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
@@ -162,40 +182,47 @@ def text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> st
 
 def wrapped(answer: str, most: int = 9) -> list[str]:
     """The answer in lines; what does not fit into `most` of them becomes an ellipsis."""
-    return textwrap.wrap(answer, LETTERS, max_lines=most, placeholder=" …")
+    lines = [part for line in answer.splitlines() for part in textwrap.wrap(line, LETTERS)]
+    return lines if len(lines) <= most else [*lines[: most - 1], "…"]
 
 
 def plot(stage: Stage, x: float, y: float, width: float) -> list[str]:
     """The curves of a stage in a field whose upper left corner is x, y."""
     points = [point for curve in stage.curves for point in curve.points]
-    last, high = max(step for step, _ in points), max(0.0, *(value for _, value in points))
-    low = min(0.0, *(value for _, value in points))
-    span = (high - low) or 1.0
+    last = max(step for step, _ in points) or 1
+    values = [0.0, *(value for _, value in points)]
+    low, high = min(values), max(values)
 
     def place(step: float, value: float) -> tuple[float, float]:
-        return x + width * step / (last or 1), y + CHART * (high - value) / span
+        """Where a point is in the picture."""
+        return x + width * step / last, y + CHART * (high - value) / ((high - low) or 1)
 
-    zero = place(0, 0)[1]
-    parts = [f'<path d="M{x:.0f} {zero:.1f}h{width:.0f}" class="grid"/>']
-    for curve, kind in zip(stage.curves, ("one", "two"), strict=False):
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(*p) for p in curve.points))
-        parts.append(f'<polyline points="{path}" class="{kind}"/>')
+    parts = [f'<path d="M{x:.0f} {place(0, 0)[1]:.1f}h{width:.0f}" class="grid"/>']
+    for curve, kind in zip(stage.curves, ("one", "two"), strict=True):
+        places = [place(*point) for point in curve.points]
+        if curve.dots:
+            parts += [
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" class="dot-{kind}"/>'
+                for px, py in places
+            ]
+        else:
+            path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+            parts.append(f'<polyline points="{path}" class="{kind}"/>')
     below = y + CHART + LINE
-    parts += [
-        text(x, below, "0", "soft"),
-        text(x + width, below, f"{last:g} {stage.unit}s", "soft", "end"),
-    ]
+    parts.append(text(x, below, "0", "soft"))
+    parts.append(text(x + width, below, f"{last:g} {stage.unit}s", "soft", "end"))
     return parts
 
 
 def legend(stage: Stage, x: float, y: float, width: float) -> list[str]:
     """Title of the chart, and a line for each curve: its name, and from where to where it went."""
+    rows = [(curve.name, change(curve.points)) for curve in stage.curves] + [stage.note]
     parts = [text(x, y, stage.chart_title, "title")]
-    for number, (curve, kind) in enumerate(zip(stage.curves, ("one", "two"), strict=False), 1):
-        first, last = curve.points[0][1], curve.points[-1][1]
-        parts.append(text(x, y + number * LINE, curve.name, f"name-{kind}"))
-        change = f"{first:.2f} → {last:.2f}"
-        parts.append(text(x + width, y + number * LINE, change, "soft", "end"))
+    for number, ((name, told), kind) in enumerate(
+        zip(rows, ("name-one", "name-two", "soft"), strict=True), 1
+    ):
+        parts.append(text(x, y + number * LINE, name, kind))
+        parts.append(text(x + width, y + number * LINE, told, "soft", "end"))
     return parts
 
 
@@ -203,8 +230,8 @@ def draw(prompt: str, stages: Sequence[Stage]) -> str:
     """The picture as SVG."""
     lines = max(len(wrapped(stage.answer)) for stage in stages)
     top, pad = 92, 16
-    chart_top = top + 2 * LINE + 26 + (lines + 1) * LINE + 58
-    height = chart_top + 3 * LINE + CHART + LINE + 2 * pad + MARGIN - 14
+    chart_top = top + 2 * LINE + 34 + (lines + 1) * LINE + 30
+    height = chart_top + 4 * LINE + CHART + LINE + pad + MARGIN
     parts = [
         f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1}" rx="14" class="page"/>',
         text(WIDTH / 2, 54, f"“{prompt}”", "prompt", "middle"),
@@ -223,7 +250,7 @@ def draw(prompt: str, stages: Sequence[Stage]) -> str:
         kind = "good" if stage.good else "bad"
         parts.append(text(x, y + lines * LINE + 8, stage.verdict, kind))
         parts += legend(stage, x, chart_top, width)
-        parts += plot(stage, x, chart_top + 3 * LINE, width)
+        parts += plot(stage, x, chart_top + 4 * LINE, width)
     label = escape(f"Answers of three models to: {prompt}")
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
     return "\n".join(
