@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
 
     A training step on a CPU frees and takes the same tensors again and again; glibc returns the
     large ones at once, and the system fills each page anew with zeros when it is first touched: a
-    fifth of a step (LOG.md). Where the C library is another one, nothing happens.
+    fifth of a step (docs/log.md). Where the C library is another one, nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
