@@ -13,12 +13,20 @@ from common.model.shape import GPTConfig
 
 
 class GPU(NamedTuple):
-    memory: float  # bytes
-    flops: float  # FLOP/s of dense matrix products in bf16 (V100: fp16), sums in fp32
-    fp32_flops: float  # FLOP/s in fp32, where PyTorch by default uses no tensor cores
-    bandwidth: float  # bytes/s between the chip and its memory
-    price: float  # assumed US dollars an hour
+    """What one GPU can do, and what it costs."""
+
+    memory: float
+    """Bytes."""
+    flops: float
+    """FLOP/s of dense matrix products in bf16 (V100: fp16), with sums in fp32."""
+    fp32_flops: float
+    """FLOP/s in fp32, where PyTorch by default uses no tensor cores."""
+    bandwidth: float
+    """Bytes/s between the chip and its memory."""
+    price: float
+    """Assumed US dollars an hour."""
     bf16: bool = True
+    """Whether it computes in bf16."""
 
 
 # NVIDIA's data sheets (SXM versions where there are several; without sparsity). Their GB are read
@@ -44,10 +52,14 @@ MFU = 0.40
 class Numerics(NamedTuple):
     """Bytes of a number in what the forward pass keeps for the backward pass."""
 
-    compute: int  # in and out of matrix products
-    residual: int  # the residual stream, which feeds the norms
-    own_attention: bool = False  # whose backward pass is ours (common/attention.py), not PyTorch's
+    compute: int
+    """In and out of matrix products."""
+    residual: int
+    """The residual stream, which feeds the norms."""
+    own_attention: bool = False
+    """Attention's backward pass is that of cpu/attention.py, not PyTorch's."""
     own_swiglu: bool = False
+    """SwiGLU's backward pass is that of cpu/kernels.py, not PyTorch's."""
 
 
 # Autocast leaves the residual stream in fp32; DeepSpeed casts the model itself.
@@ -84,9 +96,8 @@ def parameters(config: GPTConfig, head: Literal["lm", "scalar"] = "lm") -> int:
     (tied: counted once)."""
     c = config
     layers = layers_of(c)
-    biases = c.attention_bias * (layers["qkv"][1] + c.n_embd) + c.mlp_bias * (
-        layers["up"][1] + c.n_embd
-    )
+    biases = c.attention_bias * (layers["qkv"][1] + c.n_embd)
+    biases += c.mlp_bias * (layers["up"][1] + c.n_embd)
     norm = c.n_embd * (2 if c.family == "gpt2" else 1)
     embeddings = c.n_embd * (c.vocab_size + (c.max_length if c.family == "gpt2" else 0))
     last = c.n_embd if head == "scalar" else 0 if c.tie_embeddings else c.n_embd * c.vocab_size
@@ -108,10 +119,8 @@ def forward_flops(config: GPTConfig, tokens: float, length: float, head_tokens: 
     full T x T square, though half of it is masked); a local layer sees its window. Norms,
     activations and embedding look-ups are left out.
     """
-    seen = sum(
-        min(length, config.window) if kind == "local" else length
-        for kind in config.attention_pattern
-    )
+    span = {"full": length, "local": min(length, config.window or length)}
+    seen = sum(span[kind] for kind in config.attention_pattern)
     trunk = 2 * block_matrices(config) + 4 * config.n_embd * seen
     return tokens * trunk + head_tokens * 2 * config.n_embd * config.vocab_size
 
@@ -151,15 +160,12 @@ def activation_bytes(
     mlp = c.n_inner * (2 if c.family == "gpt2" else 3 if n.own_swiglu else 4) * n.compute
     dropout = 2 * c.n_embd if c.dropout else 0
     layer = norms + attention + mlp + dropout
-    outside = c.n_embd * (n.residual + n.compute) + (
-        length * n.compute if masked else 0
-    )  # last norm, input of the head
-    kept = (
-        c.n_layer * c.n_embd * n.residual + layer * (c.n_layer > 0)
-        if checkpointing
-        else c.n_layer * layer
-    )
-    return rows * length * (kept + outside)
+    kept = c.n_layer * layer
+    if checkpointing:
+        kept = c.n_layer * c.n_embd * n.residual + layer * (c.n_layer > 0)
+    kept += c.n_embd * (n.residual + n.compute)  # of the last norm; input of the head
+    kept += length * n.compute if masked else 0
+    return rows * length * kept
 
 
 def kv_cache_bytes(config: GPTConfig, rows: float, length: float, element: int = 4) -> float:

@@ -1,5 +1,4 @@
-"""LoRA (Hu 2021) through peft: inject adapters, merge them into the weights, save them beside under
-transformers' names."""
+"""LoRA (Hu 2021) through peft: inject adapters into a model, merge them into its weights."""
 
 from torch import Tensor, nn
 
@@ -15,22 +14,15 @@ def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str])
     """
     from peft import LoraConfig, inject_adapter_in_model  # 3 s to import: only who needs it pays
 
-    layers = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = {name.rsplit(".", 1)[-1] for name in linear} - {"head", "score"}
+    known = f"there are {', '.join(sorted(layers))}"
     if not targets:
-        raise InputError(
-            f"lora_targets is empty; there are {', '.join(sorted(layers - {'head', 'score'}))}"
-        )
-    if unknown := sorted(set(targets) - (layers - {"head", "score"})):
-        raise InputError(
-            f"lora_targets {unknown[0]!r}: no such layer; there are {', '.join(sorted(layers - {'head', 'score'}))}"
-        )
-    inject_adapter_in_model(
-        LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0), model
-    )
+        raise InputError(f"lora_targets is empty; {known}")
+    if unknown := sorted(set(targets) - layers):
+        raise InputError(f"lora_targets {unknown[0]!r}: no such layer; {known}")
+    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+    inject_adapter_in_model(lora, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or name.startswith("score.")
 
@@ -38,19 +30,14 @@ def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str])
 def merged_state(model: GPT | RewardModel) -> dict[str, Tensor]:
     """The model's weights under their plain names, adapters added in: what `publish` writes."""
     full = model.state_dict()
-    state = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in full.items()
-        if "lora_" not in name
-    }
+    plain = {name: tensor for name, tensor in full.items() if "lora_" not in name}
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in plain.items()}
     if len(state) == len(full):
         return state
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            delta = module.get_delta_weight("default")
-            state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(
-                state[f"{name}.weight"].dtype
-            )
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)
     return state

@@ -22,6 +22,7 @@ _GPT3 = {
 
 
 def _shape(n_layer: int, n_head: int, n_embd: int, **more: Any) -> dict[str, Any]:
+    """Keys of a gpt2."""
     return {"family": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **more}
 
 
@@ -48,6 +49,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt3-175b": _shape(96, 96, 12288, **_GPT3),
 }  # fmt: skip
 DEFAULTS = {"family": "llama", "n_layer": 4, "n_head": 4, "n_embd": 128}
+
+
+# Keys that are called the same in GPTConfig, and that have no default of their own.
+SAME = ("family", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "window")
+SAME += ("attention_bias", "mlp_bias")
 
 
 @stage_config
@@ -87,20 +93,9 @@ class ArchitectureConfig:
 
 
 def shape_of(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPTConfig:
-    """The shape that the keys describe: the key given < the preset's < the default. max_length:
-    positions if neither says."""
-    keys = (
-        "family",
-        "n_layer",
-        "n_head",
-        "n_kv_head",
-        "n_embd",
-        "n_inner",
-        "window",
-        "attention_bias",
-        "mlp_bias",
-    )
-    given = {key: value for key in keys if (value := getattr(cfg, key)) is not None}
+    """The shape that the keys describe: a key that is given wins over the preset's, and that over
+    the default. max_length: positions if neither key nor preset says."""
+    given = {key: value for key in SAME if (value := getattr(cfg, key)) is not None}
     given |= {"max_length": cfg.context_length} if cfg.context_length else {}
     given |= {"attention_pattern": tuple(cfg.attention_pattern)} if cfg.attention_pattern else {}
     wanted = {"max_length": max_length, **DEFAULTS, **PRESETS.get(cfg.preset or "", {}), **given}
@@ -110,14 +105,12 @@ def shape_of(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPTCo
 
 
 def new_model(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPT:
-    """InputError when its context is shorter than the rows of max_length that it is to learn
-    from."""
+    """A GPT of the shape that the keys describe, with random weights. Raises InputError when its
+    context is shorter than the rows of max_length that it is to learn from."""
     shape = shape_of(cfg, vocab_size, max_length)
     if max_length > shape.max_length:
-        given = (
-            f"context_length {cfg.context_length}" if cfg.context_length else f"preset {cfg.preset}"
-        )
-        raise InputError(
-            f"max_length {max_length}: the context of the new model is {shape.max_length} ({given})"
-        )
+        length, preset = cfg.context_length, cfg.preset
+        by = f"context_length {length}" if length else f"preset {preset}"
+        context = f"the context of the new model is {shape.max_length} ({by})"
+        raise InputError(f"max_length {max_length}: {context}")
     return GPT(shape)

@@ -1,5 +1,5 @@
 // What kernels.c, attention.c and packed.c share: inner loops of the modules of the same names, for CPUs, which do in one pass
-// over memory what takes PyTorch's operations several. common/native.py compiles them.
+// over memory what takes PyTorch's operations several. compile.py compiles them.
 //
 // A tensor is a pointer and `half`: 1 for bf16, 0 for fp32. Rows are widened to fp32 in buffers that stay in the first-level
 // cache, computed with there, and rounded once, when they are stored.

@@ -33,20 +33,14 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 def can_pack(layer: nn.Linear) -> bool:
-    weight, bias = layer.weight, layer.bias
-    if (
-        weight.dtype != torch.bfloat16
-        or (bias is not None and bias.dtype != torch.bfloat16)
-        or "forward" in vars(layer)
-    ):
+    """Whether the processor has matrix units and they take this layer: in bf16, of an even width of
+    at least 32, and not packed already."""
+    inputs = layer.weight.shape[1]
+    in_bf16 = all(p is None or p.dtype == torch.bfloat16 for p in (layer.weight, layer.bias))
+    if not in_bf16 or "forward" in vars(layer) or inputs % 2 or inputs < 32:
         return False
-    functions = functions_for(weight)
-    return (
-        functions is not None
-        and weight.shape[1] % 2 == 0
-        and weight.shape[1] >= 32
-        and bool(functions.can_pack())
-    )
+    functions = functions_for(layer.weight)
+    return functions is not None and bool(functions.can_pack())
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -58,7 +52,8 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def product(weight: Tensor, bias: Tensor | None, made: Tensor, x: Tensor) -> Tensor:
-    """F.linear(x, weight, bias) for x (..., inputs); made: the weight packed."""
+    """F.linear(x, weight, bias) for x (..., inputs); made: the weight packed. Many rows, and what
+    needs a gradient, go to PyTorch."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
     if rows > FEW or x.dtype != weight.dtype or torch.is_grad_enabled():
