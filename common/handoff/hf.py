@@ -68,14 +68,12 @@ def is_transposed(module: str, kind: str, family: Family) -> bool:
 
 def absent_biases(config: GPTConfig) -> dict[str, int]:
     """Biases that their layout has and our model lacks: name -> size. They are zeros."""
-    ours = {"attn": config.attention_bias, "mlp": config.mlp_bias}
-    sizes = {name: outputs for name, (_, outputs) in layers_of(config).items()}
     absent = {}
     for part in family_of(config).always_biased:
-        group, name = part.split(".")
-        for layer in range(0 if ours[group] else config.n_layer):
+        name = part.split(".")[1]
+        for layer in range(0 if name in config.biased else config.n_layer):
             (module,) = theirs(f"trunk.blocks.{layer}.{part}", config)[0]
-            absent[f"{module}.bias"] = sizes[name]
+            absent[f"{module}.bias"] = layers_of(config)[name][1]
     return absent
 
 

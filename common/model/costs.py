@@ -95,9 +95,7 @@ def parameters(config: GPTConfig, head: Literal["lm", "scalar"] = "lm") -> int:
     """Parameters, exactly: embeddings, positions (gpt2), blocks with biases and norms, and the head
     (tied: counted once)."""
     c = config
-    layers = layers_of(c)
-    biases = c.attention_bias * (layers["qkv"][1] + c.n_embd)
-    biases += c.mlp_bias * (layers["up"][1] + c.n_embd)
+    biases = sum(outputs for name, (_, outputs) in layers_of(c).items() if name in c.biased)
     norm = c.n_embd * (2 if c.family == "gpt2" else 1)
     embeddings = c.n_embd * (c.vocab_size + (c.max_length if c.family == "gpt2" else 0))
     last = c.n_embd if head == "scalar" else 0 if c.tie_embeddings else c.n_embd * c.vocab_size

@@ -37,8 +37,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width = (config.n_head + 2 * config.n_kv_head) * config.head_width
-        self.qkv = nn.Linear(config.n_embd, width, bias=config.attention_bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
+        self.qkv = nn.Linear(config.n_embd, width, bias="qkv" in config.biased)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias="out" in config.biased)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -63,8 +63,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.family == "llama"
         inner = config.n_inner * (2 if self.gated else 1)
-        self.up = nn.Linear(config.n_embd, inner, bias=config.mlp_bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.up = nn.Linear(config.n_embd, inner, bias="up" in config.biased)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias="down" in config.biased)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -106,6 +106,11 @@ class GPTConfig:
         return "local" in self.attention_pattern
 
     @property
+    def biased(self) -> tuple[str, ...]:
+        """Which matrices of a block have a bias: of qkv, out, up and down."""
+        return ("qkv", "out") * self.attention_bias + ("up", "down") * self.mlp_bias
+
+    @property
     def head_width(self) -> int:
         """Width of a head, D."""
         return self.n_embd // self.n_head
