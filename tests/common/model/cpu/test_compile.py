@@ -94,7 +94,9 @@ def test_a_processor_that_tells_no_flags_is_no_obstacle(folder, monkeypatch):
 def test_openmp_is_the_one_of_torch():
     """One OpenMP in the process, and its number of threads is torch's."""
     script = (
-        "import torch; torch.set_num_threads(2); from common.model.cpu.compile import library; from common.model.cpu.kernels import rms_norm;"
+        "import torch; torch.set_num_threads(2);"
+        "from common.model.cpu.compile import library;"
+        "from common.model.cpu.kernels import rms_norm;"
         "assert library(); x = torch.randn(4096, 64); rms_norm(x, torch.ones(64), 1e-5);"
         "maps = open('/proc/self/maps').read();"
         "print(len({row.split()[-1] for row in maps.splitlines() if 'omp' in row.split('/')[-1]}))"
