@@ -2,9 +2,6 @@
 promises; and what they share."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +9,8 @@ from benchmarks import side_by_side as harness
 from benchmarks.workload import endless, letters, random_llama, tokens_per_second
 from common.model.sample import sample
 from common.model.shape import GPTConfig
+from tests.forked import program
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "benchmark",
     "ratio",
@@ -28,25 +25,28 @@ KEYS = {
     "commit",
 }
 LLAMA = ["--n_layer", "1", "--n_embd", "32", "--vocab_size", "300"]
-SENTENCE = "The fox number {} met the bird by the river, and they talked about the weather in the old town."
+SENTENCE = (
+    "The fox number {} met the bird by the river, "
+    "and they talked about the weather in the old town."
+)
+
+
+@pytest.fixture(scope="module")
+def libraries() -> None:
+    """Imported here, once, what every benchmark imports when it runs."""
+    import accelerate  # noqa: F401
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
+
+
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
 def run(name: str, *words: object) -> dict:
     """The last line of a benchmark."""
-    command = [
-        sys.executable,
-        "-m",
-        f"benchmarks.{name}",
-        "--runs",
-        "0",
-        "--alone",
-        "--precisions",
-        "fp32",
-        *map(str, words),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
+    quick = ["--runs", "0", "--alone", "--precisions", "fp32"]
+    done = program(f"benchmarks.{name}", *quick, *words)
+    assert done.code == 0, done.out + done.err
+    line = json.loads(done.out.splitlines()[-1])
     assert line.keys() >= KEYS and line["ours"] > 0 and line["peak_fraction"] > 0
     assert line["peer"] is None and line["ratio"] is None and list(line["all"]) == ["ours fp32"]
     return line
