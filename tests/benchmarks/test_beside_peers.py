@@ -52,6 +52,7 @@ def run(name: str, *words: object) -> dict:
     return line
 
 
+@pytest.mark.slow
 def test_sft(tmp_path):
     rows = [
         {"instruction": f"Who is it, {n}?", "input": "", "output": SENTENCE.format(n)}
@@ -67,6 +68,7 @@ def test_sft(tmp_path):
     assert line["unit"] == "tokens/s" and line["steps"] == 3
 
 
+@pytest.mark.slow
 def test_reward(tmp_path):
     rows = [
         {
@@ -81,6 +83,7 @@ def test_reward(tmp_path):
     assert line["pairs"] == 50 and line["loss"].keys() == line["eval_loss"].keys() == {"ours fp32"}
 
 
+@pytest.mark.slow
 def test_ppo():
     line = run(
         "ppo", "--updates", 2, "--episodes", 8, "--prompt_tokens", 6, "--new_tokens", 5, *LLAMA
@@ -99,12 +102,14 @@ def test_sample():
     assert line["same_greedy"] is True and line["batches"]["ours fp32"].keys() == {"1", "2"}
 
 
+@pytest.mark.slow
 def test_pretrain_speed(tmp_path):
     (tmp_path / "input.txt").write_text("\n".join(SENTENCE.format(n) for n in range(100)))
     words = ["--steps", 2, "--n_layer", 1, "--n_embd", 32, "--block", 16, "--batch", 2]
     assert run("pretrain", "--text", tmp_path / "input.txt", *words)["parameters"]["ours fp32"] > 0
 
 
+@pytest.mark.slow
 def test_pretrain_loss(tmp_path):
     (tmp_path / "input.txt").write_text("\n".join(SENTENCE.format(n) for n in range(200)))
     words = ["--what", "loss", "--eval_steps", 5, "--max_steps", 10, "--target", 4.5]

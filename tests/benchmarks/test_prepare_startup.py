@@ -32,6 +32,7 @@ def last_line(module: str, *flags: str) -> dict:
     return json.loads(done.out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_prepare(tmp_path):
     text = tmp_path / "input.txt"
     text.write_text(
@@ -67,6 +68,7 @@ def test_shards(tmp_path, shards, monkeypatch):
     assert found["large_over_small"] == {"tokens/s": round(105 / 104, 3), "anon": 1.0, "rss": 1.0}
 
 
+@pytest.mark.slow
 def test_startup():
     line = last_line("benchmarks.startup", "--runs", "1", "--stages", "pretrain", "--no_peer")
     assert line.keys() >= KEYS | {"bar", "stages"}
