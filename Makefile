@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # Tests run in as many processes as there are cores, at most 8; make JOBS=0 runs them in one.
-JOBS ?= auto --maxprocesses 8
+JOBS ?= logical
+PARALLEL := -n $(JOBS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help demo check test test-all faults bench lint format clean
@@ -15,13 +16,13 @@ demo: .venv/.installed  ## the whole road on this machine: text, base, assistant
 	$(BIN)/python pipeline.py configs/demo
 
 check: lint  ## lint, types and the fast tests: about a minute on two cores
-	$(PYTEST) -n $(JOBS) -m "not slow and not process"
+	$(PYTEST) $(PARALLEL) -m "not slow and not heavy"
 
 test: lint  ## lint, types and all tests that are not rare: at most 8 minutes on two cores
-	$(PYTEST) -n $(JOBS) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-all: lint  ## every test, the slow and rare ones too
-	$(PYTEST) -n $(JOBS)
+	$(PYTEST) $(PARALLEL)
 
 faults: .venv/.installed  ## every kill, crash, flipped bit and stop, of which the tests take a sample: 10 minutes
 	FAULTS=1 $(PYTEST) tests/faults --timeout 1200

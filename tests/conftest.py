@@ -23,11 +23,36 @@ from stages.pretrain import prepare
 torch.set_num_threads(1)
 
 FAMILIES = ("gpt2", "llama")
+# Folders whose tests start programs or run whole stages, and fixtures that say the same of a test.
+HEAVY_FOLDERS = {"benchmarks", "faults", "smoke"}
+HEAVY_FIXTURES = {"fresh_accelerate", "setting"}
+# What takes longest goes first, so that no process is left alone with it at the end.
+FIRST = ["smoke", "faults", "plan", "cpu", "benchmarks"]
 SENTENCES = [
-    "What is two plus three? Two plus three is five. The red fox and the blue bird went to the old town.",
-    "Name an animal. The fox is an animal. It's a good day, isn't it? Yes, it is a very good day in the town!",
-    "Please write one sentence with the word river. The river is wide and the water in the river is cold.",
+    "What is two plus three? Two plus three is five. "
+    "The red fox and the blue bird went to the old town.",
+    "Name an animal. The fox is an animal. "
+    "It's a good day, isn't it? Yes, it is a very good day in the town!",
+    "Please write one sentence with the word river. "
+    "The river is wide and the water in the river is cold.",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves out. With several processes (pytest -n) the tests of a file
+    stay together, as they share fixtures; so do all that share the road in miniature."""
+    for item in items:
+        folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+        if folder in HEAVY_FOLDERS or HEAVY_FIXTURES & set(item.fixturenames):
+            item.add_marker("heavy")
+        group = "road" if "road" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: order(item.path.parent.name))
+
+
+def order(folder: str) -> int:
+    """Place of a folder's tests in the whole."""
+    return FIRST.index(folder) if folder in FIRST else len(FIRST)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 promises; and what they share."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +9,8 @@ from benchmarks import side_by_side as harness
 from benchmarks.workload import endless, letters, random_llama, tokens_per_second
 from common.model.sample import sample
 from common.model.shape import GPTConfig
+from tests.forked import program
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "benchmark",
     "ratio",
@@ -34,27 +31,28 @@ SENTENCE = (
 )
 
 
+@pytest.fixture(scope="module")
+def libraries() -> None:
+    """Imported here, once, what every benchmark imports when it runs."""
+    import accelerate  # noqa: F401
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
+
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+
 def run(name: str, *words: object) -> dict:
     """The last line of a benchmark."""
-    command = [
-        sys.executable,
-        "-m",
-        f"benchmarks.{name}",
-        "--runs",
-        "0",
-        "--alone",
-        "--precisions",
-        "fp32",
-        *map(str, words),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
+    quick = ["--runs", "0", "--alone", "--precisions", "fp32"]
+    done = program(f"benchmarks.{name}", *quick, *words)
+    assert done.code == 0, done.out + done.err
+    line = json.loads(done.out.splitlines()[-1])
     assert line.keys() >= KEYS and line["ours"] > 0 and line["peak_fraction"] > 0
     assert line["peer"] is None and line["ratio"] is None and list(line["all"]) == ["ours fp32"]
     return line
 
 
+@pytest.mark.slow
 def test_sft(tmp_path):
     rows = [
         {"instruction": f"Who is it, {n}?", "input": "", "output": SENTENCE.format(n)}
@@ -70,6 +68,7 @@ def test_sft(tmp_path):
     assert line["unit"] == "tokens/s" and line["steps"] == 3
 
 
+@pytest.mark.slow
 def test_reward(tmp_path):
     rows = [
         {
@@ -84,6 +83,7 @@ def test_reward(tmp_path):
     assert line["pairs"] == 50 and line["loss"].keys() == line["eval_loss"].keys() == {"ours fp32"}
 
 
+@pytest.mark.slow
 def test_ppo():
     line = run(
         "ppo", "--updates", 2, "--episodes", 8, "--prompt_tokens", 6, "--new_tokens", 5, *LLAMA
@@ -102,12 +102,14 @@ def test_sample():
     assert line["same_greedy"] is True and line["batches"]["ours fp32"].keys() == {"1", "2"}
 
 
+@pytest.mark.slow
 def test_pretrain_speed(tmp_path):
     (tmp_path / "input.txt").write_text("\n".join(SENTENCE.format(n) for n in range(100)))
     words = ["--steps", 2, "--n_layer", 1, "--n_embd", 32, "--block", 16, "--batch", 2]
     assert run("pretrain", "--text", tmp_path / "input.txt", *words)["parameters"]["ours fp32"] > 0
 
 
+@pytest.mark.slow
 def test_pretrain_loss(tmp_path):
     (tmp_path / "input.txt").write_text("\n".join(SENTENCE.format(n) for n in range(200)))
     words = ["--what", "loss", "--eval_steps", 5, "--max_steps", 10, "--target", 4.5]

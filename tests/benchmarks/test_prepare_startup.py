@@ -2,8 +2,6 @@
 must tell."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import pytest
 
 from benchmarks import prepare
 from common.rows.shards import Shards
+from tests.forked import program
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "benchmark",
     "ratio",
@@ -29,17 +27,12 @@ KEYS = {
 
 
 def last_line(module: str, *flags: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    done = program(module, *flags)
+    assert done.code == 0, done.err
+    return json.loads(done.out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_prepare(tmp_path):
     text = tmp_path / "input.txt"
     text.write_text(
@@ -75,6 +68,7 @@ def test_shards(tmp_path, shards, monkeypatch):
     assert found["large_over_small"] == {"tokens/s": round(105 / 104, 3), "anon": 1.0, "rss": 1.0}
 
 
+@pytest.mark.slow
 def test_startup():
     line = last_line("benchmarks.startup", "--runs", "1", "--stages", "pretrain", "--no_peer")
     assert line.keys() >= KEYS | {"bar", "stages"}

@@ -17,10 +17,8 @@ import common.train.resume
 import common.train.run
 from common.program.files import verify
 
-SAVED, LAST = (
-    2,
-    6,
-)  # the state before the save that is hit, and the last one before the end, of 7 steps saved every 2
+# The state before the save that is hit, and the last one before the end, of 7 steps saved every 2.
+SAVED, LAST = 2, 6
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR
 

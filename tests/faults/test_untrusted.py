@@ -103,7 +103,8 @@ def test_in_pretraining_text(own, program, write, made, tmp_path):
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    keys = f"train_data: [{tmp_path / 'texts.jsonl'}]\nvocab_size: 300\ntokenizer: {'bpe' if own else made['lm']}"
+    keys = f"train_data: [{tmp_path / 'texts.jsonl'}]\nvocab_size: 300\n"
+    keys += f"tokenizer: {'bpe' if own else made['lm']}"
     assert program("prepare", "--config", str(write("prepare", keys))).code == 0
     folder = tmp_path / "out"
     tokenizer = load_tokenizer(str(folder))
@@ -182,7 +183,11 @@ def test_code_from_the_hub_is_never_trusted():
     forbidden = {"trust_remote_code", "pickle", "cloudpickle", "dill", "joblib"}
     sources = [
         *ROOT.glob("*.py"),
-        *(file for room in ("common", "stages", "data") for file in (ROOT / room).rglob("*.py")),
+        *(
+            file
+            for room in ("common", "stages", "tools", "data")
+            for file in (ROOT / room).rglob("*.py")
+        ),
     ]
     assert len(sources) > 40
     for file in sources:

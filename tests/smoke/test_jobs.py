@@ -9,7 +9,8 @@ import pytest
 from common.handoff.locate import load_tokenizer
 from common.handoff.publish import load_model
 from common.program.files import verify
-from tests.smoke.conftest import LAUNCH, PLAIN, ROAD, TRAINERS, call, lines
+from tests.forked import program
+from tests.smoke.conftest import LAUNCH, ROAD, TRAINERS, call, lines
 
 JOBS = ["stages.pretrain.prepare", *TRAINERS[:2], "stages.reward.collect", *TRAINERS[2:]]
 
@@ -69,19 +70,15 @@ def test_hand_offs_fit_each_other(road):
     assert sum("chosen" in row for row in rows) == 10
 
 
-def test_wrong_keys_end_in_one_line():
-    jobs = {
-        module: call([*PLAIN, module, "--learning_rat", "1", "--output_dirs", "x"])
-        for module in TRAINERS
-    }
-    for module, job in jobs.items():
-        out, err = job.communicate(timeout=100)
-        assert job.returncode == 2, module
-        assert not out
-        assert err.strip().splitlines() == [err.strip()]
-        assert "Traceback" not in err
-        assert "--learning_rat;" in err
-        assert "did you mean `learning_rate`?" in err
+@pytest.mark.parametrize("module", TRAINERS)
+def test_wrong_keys_end_in_one_line(module):
+    ended = program(module, "--learning_rat", "1", "--output_dirs", "x")
+    assert ended.code == 2
+    assert not ended.out
+    assert ended.err.strip().splitlines() == [ended.err.strip()]
+    assert "Traceback" not in ended.err
+    assert "--learning_rat;" in ended.err
+    assert "did you mean `learning_rate`?" in ended.err
 
 
 def test_a_wrong_file_key_names_file_and_line(tmp_path):
@@ -97,11 +94,10 @@ def test_a_wrong_file_key_names_file_and_line(tmp_path):
     assert code.read_text() == "2"  # accelerate itself says 1
 
 
-def test_help():
-    jobs = {module: call([*PLAIN, module, "--help"]) for module in JOBS}
-    for module, job in jobs.items():
-        out, err = job.communicate(timeout=100)
-        assert (job.returncode, err) == (0, ""), module
-        assert f"-m {module}" in out  # how it is launched
-        for key in ("--config FILE", "--output_dir", "--seed"):
-            assert key in out
+@pytest.mark.parametrize("module", JOBS)
+def test_help(module):
+    ended = program(module, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"-m {module}" in ended.out  # how it is launched
+    for key in ("--config FILE", "--output_dir", "--seed"):
+        assert key in ended.out

@@ -12,5 +12,5 @@ def test_as_many_parts_as_tell_them_apart():
 
 
 def test_one_that_is_named_twice():
-    with pytest.raises(InputError, match="^runs: a/b, a/b/: one is named twice$"):
+    with pytest.raises(InputError, match=r"^runs: a/b, a/b/: one is named twice$"):
         names_of(["a/b", "a/b/"], "runs")

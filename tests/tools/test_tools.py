@@ -1,4 +1,4 @@
-"""python -m tools: every tool in one line, without waiting for torch; and how programs are named."""
+"""python -m tools: every tool in one line, without torch; and how programs are named."""
 
 import re
 import subprocess

@@ -388,7 +388,8 @@ def test_a_program_that_ends_well_exits_with_zero_and_other_errors_keep_their_tr
 
 def test_as_a_program(tmp_path):
     (tmp_path / "program.py").write_text(
-        '"""Doc of the program."""\nfrom __future__ import annotations\nfrom common.config.schema import cli, stage_config\n\n\n'
+        '"""Doc of the program."""\nfrom __future__ import annotations\n'
+        "from common.config.schema import cli, stage_config\n\n\n"
         '@stage_config\nclass Config:\n    count: int = 1\n    """How many."""\n\n\n'
         'if __name__ == "__main__":\n    cli(Config, lambda cfg: print(cfg.count))\n'
     )
