@@ -47,6 +47,10 @@ from stages.rl.models import ActorCritic, Models
 from stages.rl.rollout import Sampling, roll_out_together
 
 
+# What a line on the terminal shows of a rollout; metrics.jsonl has every figure.
+SHOWN = ("score", "kl", "stop_rate", "length", "rollout_entropy", "explained_variance")
+
+
 @stage_config
 class Config(ReadsRows, LearnConfig):
     """Improve an assistant by reinforcement learning."""
@@ -331,7 +335,7 @@ def main(cfg: Config) -> None:
             )
         bar.update()
         if (step + 1) % cfg.logging_steps == 0 or step + 1 == steps:
-            run.log(step + 1, metrics)
+            run.log(step + 1, metrics, shown=SHOWN)
             samples = episode_samples(rollout, tokenizer, cfg.samples)
             run.log_samples(step + 1, samples, shown=int((step + 1) % 10 == 0))
     gate = judge(kept["history"], steps)
