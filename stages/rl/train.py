@@ -46,7 +46,6 @@ from stages.rl.maths import next_kl_coef
 from stages.rl.models import ActorCritic, Models
 from stages.rl.rollout import Sampling, roll_out_together
 
-
 # What a line on the terminal shows of a rollout; metrics.jsonl has every figure.
 SHOWN = ("score", "kl", "stop_rate", "length", "rollout_entropy", "explained_variance")
 
