@@ -46,21 +46,17 @@ def logprobs_of(
     """
     device = next(model.parameters()).device
     result: list[list[float]] = [[] for _ in prompts]
-    for batch in by_length(
-        [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size
-    ):
+    sizes = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    for batch in by_length(sizes, batch_size):
+        # The last token of a row predicts nothing that is asked for.
         ids = pad([[*prompts[i], *responses[i]][:-1] for i in batch], 0).to(device)
-        starts, lengths = (
-            torch.tensor([len(rows[i]) for i in batch], device=device)
-            for rows in (prompts, responses)
-        )
+        starts = torch.tensor([len(prompts[i]) for i in batch], device=device)
+        lengths = torch.tensor([len(responses[i]) for i in batch], device=device)
         keep = response_mask(starts, lengths, ids.shape[1])
-        targets = torch.tensor(
-            [token for i in batch for token in responses[i]], dtype=torch.long, device=device
-        )
-        found = model(ids, keep, targets=targets, temperature=temperature).split(
-            [len(responses[i]) for i in batch]
-        )
-        for i, values in zip(batch, found, strict=True):
+        targets = [token for i in batch for token in responses[i]]
+        targets = torch.tensor(targets, dtype=torch.long, device=device)
+        found = model(ids, keep, targets=targets, temperature=temperature)
+        parts = found.split([len(responses[i]) for i in batch])
+        for i, values in zip(batch, parts, strict=True):
             result[i] = values.tolist()
     return result
