@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic.dataclasses import is_pydantic_dataclass
+
 from common.config.fields import describe, from_text, from_words, kinds_of, schemas_of
 from common.program.entry import program_name
 from common.program.errors import InputError
@@ -83,6 +85,7 @@ def _parser_of(cls: type, schemas: Mapping[str, Any]) -> Parser:
     about = "YAML file of keys; the command line wins over it"
     parser.add_argument("--config", metavar="FILE", help=about)
     seen = {"config"}
+    assert is_pydantic_dataclass(cls)  # as stage_config makes them
     for owner in cls.__mro__[:-1]:
         title = (owner.__doc__ or owner.__name__).strip().split("\n")[0].rstrip(".")
         group = parser.add_argument_group(title)

@@ -62,12 +62,12 @@ OutputDir = Annotated[str, pydantic.AfterValidator(check_output_dir)]
 def stage_config(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only, validated dataclass; subclasses, decorated alike, inherit
     fields and help."""
-    rules = {
-        "extra": "forbid",
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-        "validate_default": True,
-    }
+    config = pydantic.ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
     for name in inspect.get_annotations(cls):
         own = name in vars(cls)
         value = vars(cls).get(name)
@@ -75,8 +75,8 @@ def stage_config(cls: type[T]) -> type[T]:
             setattr(cls, name, dataclasses.field(default_factory=value.copy))
         elif not own and hasattr(cls, name):  # `parent: str` alone: the inherited default goes
             setattr(cls, name, pydantic.Field())
-    config = pydantic.ConfigDict(**rules)
-    return pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=config)
+    make = pydantic.dataclasses.dataclass  # its stub forgets which class it was given
+    return make(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

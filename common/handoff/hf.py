@@ -7,6 +7,7 @@ hold what most families store as separate matrices; concatenation and splitting 
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,13 @@ def _take(
 # config.json
 
 
-def export_config(model: GPT | RewardModel, tokenizer_ids: dict[str, int]) -> dict[str, Any]:
+def export_config(
+    model: GPT | RewardModel, tokenizer_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
     """config.json for the model; tokenizer_ids: eos_token_id, pad_token_id."""
     config, is_reward = model.config, isinstance(model, RewardModel)
     family = family_of(config)
-    raw = {
+    raw: dict[str, Any] = {
         "architectures": [family.architectures[is_reward]],
         "model_type": family.model_type,
         "vocab_size": config.vocab_size,

@@ -188,6 +188,7 @@ class Trunk(nn.Module):
             full = document_mask(documents)
         if self.config.has_local_layers:
             keys = positions.shape[1] if cache is None else cache.longest
+            assert self.config.window is not None  # as GPTConfig has checked
             local = window_mask(positions, keys, self.config.window)
             local = local if full is None else local & full
         return {"full": additive(full, dtype), "local": additive(local, dtype)}
@@ -239,7 +240,7 @@ class Head(nn.Linear):
             hidden.flatten(0, -2), self.weight, targets.flatten(), temperature, entropies
         )
         logprobs = logprobs.view_as(targets)
-        return (logprobs, entropy.view_as(targets)) if entropies else logprobs
+        return logprobs if entropy is None else (logprobs, entropy.view_as(targets))
 
 
 class GPT(nn.Module):

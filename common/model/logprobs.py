@@ -63,7 +63,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logits = hidden[part] @ w.T
             of_part = operations(logits).logprobs_at(logits, targets[part], temperature, entropies)
             logprobs[part] = of_part[0]
-            if entropies:
+            if found is not None:
                 found[part] = of_part[1]
         ctx.save_for_backward(hidden, weight, targets, logprobs)
         ctx.temperature = temperature

@@ -1,12 +1,14 @@
 """LoRA (Hu 2021) through peft: inject adapters into a model, merge them into its weights."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from common.model.gpt import GPT, RewardModel
 from common.program.errors import InputError
 
 
-def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: list[str]) -> None:
+def add_lora(model: GPT | RewardModel, r: int, alpha: float, targets: Sequence[str]) -> None:
     """Freeze `model` and give its target Linear layers trainable adapters; a reward head stays
     trainable.
 

@@ -52,15 +52,17 @@ DEFAULTS = {"family": "llama", "n_layer": 4, "n_head": 4, "n_embd": 128}
 
 
 # Keys that are called the same in GPTConfig, and that have no default of their own.
-SAME = ("family", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "window")
-SAME += ("attention_bias", "mlp_bias")
+SAME = (
+    *("family", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "window"),
+    *("attention_bias", "mlp_bias"),
+)
 
 
 @stage_config
 class ArchitectureConfig:
     """Keys of a new model's shape (ignored when a parent is given)."""
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     """A named shape; the keys below change it. Without one: a llama of 4 layers, 4 heads, width
     128."""
     family: Literal["llama", "gpt2"] | None = None

@@ -86,7 +86,7 @@ def sample(
     uniforms = how.uniforms(len(prompts) * stride)[first::stride]
     # Neighbours of like length share a batch: little padding in the prefill.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    results: list[Sample | None] = [None] * len(prompts)
+    results: dict[int, Sample] = {}  # by row
     with packed(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -95,7 +95,7 @@ def sample(
                 results[row] = answer
             if progress:
                 progress(len(rows))
-    return results
+    return [results[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()

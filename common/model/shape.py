@@ -10,8 +10,8 @@ from common.program.errors import InputError
 class GPTConfig:
     """Everything that decides which tensors a model has and what it computes with them.
 
-    What is None is filled in when the config is made. Raises InputError for a shape that cannot be,
-    or that no family of transformers has, as it could not be handed on.
+    What is 0 or None by default is filled in when the config is made. Raises InputError for a shape
+    that cannot be, or that no family of transformers has, as it could not be handed on.
     """
 
     family: str = "llama"
@@ -26,10 +26,10 @@ class GPTConfig:
     """Attention heads."""
     n_embd: int = 768
     """Width of the hidden states."""
-    n_kv_head: int | None = None
-    """Key/value heads, each shared by a group of heads (llama); None = n_head."""
-    n_inner: int | None = None
-    """Width of the MLP; None = 4 C (gpt2), 8/3 C rounded up to a multiple of 32 (llama)."""
+    n_kv_head: int = 0
+    """Key/value heads, each shared by a group of heads (llama); 0 = n_head."""
+    n_inner: int = 0
+    """Width of the MLP; 0 = 4 C (gpt2), 8/3 C rounded up to a multiple of 32 (llama)."""
     rope_theta: float = 10000.0
     """Base of the rotary positions' frequencies (llama)."""
     norm_eps: float = 1e-5
@@ -108,7 +108,8 @@ class GPTConfig:
     @property
     def biased(self) -> tuple[str, ...]:
         """Which matrices of a block have a bias: of qkv, out, up and down."""
-        return ("qkv", "out") * self.attention_bias + ("up", "down") * self.mlp_bias
+        of_attention = ("qkv", "out") if self.attention_bias else ()
+        return of_attention + (("up", "down") if self.mlp_bias else ())
 
     @property
     def head_width(self) -> int:

@@ -98,9 +98,13 @@ def share(
     balanced.
 
     Every process gets as many rows as any other (they wait for each other at each forward): where
-    they do not divide, the last ones get blank(row), a row that counts for nothing.
+    they do not divide, the last ones get blank(row), a row that counts for nothing. Without `blank`
+    they must divide.
     """
     missing = -len(rows) % processes
-    mine = ([*rows, *[blank(rows[-1])] * missing] if missing else rows)[rank::processes]
+    if missing:
+        assert blank is not None, f"{len(rows)} rows for {processes} processes"
+        rows = [*rows, *[blank(rows[-1])] * missing]
+    mine = rows[rank::processes]
     for start in range(0, len(mine), micro_batch):
         yield mine[start : start + micro_batch]

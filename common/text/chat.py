@@ -11,7 +11,7 @@ become the control id. Untrusted text goes through `render` and `prompt_ids`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.text import Text
 
@@ -200,7 +200,7 @@ def _alpaca_user(row: Mapping) -> Message:
     return {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
 
 
-def _sharegpt(turn: object) -> object:
+def _sharegpt(turn: Any) -> Any:
     """A turn of ShareGPT as a message; what is none stays as it is."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn

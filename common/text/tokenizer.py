@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiktoken
 import tokenizers
@@ -390,7 +390,7 @@ class Tokenizer:
         the model's context. Raises Failure when one cannot be written."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if self.has_control:
             config |= {"eos_token": CONTROL[0], "pad_token": CONTROL[1]}
         config |= {"padding_side": "right", "clean_up_tokenization_spaces": False}

@@ -40,6 +40,8 @@ class Muon(torch.optim.AdamW):
     one after the other, are the matrix.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, groups: list[dict[str, Any]], beta2: float, dtype: torch.dtype) -> None:
         self.dtype = dtype  # of the iterations
         super().__init__(groups, betas=(0.9, beta2), fused=True)

@@ -120,8 +120,10 @@ def frozen(made: Accelerator, module: GPT | RewardModel) -> nn.Module:
     import deepspeed
 
     settings = made.state.deepspeed_plugin.deepspeed_config
-    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    kept += ("zero_optimization", "steps_per_print")
+    kept = (
+        *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        *("zero_optimization", "steps_per_print"),
+    )
     config = {key: settings[key] for key in kept if key in settings}
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()

@@ -58,8 +58,8 @@ class BatchShape(NamedTuple):
 
 def folders(folder: Path) -> dict[Path, int]:
     """{saved state: its step}, newest first; unfinished ones (`step-N.tmp`) are not among them."""
-    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
-    found = {path: int(step) for path, step in found.items() if step.isdigit()}
+    named = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    found = {path: int(step) for path, step in named.items() if step.isdigit()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -232,6 +232,7 @@ class Run:
         if self.accelerator.reduce(asked, "sum"):  # all processes save, or none
             self.save()
             self.logs.close()
+            assert self.point is not None  # as it is saved
             where = f"saved in {self.state}" if self.saved_step else "not begun"
             raise Interrupted(
                 f"{self.stage} after step {self.point.loop['step']}, {where}; "

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common.model.attention import Context, Rope, split_heads
 from common.model.attention import attention as plain_attention
 from common.model.cache import Slots
-from common.model.cpu.compile import address, functions_for, tensor
+from common.model.cpu.compile import address, functions_for, native_for, tensor
 from common.model.cpu.tokens import Tokens
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries (B, H, T, D), keys and values (B, K, T, D)
@@ -32,7 +32,7 @@ def attention(
     context's N tokens, (1, N, ...) each."""
     rope, mask, slots, tokens = context
     if slots is not None:
-        return _cached(qkv, heads, kv_heads, context)
+        return _cached(qkv, heads, kv_heads, context, slots)
     if functions_for(qkv, *(rope or ())):
         q, k, v = _SplitHeads.apply(qkv, heads, kv_heads, rope, tokens)
         return _MergeHeads.apply(attend(q, k, v, mask, dropout), tokens)
@@ -65,10 +65,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 # With a cache
 
 
-def _cached(qkv: Tensor, heads: int, kv_heads: int, context: Context) -> Tensor:
-    """While sampling: keys and values go to the cache's slots, and all used slots are attended
-    to."""
-    rope, mask, slots, _ = context
+def _cached(qkv: Tensor, heads: int, kv_heads: int, context: Context, slots: Slots) -> Tensor:
+    """While sampling: keys and values go to the slots of the context, and all used slots are
+    attended to."""
+    rope, mask = context.rope, context.mask
     same_dtype = qkv.dtype == slots.keys.dtype
     if not same_dtype or not functions_for(qkv, slots.keys, *(rope or ())):
         return plain_attention(qkv, heads, kv_heads, context)
@@ -88,7 +88,7 @@ def _attend_one(
     gaps."""
     B, (_, _, S, D) = len(qkv), slots.keys.shape
     y, mask = qkv.new_empty(B, 1, heads * D), mask.contiguous()
-    functions_for(qkv).attend_one(
+    native_for(qkv).attend_one(
         *tensor(qkv),
         *(B, S, heads, kv_heads, D),
         *_tables(rope),
@@ -114,7 +114,7 @@ def _move_heads(
     """From qkv to queries, keys and values, or back; slots (B, T): where in keys and values (B, K,
     S, D) the positions go."""
     (_, H, T, D), (_, K, S, _) = heads[0].shape, heads[1].shape
-    functions_for(qkv, *heads).split_heads(
+    native_for(qkv, *heads).split_heads(
         *tensor(qkv),
         qkv.shape[0] * qkv.shape[1],
         tokens and tokens.at.data_ptr(),
@@ -183,7 +183,7 @@ class _MergeHeads(torch.autograd.Function):
 def _merge(merged: Tensor, heads: Tensor, tokens: Tokens | None, back: bool = False) -> None:
     """From heads (B, H, T, D) to merged, or back."""
     _, H, T, D = heads.shape
-    functions_for(merged).merge_heads(
+    native_for(merged).merge_heads(
         *tensor(merged),
         merged.shape[0] * merged.shape[1],
         tokens and tokens.at.data_ptr(),

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -82,16 +83,16 @@ def compiled() -> Path:
     return target
 
 
-def build(compiler: list[str], target: Path) -> None:
+def build(compiler: Sequence[str], target: Path) -> None:
     """Compile and link; the file is whole or not there, however many processes start at once."""
     sources = [source for source in SOURCES if source.suffix == ".c"]
     objects = [f"{source.stem}.o" for source in sources]
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch, target.name)
-        compiling, linking = [*COMPILE, *sources], [*LINK, *objects, "-o", made]
-        for arguments in (compiling, linking):
-            command = [*compiler, *arguments]
+        compiling = [*compiler, *COMPILE, *map(str, sources)]
+        linking = [*compiler, *LINK, *objects, "-o", str(made)]
+        for command in (compiling, linking):
             subprocess.run(command, cwd=scratch, check=True, capture_output=True)
         made.replace(target)
 
@@ -102,6 +103,13 @@ def functions_for(*tensors: Tensor) -> ctypes.CDLL | None:
         if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float32) or not x.is_contiguous():
             return None
     return None if torch.compiler.is_compiling() else library()
+
+
+def native_for(*tensors: Tensor) -> ctypes.CDLL:
+    """`functions_for` tensors that they are known to take, as who came here has asked before."""
+    functions = functions_for(*tensors)
+    assert functions is not None
+    return functions
 
 
 def tensor(x: Tensor) -> tuple[int, bool]:

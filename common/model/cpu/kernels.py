@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.model import layers
-from common.model.cpu.compile import address, functions_for, tensor
+from common.model.cpu.compile import address, functions_for, native_for, tensor
 from common.model.ops import product_dtype
 
 # Norms
@@ -101,7 +101,7 @@ def _norm_backward_in_c(
     width, threads = x.shape[-1], torch.get_num_threads()
     dx, dweight = torch.empty_like(x), weight.new_zeros(threads, width, dtype=torch.float32)
     dbias = torch.zeros_like(dweight) if has_bias else None
-    functions_for(g, x, weight).norm_backward(
+    native_for(g, x, weight).norm_backward(
         *tensor(g),
         *tensor(x),
         *tensor(weight),
@@ -185,7 +185,7 @@ class _GELU(torch.autograd.Function):
         """By kernels.c."""
         ctx.save_for_backward(x)
         y, width = torch.empty_like(x), x.shape[-1]
-        functions_for(x).gelu(*tensor(x), y.data_ptr(), x.numel() // width, width)
+        native_for(x).gelu(*tensor(x), y.data_ptr(), x.numel() // width, width)
         return y
 
     @staticmethod
@@ -195,7 +195,7 @@ class _GELU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         g, dx, width = g.contiguous(), torch.empty_like(x), x.shape[-1]
         sizes = (x.numel() // width, width)
-        functions_for(g, x).gelu_backward(g.data_ptr(), *tensor(x), dx.data_ptr(), *sizes)
+        native_for(g, x).gelu_backward(g.data_ptr(), *tensor(x), dx.data_ptr(), *sizes)
         return dx
 
 

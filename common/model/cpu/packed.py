@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.model.cpu.compile import address, functions_for
+from common.model.cpu.compile import address, functions_for, native_for
 
 FEW = 512  # rows, up to which reading the weights is what takes time
 
@@ -47,7 +47,7 @@ def pack(weight: Tensor) -> Tensor:
     """weight (outputs, inputs), as packed.c wants it."""
     outputs, inputs = weight.shape
     made = weight.new_empty(-(-outputs // 32) * 32 * -(-inputs // 32) * 32)
-    functions_for(weight).pack(weight.data_ptr(), made.data_ptr(), outputs, inputs)
+    native_for(weight).pack(weight.data_ptr(), made.data_ptr(), outputs, inputs)
     return made
 
 
@@ -59,7 +59,7 @@ def product(weight: Tensor, bias: Tensor | None, made: Tensor, x: Tensor) -> Ten
     if rows > FEW or x.dtype != weight.dtype or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    functions_for(x).packed_linear(
+    native_for(x).packed_linear(
         x.data_ptr(), made.data_ptr(), address(bias), y.data_ptr(), rows, outputs, inputs
     )
     return y

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
 
+Names = Mapping[str, str | tuple[str, ...]]  # our modules -> theirs
 HEADS = {"head": "lm_head", "score": "score"}  # called alike in every family
 
 
@@ -25,7 +26,7 @@ class Family(NamedTuple):
     """From our shape to config.json, less what all families have."""
     prefix: str
     """What names of weights begin with, but for those of the heads; some uploads lack it."""
-    names: Mapping[str, str | tuple[str, ...]]
+    names: Names
     """Our modules -> theirs; {} is the number of a block. A tuple: ours is their concatenation
     along the outputs, in this order: queries, keys, values; gate, value."""
     transposed: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ def import_config(raw: dict[str, Any]) -> GPTConfig:
         n_layer=raw["n_layer"],
         n_head=raw["n_head"],
         n_embd=raw["n_embd"],
-        n_inner=raw.get("n_inner"),
+        n_inner=raw.get("n_inner") or 0,
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=raw.get("tie_word_embeddings", True),
         attention_bias=raw.get("attention_bias", True),

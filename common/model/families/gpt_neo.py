@@ -7,10 +7,10 @@ import math
 from typing import Any
 
 from common.model.families import gpt2
-from common.model.families.family import Family, refuse
+from common.model.families.family import Family, Names, refuse
 from common.model.shape import GPTConfig
 
-NAMES = {
+NAMES: Names = {
     **gpt2.NAMES,
     "trunk.blocks.{}.attn.qkv": (
         "transformer.h.{}.attn.attention.q_proj",
@@ -37,7 +37,7 @@ def import_config(raw: dict[str, Any]) -> GPTConfig:
         n_layer=raw["num_layers"],
         n_head=raw["num_heads"],
         n_embd=raw["hidden_size"],
-        n_inner=raw.get("intermediate_size"),
+        n_inner=raw.get("intermediate_size") or 0,
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=raw.get("tie_word_embeddings", True),
         attention_bias=False,

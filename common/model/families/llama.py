@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from common.model.families.family import HEADS, Family, refuse
+from common.model.families.family import HEADS, Family, Names, refuse
 from common.model.shape import GPTConfig
 
-NAMES = {
+NAMES: Names = {
     **HEADS,
     "trunk.wte": "model.embed_tokens",
     "trunk.norm": "model.norm",
@@ -36,7 +36,7 @@ def import_config(raw: dict[str, Any], **more: Any) -> GPTConfig:
         "n_layer": raw["num_hidden_layers"],
         "n_head": heads,
         "n_embd": raw["hidden_size"],
-        "n_kv_head": raw.get("num_key_value_heads"),
+        "n_kv_head": raw.get("num_key_value_heads") or 0,
         "n_inner": raw["intermediate_size"],
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
         "norm_eps": raw.get("rms_norm_eps", 1e-6),

@@ -226,7 +226,7 @@ def test_flops_of_a_training_step_are_the_counted_ones(family):
         n_layer=3,
         n_head=4,
         n_embd=128,
-        n_kv_head=None,
+        n_kv_head=0,
     )
     model, ids = GPT(config), torch.randint(0, 500, (2, 129))
     optimizer = muon(model, 0.01, 0.01, 0.0)

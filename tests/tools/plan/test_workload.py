@@ -72,7 +72,7 @@ def test_flops_of_a_pretraining_step(family, checkpointing):
         work = replace(
             work,
             shape=replace(
-                work.shape, family="gpt2", n_inner=None, attention_bias=None, mlp_bias=None
+                work.shape, family="gpt2", n_inner=0, attention_bias=None, mlp_bias=None
             ),
         )
     model = GPT(work.shape)
@@ -268,7 +268,7 @@ def test_peak_memory_of_pretraining(tmp_path, tokenizer, checkpointing):
 def test_peak_memory_of_ppo(tmp_path, tokenizer):
     """Four models, sampling and PPO updates."""
     config = shape(
-        "gpt2", tokenizer.vocab_size, n_embd=384, n_head=8, n_layer=4, n_inner=None, max_length=160
+        "gpt2", tokenizer.vocab_size, n_embd=384, n_head=8, n_layer=4, n_inner=0, max_length=160
     )
     stage = {"stage": "test", "parent": None, "gate": {"passed": True, "text": ""}, "metrics": {}}
     publish(tmp_path / "sft", GPT(config), tokenizer, stage | {"kind": "lm"})
