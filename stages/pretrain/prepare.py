@@ -94,6 +94,7 @@ class Config(ReadsRows):
     @property
     def shares(self) -> list[float]:
         """The weights, brought to a sum of 1."""
+        assert self.weights is not None  # who asks for shares has weights
         return [weight / sum(self.weights) for weight in self.weights]
 
 
@@ -142,8 +143,9 @@ def held_out_masks(
     masks: list[np.ndarray | None] = []
     for number in numbers:
         if number * eval_fraction >= 1:
-            masks.append(np.zeros(number, bool))
-            masks[-1][rng.permutation(number)[: round(number * eval_fraction)]] = True
+            mask = np.zeros(number, bool)
+            mask[rng.permutation(number)[: round(number * eval_fraction)]] = True
+            masks.append(mask)
         else:
             masks.append(None)
     return masks
@@ -212,7 +214,10 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         print(f"prepare: going on from {folder / JOURNAL}, {done:,} documents are done")
         return shelf, given or Tokenizer.load(folder)
     with tqdm(unit=" documents", desc="read", mininterval=1, leave=False, disable=None) as bar:
-        sources = [content | survey(content["source"], cfg.on_bad_row, bar) for content in contents]
+        sources = [
+            content | survey(source, cfg.on_bad_row, bar)
+            for source, content in zip(cfg.train_data, contents, strict=True)
+        ]
     documents, number = all_documents(sources, cfg), training_documents(sources, cfg)
     tokenizer = given or make_tokenizer(cfg, documents, number)
     tokenizer.save(folder)

@@ -3,6 +3,7 @@
 import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,7 +18,8 @@ class ShardWriter:
         """Begin with nothing taken; `dtype` is a key of SHARD_DTYPES."""
         self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
         self.dtype = np.dtype(SHARD_DTYPES[dtype])
-        self.tokens, self.crc, self.file = 0, 0, None
+        self.tokens, self.crc = 0, 0
+        self.file: BinaryIO | None = None
 
     def path(self, number: int) -> Path:
         """The file of this number."""

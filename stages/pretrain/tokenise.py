@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,9 @@ def encode(tokenizer: Tokenizer, source: int, documents: Sequence[Document]) -> 
     return Encoded(source, complete, len(documents), size, arrays)
 
 
+worker_tokenizer: Tokenizer  # of each of the processes, from `start_worker` on
+
+
 def start_worker(tokenizer: Tokenizer) -> None:
     """What each of the processes does first."""
     global worker_tokenizer
@@ -79,7 +82,9 @@ def start_worker(tokenizer: Tokenizer) -> None:
 
     def end_with_parent() -> None:
         """A parent may be killed without a chance to say so."""
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # this is one of the pool's processes
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -105,7 +110,7 @@ def encode_all(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, start_worker, (tokenizer,))
     with pool:
-        waiting = collections.deque()
+        waiting: collections.deque[Future[Encoded]] = collections.deque()
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
             if len(waiting) > 2 * processes:
@@ -241,7 +246,7 @@ class Shelf:
             shelf = cls(folder, journal)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        tokens = collections.Counter()
+        tokens: collections.Counter[str] = collections.Counter()
         for n, source in enumerate(shelf.sources):
             for split, count in source["tokens"].items():
                 tokens[shelf.prefix(split, n)] += count

@@ -109,7 +109,10 @@ def paired(rows: Sequence[Row], max_length: int) -> tuple[list[Comparison], dict
 
 def collate(comparisons: Sequence[Comparison], pad_id: int, device: torch.device) -> Batch:
     """The answers of all comparisons as one padded batch."""
-    rows, better, worse, weights = [], [], [], []
+    rows: list[Sequence[int]] = []
+    better: list[int] = []
+    worse: list[int] = []
+    weights: list[float] = []
     for comparison in comparisons:
         better += [len(rows) + i for i, _ in comparison.pairs]
         worse += [len(rows) + j for _, j in comparison.pairs]

@@ -237,11 +237,11 @@ def data_hash(cfg: Config, prompts: list[list[int]], shards: Shards | None) -> s
 
 def make_optimizer(cfg: Config, model: ActorCritic) -> torch.optim.Optimizer:
     """AdamW over policy and critic, each with its own peak learning rate."""
-    rates = {"policy": cfg.learning_rate, "critic": cfg.critic_learning_rate}
+    own = cfg.critic_learning_rate
+    rates = {"policy": cfg.learning_rate, "critic": cfg.learning_rate if own is None else own}
     groups = []
     for role, module in model.named_children():
-        rate = cfg.learning_rate if rates[role] is None else rates[role]
-        for group in parameter_groups(module.parameters(), rate, cfg.weight_decay):
+        for group in parameter_groups(module.parameters(), rates[role], cfg.weight_decay):
             groups.append(group | {"role": role})
     return adamw(groups, cfg.adam_beta2, cfg.adam_eps)
 
@@ -323,7 +323,7 @@ def main(cfg: Config) -> None:
             continue
         lap("scoring")
         factor = set_learning_rates(cfg, optimizer, step, steps)
-        texts = shards and partial(read_texts, run, cfg, shards, tokenizer.eot_id, step)
+        texts = partial(read_texts, run, cfg, shards, tokenizer.eot_id, step) if shards else None
         metrics |= learn(run, model, optimizer, experience, texts, cfg, step)
         lap("training")
         metrics |= {"kl_coef": kl_coef, "lr": factor * cfg.learning_rate} | lap.seconds
