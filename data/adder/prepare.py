@@ -45,7 +45,8 @@ def sums(cfg: Config) -> list[dict[str, str]]:
     count = min(cfg.sums, size * size) if cfg.digits > 2 else size * size
     if cfg.held_out >= count:
         raise InputError(f"held_out {cfg.held_out}: there are only {count} sums")
-    return [row(*divmod(pair, size), cfg.digits) for pair in rng.sample(range(size * size), count)]
+    pairs = rng.sample(range(size * size), count)
+    return [row(pair // size, pair % size, cfg.digits) for pair in pairs]
 
 
 def main(cfg: Config) -> None:

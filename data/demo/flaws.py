@@ -80,6 +80,7 @@ def _wrong_sum(task: Task, rng: random.Random, wording: random.Random) -> str:
 def _curt(task: Task, rng: random.Random) -> str:
     """As few words as will do."""
     slots, claim = task.slots, world.truth(task)
+    short: tuple[str, ...]
     if task.family == "story":
         who, what = f"{slots['adj']} {slots['animal']}", article(slots["object"])
         short = (
@@ -164,14 +165,15 @@ def _off_topic(task: Task, rng: random.Random) -> str:
     return text
 
 
-_COMMON = {
+Style = Callable[[Task, random.Random], str]  # writes an answer with one defect
+_COMMON: dict[str, Style] = {
     "curt": _curt,
     "lower": _lower,
     "unfinished": _unfinished,
     "ramble": _ramble,
     "off topic": _off_topic,
 }
-STYLES: dict[str, dict[str, Callable[[Task, random.Random], str]]] = {
+STYLES: dict[str, dict[str, Style]] = {
     "story": _COMMON | {"no ending": _no_ending, "rude": _rude},
     "letter": _COMMON | {"no closing": _no_closing, "rude": _rude},
     "sum": _COMMON | {"no work": _no_work, "rude": _rude},
@@ -213,9 +215,7 @@ def negatives(prompt: str, rng: random.Random) -> list[tuple[str, str]]:
     alone. One that never met an off-task answer takes any pretty one. ValueError for a prompt not
     of this world.
     """
-    task = world.parse(prompt)
-    if task is None:
-        raise ValueError(f"not a prompt of the demo world: {prompt!r}")
+    task = world.task_of(prompt)
     state = rng.getrandbits(32)
     other = rng.choice([family for family in FAMILIES if family != task.family])
     return [

@@ -216,9 +216,7 @@ def judge(prompt: str, answer: str, stopped: bool = True) -> Judgement:
 
     Raises ValueError where the prompt is not of this world.
     """
-    task = world.parse(prompt)
-    if task is None:
-        raise ValueError(f"not a prompt of the demo world: {prompt!r}")
+    task = world.task_of(prompt)
     text = answer.strip()
     if not text:
         return Judgement(0.0, False, task.family)

@@ -95,7 +95,7 @@ def find_leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
         words = prompt.split()[1:-1]  # quotes or a number beside the prompt do not hide these
         middle = (len(words) - WINDOW) // 2
         anchors.setdefault(tuple(words[middle : middle + WINDOW]), []).append(prompt)
-    leaks = set()
+    leaks: set[str] = set()
     for text in texts:
         words = text.split()
         for anchor in anchors.keys() & set(zip(*(words[i:] for i in range(WINDOW)), strict=False)):
@@ -108,7 +108,7 @@ def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> floa
     than `margin`."""
     agree = total = 0
     for prompt in asked:
-        task = world.parse(prompt)
+        task = world.task_of(prompt)
         answers = [flaws.demonstration(task, rng) for _ in range(3)]
         answers += [text for _, text in flaws.negatives(prompt, rng)]
         truth = [gold.judge(prompt, answer).score for answer in answers]
@@ -124,7 +124,7 @@ def agreement(rng: random.Random, asked: list[str], margin: float = 0.1) -> floa
 def answers_to(prompt: str) -> dict:
     """A good answer, a near miss of it, a right one badly put, for the exam of the reward model: a
     function of the prompt alone, whatever the comparisons that the reward model is trained on."""
-    task, rng = world.parse(prompt), random.Random(f"exam {prompt}")
+    task, rng = world.task_of(prompt), random.Random(f"exam {prompt}")
     state = rng.getrandbits(32)
     answers = {
         "good": world.good(task, random.Random(state)),
@@ -144,7 +144,7 @@ def build(cfg: Config) -> Rows:
         """Prompts with the answers of careless writers."""
         rows = []
         for prompt, _ in prompts.draw(number):
-            completion = flaws.demonstration(world.parse(prompt), rng, cfg.carelessness)
+            completion = flaws.demonstration(world.task_of(prompt), rng, cfg.carelessness)
             rows.append({"prompt": prompt, "completion": completion})
         return rows
 

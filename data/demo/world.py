@@ -96,6 +96,7 @@ def numbers(rng: random.Random, op: str) -> tuple[int, int]:
 def draw(rng: random.Random, family: str) -> Task:
     """A random task of the family, even over its slots."""
     pick, kind = rng.choice, ""
+    words: tuple[str, ...]
     if family == "story":
         words = pick(ADJECTIVES), pick(ANIMALS), pick(OBJECTS)
     elif family == "letter":
@@ -155,6 +156,14 @@ def parse(prompt: str) -> Task | None:
         if match := pattern.fullmatch(prompt.strip()):
             return Task(family, kind, {slot: match[slot] for slot in _SLOTS[family]})
     return None
+
+
+def task_of(prompt: str) -> Task:
+    """`parse` of a prompt that must be one of this world. ValueError where it is not."""
+    task = parse(prompt)
+    if task is None:
+        raise ValueError(f"not a prompt of the demo world: {prompt!r}")
+    return task
 
 
 def result(task: Task) -> int:
