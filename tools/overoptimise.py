@@ -40,7 +40,7 @@ from tools.compare.measure import (
 )
 from tools.compare.terminal import cell
 
-COLUMNS = {
+COLUMNS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "prompt": str,
     "answer": str,
@@ -150,14 +150,14 @@ def point_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def best_of(cfg: Config, reference: str, reward: str) -> dict[str, Any]:
-    """Best-of-n from the reference: the curve of choosing instead of training."""
+def best_of(cfg: Config, source: str, reference: str, reward: str) -> dict[str, Any]:
+    """Best-of-n from the reference on the prompts in `source`: the curve of choosing instead of
+    training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judges = Judges(
-        (load_model(reward, "reward").to(device), load_tokenizer(reward)), None, load_gold(cfg.gold)
-    )
-    prompts = read_prompts(cfg.prompts, cfg.best_of_prompts)
-    families(judges.gold, prompts)  # refuses prompts that gold cannot judge, before the work
+    scorer = (load_model(reward, "reward").to(device), load_tokenizer(reward))
+    gold = load_gold(cfg.gold)
+    prompts = read_prompts(source, cfg.best_of_prompts)
+    families(gold, prompts)  # refuses prompts that gold cannot judge, before the work
     many = [messages for messages in prompts for _ in range(cfg.best_of)]
     with tqdm(
         total=len(many),
@@ -169,7 +169,7 @@ def best_of(cfg: Config, reference: str, reward: str) -> dict[str, Any]:
             load_model(reference, "lm").to(device),
             load_tokenizer(reference),
             many,
-            judges,
+            Judges(scorer, None, gold),
             is_reference=True,
             progress=bar.update,
             max_new_tokens=cfg.max_new_tokens,
@@ -327,7 +327,7 @@ def main(cfg: Config) -> None:
         "gold": cfg.gold,
         "ppo": points,
         **assess(points),
-        **(best_of(cfg, reference, reward) if cfg.prompts else {}),
+        **(best_of(cfg, cfg.prompts, reference, reward) if cfg.prompts else {}),
     }
     gate = gate_of(result)
     print(gate.line("overoptimise"))

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 from common.model.shape import GPTConfig
 
+Head = Literal["lm", "scalar"]  # of a model: log-probs of ids, or one score
+
 
 class GPU(NamedTuple):
     """What one GPU can do, and what it costs."""
@@ -91,7 +93,7 @@ def block_matrices(config: GPTConfig) -> int:
     return config.n_layer * sum(inputs * outputs for inputs, outputs in layers_of(config).values())
 
 
-def parameters(config: GPTConfig, head: Literal["lm", "scalar"] = "lm") -> int:
+def parameters(config: GPTConfig, head: Head = "lm") -> int:
     """Parameters, exactly: embeddings, positions (gpt2), blocks with biases and norms, and the head
     (tied: counted once)."""
     c = config

@@ -146,7 +146,7 @@ def chains_of(
         chains["before"] = chain("before training", transitions(begun, ids, context))
     trained = transitions(model, ids, context)
     chains["after"] = chain(f"after {stage.get('step', '?')} steps", trained)
-    if seen is not None:
+    if counted is not None and seen is not None:
         with np.errstate(invalid="ignore"):
             shares = counted / counted.sum(1, keepdims=True)
         chains["counted"] = chain("as the training text counts", shares)

@@ -121,13 +121,13 @@ def arguments(argv: Sequence[str]) -> list[str]:
 def prompts_of(cfg: Config) -> list[list[Message]]:
     """The prompts as messages. Raises InputError unless exactly one of --prompt and --prompts is
     there."""
-    if (cfg.prompt is None) == (cfg.prompts is None):
-        raise InputError(
-            "give either --prompt TEXT or --prompts FILE (or --chat to talk with one model)"
-        )
-    if cfg.prompts is not None:
+    if cfg.prompts is not None and cfg.prompt is None:
         return read_prompts(cfg.prompts, cfg.limit)
-    return [[{"role": "user", "content": cfg.prompt}]]
+    if cfg.prompt is not None and cfg.prompts is None:
+        return [[{"role": "user", "content": cfg.prompt}]]
+    raise InputError(
+        "give either --prompt TEXT or --prompts FILE (or --chat to talk with one model)"
+    )
 
 
 def check(cfg: Config) -> None:
@@ -183,9 +183,10 @@ def talk(cfg: Config, device: torch.device) -> None:
     )
 
 
-def write_report(cfg: Config, result: dict[str, Any], names: Sequence[str], started: float) -> None:
+def write_report(
+    cfg: Config, folder: Path, result: dict[str, Any], names: Sequence[str], started: float
+) -> None:
     """Write the page with its plots, compare.json and stage.json, and print the gate line."""
-    folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     gate = verdict(result, names)
     print(gate.line("compare"), file=sys.stderr if cfg.json else sys.stdout)
@@ -233,7 +234,7 @@ def main(cfg: Config) -> None:
         families = len(set(findings.kinds or []))
         show(Console(highlight=False), result, max(3, families) if cfg.output_dir else 20)
     if cfg.output_dir:
-        write_report(cfg, result, names, started)
+        write_report(cfg, Path(cfg.output_dir), result, names, started)
     if cfg.output_dir and not cfg.json:
         file, talks = Path(cfg.output_dir, "compare.html"), load_tokenizer(cfg.models[-1]).chat
         print(*lines(result, samples, file, bool(talks)), sep="\n")

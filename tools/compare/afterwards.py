@@ -69,8 +69,8 @@ def interest(row: dict[str, Any], names: Sequence[str], mode: str) -> float:
     if "correct" in last:
         wrong = sum(not answer["correct"] for answer in earlier)
         return wrong / len(earlier) if last["correct"] else 0.0
-    texts = [answer["text"][:COMPARED] for answer in answers[-2:]]
-    return 1 - difflib.SequenceMatcher(None, *texts, autojunk=False).ratio()
+    one, other = (answer["text"][:COMPARED] for answer in answers[-2:])
+    return 1 - difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
 def about(path: str) -> str | None:
@@ -86,7 +86,7 @@ def about(path: str) -> str | None:
         seen.add(path)
         path = parent
     files = [file for folder in train_data(path) for file in train_data(folder)]
-    said = [read_stage(Path(file).parent).get("about") for file in files]
+    said = [read_stage(Path(file).parent).get("about") or "" for file in files]
     return " ".join(dict.fromkeys(said)) if said and all(said) else None
 
 

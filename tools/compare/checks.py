@@ -37,14 +37,16 @@ def want(
     at_most: float | None = None,
     above: float | None = None,
 ) -> Check:
-    """One check; name exactly one bound."""
+    """One check; name exactly one bound. Raises ValueError without any."""
     tiny = 1e-9  # .97 - 1 is a little less than -.03
     if above is not None:
         passed, wanted = value > above + tiny, f"> {above:g}"
     elif at_least is not None:
         passed, wanted = value >= at_least - tiny, f">= {at_least:g}"
-    else:
+    elif at_most is not None:
         passed, wanted = value <= at_most + tiny, f"<= {at_most:g}"
+    else:
+        raise ValueError(f"{name}: no bound is named")
     return {"name": name, "value": round(value, 6), "wanted": wanted, "passed": bool(passed)}
 
 

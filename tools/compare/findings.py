@@ -95,6 +95,7 @@ def measure(cfg: Any, asked: Questions, names: Sequence[str], device: torch.devi
         table = best_of_table(drawn, asked.best_of)
         result |= {"best_of_n": table, "best_of_prompts": len(asked.few)}
     if cfg.comparisons:
+        assert judges.reward and judges.gold  # comparisons need both
         exam = beside(exam, asked.few, drawn) if drawn else exam
         result["reward_model"] = reward_accuracy(judges.reward, judges.gold, exam)
     return Findings(answers, kinds, result)
@@ -134,9 +135,12 @@ def answers_of(
 def best_answers(asked: Questions, judges: Judges, progress: Progress) -> list[Answer]:
     """The answers among which best-of-n chooses: the reference's, at temperature 1, which is what
     the formula of its KL holds for."""
+    assert judges.reference  # best_of needs it
+    model, tokenizer = judges.reference
     progress.begin(f"best of {asked.best_of}")
     return answer_prompts(
-        *judges.reference,
+        model,
+        tokenizer,
         repeated(asked.few, asked.best_of),
         judges,
         is_reference=True,

@@ -54,9 +54,9 @@ def load_judges(
 ) -> Judges:
     """Judges from directories and a module name. Raises InputError where one cannot be loaded."""
     return Judges(
-        reward and (load_model(reward, "reward").to(device), load_tokenizer(reward)),
-        reference and (load_model(reference, "lm").to(device), load_tokenizer(reference)),
-        gold and load_gold(gold),
+        (load_model(reward, "reward").to(device), load_tokenizer(reward)) if reward else None,
+        (load_model(reference, "lm").to(device), load_tokenizer(reference)) if reference else None,
+        load_gold(gold) if gold else None,
     )
 
 
@@ -123,7 +123,7 @@ def answer_prompts(
     drawn = sample(model, own, temperature=temperature, stop_ids=stop_ids(tokenizer), **options)
     texts = [tokenizer.decode(answer.ids) for answer in drawn]
     spoken = Spoken(prompts, drawn, tokenizer)
-    kls: list[float | None] = [0.0 if is_reference else None] * len(drawn)
+    kls: Sequence[float | None] = [0.0 if is_reference else None] * len(drawn)
     if judges.reference and not is_reference:
         truncated = options.get("top_k", 0) > 0 or options.get("top_p", 1.0) < 1
         mine = whole_logprobs(model, own, drawn, temperature or 1.0, truncated)

@@ -94,12 +94,18 @@ def summarise(
     """
     found: dict[str, Any] = {}
     for number in NUMBERS:
-        values = [number.value(answer) for answer in answers]
-        if number.column and None not in values:
+        values = known_values(number, answers)
+        if number.column and len(values) == len(answers):
             found[number.column] = with_interval(values, each) if number.spread else mean(values)
     if kinds:
         found["families"] = by_family(answers, kinds, each)
     return found
+
+
+def known_values(number: Number, answers: Sequence[Answer]) -> list[float]:
+    """The number of each answer of which it is known."""
+    values = map(number.value, answers)
+    return [value for value in values if value is not None]
 
 
 def with_interval(values: Sequence[float], each: int) -> dict[str, Any]:
@@ -111,13 +117,13 @@ def with_interval(values: Sequence[float], each: int) -> dict[str, Any]:
 def by_family(
     answers: Sequence[Answer], kinds: Sequence[str], each: int
 ) -> dict[str, dict[str, Any]]:
-    """{family: mean gold, share of correct answers, number of answers}."""
+    """{family: mean gold, share of correct answers, number of answers}; all of them are judged."""
     found = {}
     for kind in sorted(set(kinds)):
         own = [answer for i, answer in enumerate(answers) if kinds[i // each] == kind]
         found[kind] = {
-            "gold": mean([answer.gold for answer in own]),
-            "correct": mean([answer.correct for answer in own]),
+            "gold": mean([answer.gold for answer in own if answer.gold is not None]),
+            "correct": mean([answer.correct for answer in own if answer.correct is not None]),
             "n": len(own),
         }
     return found

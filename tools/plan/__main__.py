@@ -44,7 +44,7 @@ class Options:
     """Folder of a recipe, or the config of one of its steps (also without --recipe)."""
     gpus: Annotated[int, Field(gt=0)] = 1
     """Number of GPUs."""
-    gpu: Literal[tuple(GPUS)] = "h100"
+    gpu: Literal[tuple(GPUS)] = "h100"  # type: ignore[valid-type]
     """Kind of the GPUs; of one that is not listed name the nearest, with --memory and --price."""
     memory: Above0 | None = None
     """GB of a GPU, if not the data sheet's."""
@@ -57,7 +57,7 @@ class Options:
     """Ids of the tokenizer, where no config tells."""
     model: str | None = None
     """Shape of a parent that is not here: a model directory or a preset (gpt2, gpt3-175b, ...)."""
-    stage: Literal[tuple(MODULES)] | None = None
+    stage: Literal[tuple(MODULES)] | None = None  # type: ignore[valid-type]
     """Stage of a config that is not a step of its folder's recipe."""
     json: bool = False
     """Everything as JSON, in bytes, FLOPs, seconds and dollars."""
@@ -78,8 +78,8 @@ def step_of(work: Work, gpu: GPU, options: Options) -> dict[str, Any]:
     counted = flops(work)
     time, bound = seconds(work, gpu, options.mfu, zero) or (None, None)
     kept, most = disk(work, zero)
-    trains_on_rows = work.stage in ("pretrain", "sft", "reward")
-    speed = work.tokens / time / work.gpus if time and trains_on_rows else None
+    tokens = work.tokens if work.stage in ("pretrain", "sft", "reward") else None
+    speed = tokens / time / work.gpus if time and tokens is not None else None
     possible = [0] if work.stage == "collect" else list(needs)
     return {
         "step": work.step,

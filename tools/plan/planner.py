@@ -115,10 +115,12 @@ class Plan:
 
     def vocabulary(self, step: Step) -> int:
         """Ids of the tokenizer that a new model will have."""
-        prepared = self.prepared and self.prepared.config
-        kind = prepared and prepared.tokenizer
-        if self.vocab_size or kind == "bpe":
-            return self.vocab_size or prepared.vocab_size
+        if self.vocab_size:
+            return self.vocab_size
+        prepared = self.prepared.config if self.prepared else None
+        kind = prepared.tokenizer if prepared else None
+        if prepared and kind == "bpe":
+            return prepared.vocab_size
         shards = Path(step.config.train_data) / "shards.json"
         if shards.exists():
             return load_yaml(shards)["vocab_size"]
@@ -135,8 +137,8 @@ class Plan:
         there already."""
         if parent in self.shapes:
             return self.shapes[parent]
-        here = parent and (Path(parent) / "config.json").exists()
-        source = parent if here else self.model or parent or ""
+        here = parent if parent and (Path(parent) / "config.json").exists() else None
+        source = here or self.model or parent or ""
         if (Path(source) / "config.json").exists():
             shape = load_config(source)
         elif source in PRESETS:
@@ -238,7 +240,7 @@ class Plan:
             steps = steps_for(most, epochs, int(count or 1), batch)
         except InputError as error:
             raise InputError(f"{step.file}: {error}") from None
-        if most or work.stage == "rl":
+        if most or count is None or work.stage == "rl":
             return steps, steps * batch
         return steps, (int(epochs) if epochs == int(epochs) else epochs) * count
 
@@ -314,8 +316,8 @@ class Plan:
         found = self.look(work, step)
         count, answers = found.rows, step.facts.answers or found.parts
         prompts = next((earlier.rows for earlier in self.works if earlier.stage == "collect"), None)
-        if not count and prompts:
-            maker = self.collected
+        maker = self.collected
+        if not count and prompts and maker:
             count = round(prompts * (1 - maker.config.eval_fraction))
             source = f"the prompts of {maker.name} less its eval_fraction"
             self.assume(work.step, f"{count:,} comparisons, {source}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from common.model.costs import (
     GPU,
     NUMERICS,
+    Head,
     activation_bytes,
     block_matrices,
     forward_flops,
@@ -77,7 +78,7 @@ class Work:
     corpus: float | None = None  # tokens of the shards
 
     @property
-    def networks(self) -> list[tuple[GPTConfig, str]]:
+    def networks(self) -> list[tuple[GPTConfig, Head]]:
         """Those that learn (collect: that is sampled), with their heads."""
         if self.stage == "rl":
             return [(self.shape, "lm"), (self.critic or self.judge or self.shape, "scalar")]
@@ -182,14 +183,14 @@ def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str
     full. Rollouts run in fp32, as our weights are; under DeepSpeed those are bf16.
     """
     w, c, counted, training, sampling = work, work.shape, flops(work), (0.0, ""), (0.0, "")
-    if counted is None:
+    if counted is None or w.rows is None:
         return None
     if w.stage != "collect":
         again = 4 / 3 if w.checkpointing else 1  # about: the forward pass once more
         rate = (gpu.fp32_flops if w.precision == "no" else gpu.flops) * mfu * w.gpus
         launches = w.rows / (w.gpus * w.micro) * len(w.networks) * w.epochs * again
         launches *= LAUNCHES[c.family][0] * c.n_layer + LAUNCHES_OUTSIDE[0]
-        launches += w.steps * c.n_layer * MUON_LAUNCHES if w.optimizer == "muon" else 0
+        launches += (w.steps or 0) * c.n_layer * MUON_LAUNCHES if w.optimizer == "muon" else 0
         arithmetic = sum(counted) - counted.sampling
         training = max((arithmetic / rate, "arithmetic"), (launches * LAUNCH, "kernel launches"))
     if w.response:
