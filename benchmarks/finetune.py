@@ -59,13 +59,13 @@ def write_work(
     tokenizer: Tokenizer,
     train: list[dict[str, Any]],
     held_out: list[dict[str, Any]],
-) -> dict[str, str]:
-    """Write the model and the rows; where they are, as Work calls it."""
-    return {
-        "model": write_model(folder / "model", random_llama(config), tokenizer),
-        "train": write_rows(folder / "train.jsonl", train),
-        "held_out": write_rows(folder / "eval.jsonl", held_out),
-    }
+) -> tuple[str, str, str]:
+    """Write the model and the rows; where they are: model, train and held_out of Work."""
+    return (
+        write_model(folder / "model", random_llama(config), tokenizer),
+        write_rows(folder / "train.jsonl", train),
+        write_rows(folder / "eval.jsonl", held_out),
+    )
 
 
 def compare(work: Work, args: argparse.Namespace, scratch: str, **line: Any) -> None:

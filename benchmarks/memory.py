@@ -8,6 +8,5 @@ def peak_mb(process: int | str = "self") -> float:
     """The most memory that a process has held until now, in MB; nan where the system does not
     tell."""
     status = Path(f"/proc/{process}/status")
-    if not status.exists():
-        return float("nan")
-    return float(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return float(found[1]) * 1024 / 1e6 if found else float("nan")

@@ -290,8 +290,9 @@ def main() -> None:
         }
         if args.threads > 1:
             sides["datasets.map, threads"] = lambda: bench.peer(whole, sizes[1], 1, parallel=True)
-        line = {"memory_MB": bench.memory, "shards": shards}
-        side_by_side("prepare", "MB/s", sides, runs=args.runs, **line)
+        side_by_side(
+            "prepare", "MB/s", sides, runs=args.runs, memory_MB=bench.memory, shards=shards
+        )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from common.handoff.publish import load_config
 from common.model.shape import GPTConfig
 
 RECIPE = ROOT / "configs" / "nanogpt" / "pretrain.yaml"
-README = {  # nanoGPT's run for a CPU
+README: dict[str, Any] = {  # nanoGPT's run for a CPU
     "n_layer": 4,
     "n_head": 4,
     "n_embd": 128,
@@ -118,6 +118,11 @@ class Speed:
         self.parameters[f"nanoGPT {precision}"] = done["parameters"]
         return done["tokens_per_second"]
 
+    def flops(self, _: str) -> float:
+        """Model FLOPs of training on a token, the same on both sides; known once ours has run."""
+        assert self.config is not None
+        return training_flops(self.config, [self.args.block], self.args.block)
+
     def compare(self) -> None:
         """Run both sides and print the line."""
         args = self.args
@@ -129,7 +134,7 @@ class Speed:
             sides,
             runs=args.runs,
             alone=args.alone,
-            flops_per_unit=lambda _: training_flops(self.config, [args.block], args.block),
+            flops_per_unit=self.flops,
             parameters=self.parameters,
             steps=self.steps,
             batch=args.batch,
@@ -169,7 +174,7 @@ class TimeToLoss:
         steps = self.args.nanogpt_steps
         how = {"steps": steps, "uncounted": 0, "evaluate": True}
         done = nanogpt(self.args, precision, **README, **how)
-        shape = {key: README[key] for key in ("n_layer", "n_head", "n_embd")}
+        shape: dict[str, Any] = {key: README[key] for key in ("n_layer", "n_head", "n_embd")}
         config = GPTConfig(family="gpt2", vocab_size=65, **shape)
         cost = training_cost(config, steps * README["batch"], README["block_size"])
         reached = Reached(done["loss"], done["parameters"], steps, cost)
@@ -187,7 +192,7 @@ class TimeToLoss:
         for row in log:
             if "tokens/s" in row:
                 seconds += (row["step"] - done) * rows * length / row["tokens/s"]
-                done = row["step"]
+                done = int(row["step"])
             elif done and row["eval_loss"] <= target:
                 shape = load_config(stage["config"]["output_dir"])
                 cost = training_cost(shape, done * rows, length)

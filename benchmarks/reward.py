@@ -70,8 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         train, held_out = pairs.rows[HELD_OUT:], pairs.rows[:HELD_OUT]
         places = write_work(Path(scratch), config, pairs.tokenizer, train, held_out)
-        numbers = {"uncounted": uncounted, "batch": args.batch, "rate": RATE}
-        work = Work("reward", **places, steps=args.steps + uncounted, **numbers)
+        work = Work("reward", *places, args.steps + uncounted, uncounted, args.batch, RATE)
         flops = training_flops(config, trained, 0)
         compare(work, args, scratch, flops_per_unit=flops, pairs=len(pairs.rows))
 

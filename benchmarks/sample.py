@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -70,7 +71,8 @@ class Bench:
     @torch.inference_mode()
     def generated(self, precision: str, rows: int, temperature: float = 1.0) -> list[list[int]]:
         """The ids that theirs goes on with."""
-        chosen, how = self.prompts[:rows], {"do_sample": False}
+        chosen = self.prompts[:rows]
+        how: dict[str, Any] = {"do_sample": False}
         if temperature:
             how = {"do_sample": True, "top_k": 0, "top_p": 1.0}
         how["max_new_tokens"] = self.args.new_tokens
@@ -110,8 +112,8 @@ def main() -> None:
     """Make the models, compare what they say, time them."""
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=64, help="rows at a time of the headline")
-    sizes = {"type": int, "nargs": "*", "default": [1, 16, 256]}
-    parser.add_argument("--batches", **sizes, help="other numbers of rows, also timed")
+    others = "other numbers of rows, also timed"
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 256], help=others)
     parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens in a prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to sample")
     shape_arguments(parser)

@@ -67,8 +67,8 @@ def main() -> None:
             [as_row(turns) for turns in side] for side in (rows.train, rows.held_out)
         )
         places = write_work(Path(scratch), config, rows.tokenizer, train, held_out)
-        numbers = {"steps": steps, "uncounted": uncounted, "batch": args.batch, "rate": RATE}
-        compare(Work("sft", **places, **numbers), args, scratch, flops_per_unit=flops)
+        work = Work("sft", *places, steps, uncounted, args.batch, RATE)
+        compare(work, args, scratch, flops_per_unit=flops)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def verdict(medians: Mapping[str, float], unit: str, lower_is_better: bool) -> d
 
     ours = medians[ours_of(medians)]
     peers = {name: figure for name, figure in medians.items() if not name.startswith("ours")}
-    best = (min if lower_is_better else max)(peers, key=peers.get) if peers else None
+    best = (min if lower_is_better else max)(peers, key=lambda name: peers[name]) if peers else None
     line = {
         "ratio": ratio(ours, peers[best]) if best else None,
         "ours": ours,

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from benchmarks.side_by_side import ROOT, Missing, arguments, ended, flags, pin, side_by_side
 
@@ -59,7 +60,7 @@ def write_rows(folder: Path) -> None:
     """A few rows for each stage."""
     numbers = range(40)
     sentence = "The fox number {} met the bird number {} by the river."
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
         "documents": [{"text": sentence.format(n % 10, n % 7)} for n in range(200)],
         "sft": [{"prompt": f"Is it {n}?", "completion": ANSWERS[n % 3]} for n in numbers],
         "reward": [
@@ -73,7 +74,7 @@ def write_rows(folder: Path) -> None:
 
 def command(stage: str, folder: Path, output_dir: Path, launcher: str = "python") -> list[str]:
     """The launch of a stage with the keys of a tiny run of one step."""
-    keys = {
+    keys: dict[str, Any] = {
         "output_dir": output_dir,
         "train_data": folder / (f"{stage}.jsonl" if stage != "pretrain" else "shards"),
         "max_steps": 1,

@@ -75,7 +75,7 @@ def letters(vocab_size: int) -> Tokenizer:
 def write_model(folder: Path, model: GPT | RewardModel, tokenizer: Tokenizer) -> str:
     """A directory that our stages and transformers read."""
     kind = "lm" if isinstance(model, GPT) else "reward"
-    report = {"stage": "benchmark", "kind": kind, "parent": None, "metrics": {}}
+    report: dict[str, Any] = {"stage": "benchmark", "kind": kind, "parent": None, "metrics": {}}
     publish(folder, model, tokenizer, report)
     return str(folder)
 
@@ -101,11 +101,14 @@ def launch(module: str, config: Mapping[str, Any], folder: Path) -> list[dict[st
     file = folder / "config.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
     command = [sys.executable, "-m", module, "--config", str(file)]
-    line, moments, said = re.compile(rf"{module.split('.')[1]} +\d+  "), [], []
+    line = re.compile(rf"{module.split('.')[1]} +\d+  ")
+    moments: list[dict[str, float]] = []
+    said: list[str] = []
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
         )
+        assert process.stdout is not None  # a pipe
         for text in process.stdout:
             if line.match(text):
                 moments.append({"at": time.perf_counter(), "peak_mb": peak_mb(process.pid)})
