@@ -71,9 +71,7 @@ def test_flops_of_a_pretraining_step(family, checkpointing):
     if family == "gpt2":
         work = replace(
             work,
-            shape=replace(
-                work.shape, family="gpt2", n_inner=0, attention_bias=None, mlp_bias=None
-            ),
+            shape=replace(work.shape, family="gpt2", n_inner=0, attention_bias=None, mlp_bias=None),
         )
     model = GPT(work.shape)
     recompute(*[model] * checkpointing)
