@@ -1,2 +1,1 @@
-"""What all stages share, in rooms; the floor of each is below that of the next. No room knows a
-stage."""
+"""What all stages share, in rooms; each imports only rooms on lower floors."""

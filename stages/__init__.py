@@ -1,0 +1,1 @@
+"""The four stages: each reads a directory, trains, and publishes a model directory."""

@@ -1,0 +1,1 @@
+"""Sums of two numbers as prompt and completion: minGPT's adder."""

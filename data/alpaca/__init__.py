@@ -1,0 +1,1 @@
+"""A file of instructions, split by prompt for the four stages."""

@@ -1,0 +1,1 @@
+"""A sequence of symbols for the smallest GPT: Karpathy's baby GPT."""

@@ -1,2 +1,1 @@
-"""The embedded demo world: a small seeded English, its four kinds of prompt, and the hidden gold
-scorer."""
+"""The demo world: a small seeded English, four kinds of prompt, and the hidden gold scorer."""

@@ -1,0 +1,1 @@
+"""Pretraining: text becomes shards, shards become a base model."""

@@ -1,0 +1,1 @@
+"""Reward modelling: comparisons of answers are collected, and a model learns them."""

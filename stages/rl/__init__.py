@@ -1,0 +1,1 @@
+"""Reinforcement learning: the assistant learns from the scores of its own answers."""

@@ -1,0 +1,1 @@
+"""Supervised finetuning: demonstrations make an assistant of a base model."""

@@ -23,9 +23,7 @@ from stages.reward import train as reward
 from stages.rl import train as rl
 from stages.sft import train as sft
 
-FULL = bool(
-    os.environ.get("FAULTS")
-)  # the whole sweeps, of which the normal test run takes a sample
+FULL = bool(os.environ.get("FAULTS"))  # the whole sweeps, of which a normal run takes a sample
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
 CLOCK = {
     "tokens/s",
@@ -62,20 +60,16 @@ class Child:
         if self.pid:
             return
         try:
-            for kind in (
-                signal.SIGINT,
-                signal.SIGTERM,
-            ):  # as in a new process, whatever the one before it left
-                signal.signal(
-                    kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL
-                )
+            # As in a new process, whatever the one before it left.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.alarm(100)  # one that hangs ends
             for number, (_, end) in enumerate(self.pipes, 1):
                 os.dup2(end, number)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            warnings.showwarning = lambda message, *_: print(
-                message, file=sys.stderr
-            )  # pytest's own keeps them to itself
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            # pytest's own keeps them to itself.
+            warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
             Run.forget = keep_the_end
             code = 0
             try:

@@ -53,7 +53,10 @@ def spoil(change: Callable, numbers: set[int]) -> None:
         calls.append(1)
         if len(calls) - 1 not in numbers:
             return real(accelerator, model, optimizer, batches, loss, *rest)
-        spoilt = lambda batch: change(loss(batch)) if batch is batches[0] else loss(batch)  # noqa: E731
+
+        def spoilt(batch: Any) -> torch.Tensor:
+            return change(loss(batch)) if batch is batches[0] else loss(batch)
+
         before = things(model, optimizer)
         try:
             return real(accelerator, model, optimizer, batches, spoilt, *rest)

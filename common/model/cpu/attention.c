@@ -1,7 +1,9 @@
-// Inner loops of attention.py: B rows, T positions, S cache slots, H heads, K key/value heads, D head width.
+// Inner loops of attention.py: B rows, T positions, S cache slots, H heads, K key/value heads,
+// D head width.
 #include "native.h"
 
-// x (heads, D) turned by rotary positions in place; cos, sin (D), sin negative for its first half; sign -1 turns back.
+// x (heads, D) turned by rotary positions in place; cos, sin (D), sin negative for its first half;
+// sign -1 turns back.
 INLINE void rotate(float *x, long heads, long D, const float *cos, const float *sin, float sign) {
     for (long h = 0; h < heads; h++, x += D)
         for (long i = 0; i < D / 2; i++) {
@@ -11,11 +13,13 @@ INLINE void rotate(float *x, long heads, long D, const float *cos, const float *
         }
 }
 
-// qkv (tokens, (H + 2 K) D) -> q (B, H, T, D) and k, v (B, K, S, D), turned; back: the other way, which is its gradient.
-// Token n is place at[n] of the flattened (B, T), and goes to slot slots[n]; NULL: place n, and the slot of its position.
-// cos, sin: (B, T, D) or, with rope_rows 1, (1, T, D); NULL: no rotary positions.
-void split_heads(void *qkv, int half, long tokens, const int64_t *at, const int64_t *slots, long T, long S, long H, long K,
-                 long D, const void *cos, const void *sin, int rope_half, long rope_rows, void *q, void *k, void *v, int back) {
+// qkv (tokens, (H + 2 K) D) -> q (B, H, T, D) and k, v (B, K, S, D), turned; back: the other way,
+// which is its gradient. Token n is place at[n] of the flattened (B, T), and goes to slot slots[n];
+// NULL: place n, and the slot of its position. cos, sin: (B, T, D) or, with rope_rows 1, (1, T, D);
+// NULL: no rotary positions.
+void split_heads(void *qkv, int half, long tokens, const int64_t *at, const int64_t *slots, long T,
+                 long S, long H, long K, long D, const void *cos, const void *sin, int rope_half,
+                 long rope_rows, void *q, void *k, void *v, int back) {
     long width = (H + 2 * K) * D;
 #pragma omp parallel for schedule(static) WORTH_THREADS(tokens *width)
     for (long n = 0; n < tokens; n++) {
@@ -33,7 +37,8 @@ void split_heads(void *qkv, int half, long tokens, const int64_t *at, const int6
         }
         for (long h = 0; h < H + 2 * K; h++) {
             long kv = h < H + K ? h - H : h - H - K;
-            void *one = h < H ? AT(q, half, ((b * H + h) * T + t) * D) : AT(h < H + K ? k : v, half, ((b * K + kv) * S + slot) * D);
+            void *one = h < H ? AT(q, half, ((b * H + h) * T + t) * D)
+                              : AT(h < H + K ? k : v, half, ((b * K + kv) * S + slot) * D);
             if (back)
                 load(x + h * D, one, half, D);
             else
@@ -47,25 +52,30 @@ void split_heads(void *qkv, int half, long tokens, const int64_t *at, const int6
 }
 
 // y (tokens, H D) <-> heads (B, H, T, D).
-void merge_heads(void *y, int half, long tokens, const int64_t *at, long T, long H, long D, void *heads, int back) {
+void merge_heads(void *y, int half, long tokens, const int64_t *at, long T, long H, long D,
+                 void *heads, int back) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(tokens *H *D)
     for (long n = 0; n < tokens; n++) {
         long place = at ? at[n] : n, b = place / T, t = place % T;
         for (long h = 0; h < H; h++) {
-            char *one = AT(heads, half, ((b * H + h) * T + t) * D), *all = AT(y, half, (n * H + h) * D);
+            char *one = AT(heads, half, ((b * H + h) * T + t) * D),
+                 *all = AT(y, half, (n * H + h) * D);
             __builtin_memcpy(back ? one : all, back ? all : one, BYTES(half) * D);
         }
     }
 }
 
-INLINE void attend_row(int half, const float *q, long D, const void *keys, const void *values, const void *mask, int mask_half,
-                       long used, float *scores, void *y) {
+INLINE void attend_row(int half, const float *q, long D, const void *keys, const void *values,
+                       const void *mask, int mask_half, long used, float *scores, void *y) {
     long first = 0;
-    while (used > 1 && element(mask, mask_half, used - 1) < -1e30f) used--;  // what is seen has no gaps
+    // What is seen has no gaps.
+    while (used > 1 && element(mask, mask_half, used - 1) < -1e30f) used--;
     while (first < used && element(mask, mask_half, first) < -1e30f) first++;
     float most = -__builtin_inff(), sum = 0, out[D];
-    for (long s = first; s < used; s += 4) {  // the last ones again and again, rather than a loop for what is left over
-        long a = s, b = s + 1 < used ? s + 1 : a, c = s + 2 < used ? s + 2 : b, d = s + 3 < used ? s + 3 : c;
+    // At the end the last ones again and again, rather than a loop for what is left over.
+    for (long s = first; s < used; s += 4) {
+        long a = s, b = s + 1 < used ? s + 1 : a, c = s + 2 < used ? s + 2 : b,
+             d = s + 3 < used ? s + 3 : c;
         float w = 0, x = 0, y = 0, z = 0;
 #pragma omp simd reduction(+ : w, x, y, z)
         for (long i = 0; i < D; i++) {
@@ -87,8 +97,8 @@ INLINE void attend_row(int half, const float *q, long D, const void *keys, const
     store(y, out, half, D);
 }
 
-INLINE void attend_row_of(int half, const float *q, long D, const void *keys, const void *values, const void *mask,
-                          int mask_half, long used, float *scores, void *y) {
+INLINE void attend_row_of(int half, const float *q, long D, const void *keys, const void *values,
+                          const void *mask, int mask_half, long used, float *scores, void *y) {
     if (D == 64)  // loops of known length are twice as fast
         attend_row(half, q, 64, keys, values, mask, mask_half, used, scores, y);
     else if (D == 32)
@@ -97,11 +107,12 @@ INLINE void attend_row_of(int half, const float *q, long D, const void *keys, co
         attend_row(half, q, D, keys, values, mask, mask_half, used, scores, y);
 }
 
-// One new token a row: qkv (B, (H + 2 K) D); its key and value go to slot slots[b] of keys, values (B, K, S, D), then its
-// queries attend to the first `used` slots. cos, sin (B, D) or NULL; mask (B, used) is 0 or -inf; y (B, H D).
-void attend_one(const void *qkv, int half, long B, long S, long H, long K, long D, const void *cos, const void *sin,
-                int rope_half, void *keys, void *values, const int64_t *slots, const void *mask, int mask_half, long used,
-                void *y) {
+// One new token a row: qkv (B, (H + 2 K) D); its key and value go to slot slots[b] of keys, values
+// (B, K, S, D), then its queries attend to the first `used` slots. cos, sin (B, D) or NULL; mask
+// (B, used) is 0 or -inf; y (B, H D).
+void attend_one(const void *qkv, int half, long B, long S, long H, long K, long D, const void *cos,
+                const void *sin, int rope_half, void *keys, void *values, const int64_t *slots,
+                const void *mask, int mask_half, long used, void *y) {
     long group = H / K;
     float scale = 1 / __builtin_sqrtf(D);
 #pragma omp parallel for schedule(static) WORTH_THREADS(B *K *used *D)
@@ -132,11 +143,12 @@ void attend_one(const void *qkv, int half, long B, long S, long H, long K, long 
     }
 }
 
-// Of attention's backward pass: in place, scores (rows, T, T) = q k' -> p = softmax(scale * scores), and their gradient
-// g = dy v' -> scale * p * (g - sum(p g)). Row t sees the first t + 1 columns, or where mask (mask_rows, T, T) is not -inf:
-// matrix r the mask r / (rows / mask_rows). Elsewhere both are zero.
-void attention_scores(void *scores, int half, void *g, const void *mask, int mask_half, long mask_rows, float scale, long rows,
-                      long T) {
+// Of attention's backward pass: in place, scores (rows, T, T) = q k' -> p = softmax(scale *
+// scores), and their gradient g = dy v' -> scale * p * (g - sum(p g)). Row t sees the first t + 1
+// columns, or where mask (mask_rows, T, T) is not -inf: matrix r the mask r / (rows / mask_rows).
+// Elsewhere both are zero.
+void attention_scores(void *scores, int half, void *g, const void *mask, int mask_half,
+                      long mask_rows, float scale, long rows, long T) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(rows *T *T)
     for (long n = 0; n < rows * T; n++) {
         long t = n % T, seen = mask ? T : t + 1;

@@ -1,10 +1,11 @@
 // Inner loops of kernels.py.
 #include "native.h"
 
-// y = (x - mean) * scale * weight + bias: x, y (rows, width), weight, bias (width) of one kind. LayerNorm: of each row the mean
-// and scale = 1 / sqrt(variance + eps), kept in mean, scale (rows). RMSNorm: bias and mean NULL, scale = 1 / sqrt(mean(x^2) + eps).
-void norm(const void *x, int x_half, const void *weight, int w_half, const void *bias, void *y, int y_half, float *mean,
-          float *scale, long rows, long width, float eps) {
+// y = (x - mean) * scale * weight + bias: x, y (rows, width), weight, bias (width) of one kind.
+// LayerNorm: of each row the mean and scale = 1 / sqrt(variance + eps), kept in mean, scale (rows).
+// RMSNorm: bias and mean NULL, scale = 1 / sqrt(mean(x^2) + eps).
+void norm(const void *x, int x_half, const void *weight, int w_half, const void *bias, void *y,
+          int y_half, float *mean, float *scale, long rows, long width, float eps) {
 #pragma omp parallel WORTH_THREADS(rows * width)
     {
         float w[width], b[width], v[width];
@@ -27,9 +28,11 @@ void norm(const void *x, int x_half, const void *weight, int w_half, const void 
     }
 }
 
-// g: gradient of y. dweight, dbias (threads, width), zero at first: what each thread adds up; dbias NULL: no bias.
-void norm_backward(const void *g, int g_half, const void *x, int x_half, const void *weight, int w_half, const float *mean,
-                   const float *scale, void *dx, int dx_half, float *dweight, float *dbias, int threads, long rows, long width) {
+// g: gradient of y. dweight, dbias (threads, width), zero at first: what each thread adds up; dbias
+// NULL: no bias.
+void norm_backward(const void *g, int g_half, const void *x, int x_half, const void *weight,
+                   int w_half, const float *mean, const float *scale, void *dx, int dx_half,
+                   float *dweight, float *dbias, int threads, long rows, long width) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
         float w[width], v[width], d[width], *dw = dweight + thread * width;
@@ -81,13 +84,15 @@ void swiglu_backward(const void *g, const void *h, int half, void *dh, long rows
     }
 }
 
-// GPT-2's GELU, x * sigmoid(2 u) = x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + .044715 x^3), of x (rows, width).
+// GPT-2's GELU, x * sigmoid(2 u) = x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + .044715 x^3), of
+// x (rows, width).
 void gelu(const void *x, int half, void *y, long rows, long width) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)
     for (long r = 0; r < rows; r++) {
         float v[width];
         load(v, AT(x, half, r * width), half, width);
-        for (long i = 0; i < width; i++) v[i] /= 1 + exponential(-1.59576912f * v[i] * (1 + 0.044715f * v[i] * v[i]));
+        for (long i = 0; i < width; i++)
+            v[i] /= 1 + exponential(-1.59576912f * v[i] * (1 + 0.044715f * v[i] * v[i]));
         store(AT(y, half, r * width), v, half, width);
     }
 }
@@ -99,16 +104,18 @@ void gelu_backward(const void *g, const void *x, int half, void *dx, long rows, 
         load(v, AT(x, half, r * width), half, width);
         load(d, AT(g, half, r * width), half, width);
         for (long i = 0; i < width; i++) {
-            float square = v[i] * v[i], s = 1 / (1 + exponential(-1.59576912f * v[i] * (1 + 0.044715f * square)));
+            float square = v[i] * v[i],
+                  s = 1 / (1 + exponential(-1.59576912f * v[i] * (1 + 0.044715f * square)));
             d[i] *= s + v[i] * s * (1 - s) * 1.59576912f * (1 + 0.134145f * square);
         }
         store(AT(dx, half, r * width), d, half, width);
     }
 }
 
-// log softmax(logits * sharpness) (rows, width) at targets -> logprobs (rows); entropies (rows), or NULL.
-void logprobs_at(const void *logits, int half, const int64_t *targets, float sharpness, float *logprobs, float *entropies,
-                 long rows, long width) {
+// log softmax(logits * sharpness) (rows, width) at targets -> logprobs (rows); entropies (rows), or
+// NULL.
+void logprobs_at(const void *logits, int half, const int64_t *targets, float sharpness,
+                 float *logprobs, float *entropies, long rows, long width) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)
     for (long r = 0; r < rows; r++) {
         float x[width], most = -__builtin_inff(), sum = 0, mean = 0;
@@ -127,9 +134,11 @@ void logprobs_at(const void *logits, int half, const int64_t *targets, float sha
     }
 }
 
-// Its gradient, in place of the logits: -g * p, but at_target[r] at the targets. g (rows): the gradient, times sharpness.
-void logprobs_at_backward(void *logits, int half, const int64_t *targets, float sharpness, const float *logprobs,
-                          const float *g, const float *at_target, long rows, long width) {
+// Its gradient, in place of the logits: -g * p, but at_target[r] at the targets. g (rows): the
+// gradient, times sharpness.
+void logprobs_at_backward(void *logits, int half, const int64_t *targets, float sharpness,
+                          const float *logprobs, const float *g, const float *at_target, long rows,
+                          long width) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)
     for (long r = 0; r < rows; r++) {
         float x[width];
@@ -141,10 +150,10 @@ void logprobs_at_backward(void *logits, int half, const int64_t *targets, float 
     }
 }
 
-// ids (rows) drawn from softmax(logits * sharpness): the first whose cumulative probability exceeds uniforms (rows) in [0, 1).
-// logprobs (rows): theirs. A logit may be -inf: its id is never drawn.
-void pick_ids(const void *logits, int half, const float *uniforms, float sharpness, int64_t *ids, float *logprobs, long rows,
-              long width) {
+// ids (rows) drawn from softmax(logits * sharpness): the first whose cumulative probability exceeds
+// uniforms (rows) in [0, 1). logprobs (rows): theirs. A logit may be -inf: its id is never drawn.
+void pick_ids(const void *logits, int half, const float *uniforms, float sharpness, int64_t *ids,
+              float *logprobs, long rows, long width) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)
     for (long r = 0; r < rows; r++) {
         enum { BLOCK = 64 };
@@ -156,7 +165,8 @@ void pick_ids(const void *logits, int half, const float *uniforms, float sharpne
             long end = (b + 1) * BLOCK < width ? (b + 1) * BLOCK : width;
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (long i = b * BLOCK; i < end; i++) sum += x[i] = exponential((x[i] - most) * sharpness);
+            for (long i = b * BLOCK; i < end; i++)
+                sum += x[i] = exponential((x[i] - most) * sharpness);
             total += sums[b] = sum;
         }
         float left = uniforms[r] * total;

@@ -1,8 +1,9 @@
-// What kernels.c, attention.c and packed.c share: inner loops of the modules of the same names, for CPUs, which do in one pass
-// over memory what takes PyTorch's operations several. compile.py compiles them.
+// What kernels.c, attention.c and packed.c share: inner loops of the modules of the same names, for
+// CPUs, which do in one pass over memory what takes PyTorch's operations several. compile.py
+// compiles them.
 //
-// A tensor is a pointer and `half`: 1 for bf16, 0 for fp32. Rows are widened to fp32 in buffers that stay in the first-level
-// cache, computed with there, and rounded once, when they are stored.
+// A tensor is a pointer and `half`: 1 for bf16, 0 for fp32. Rows are widened to fp32 in buffers
+// that stay in the first-level cache, computed with there, and rounded once, when they are stored.
 #pragma once
 #include <stdint.h>
 
@@ -19,11 +20,14 @@ typedef union { float value; uint32_t bits; } word;
 INLINE float widen(uint16_t x) { return ((word){.bits = (uint32_t)x << 16}).value; }
 
 INLINE uint16_t narrow(float x) {
-    uint32_t bits = ((word){x}).bits, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    uint32_t bits = ((word){x}).bits,
+             rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;  // NaN stays NaN
 }
 
-INLINE float element(const void *x, int half, long i) { return half ? widen(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
+INLINE float element(const void *x, int half, long i) {
+    return half ? widen(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
 
 INLINE void load(float *to, const void *from, int half, long n) {
     if (half)
@@ -39,7 +43,8 @@ INLINE void store(void *to, const float *from, int half, long n) {
         for (long i = 0; i < n; i++) ((float *)to)[i] = from[i];
 }
 
-// e^x to about 5 units in the last place, without a branch, so that loops over it become vector instructions (Cephes' expf).
+// e^x to about 5 units in the last place, without a branch, so that loops over it become vector
+// instructions (Cephes' expf).
 INLINE float exponential(float x) {
     float clamped = x > 88.0f ? 88.0f : x;
     float n = __builtin_rintf(clamped * 1.44269504f);

@@ -1,5 +1,5 @@
-// Sampling's matrix products, a few rows times a large matrix, with the matrix units (AMX) of newer Intel processors: the
-// weights are put into the units' order once, and not at every product.
+// Sampling's matrix products, a few rows times a large matrix, with the matrix units (AMX) of newer
+// Intel processors: the weights are put into the units' order once, and not at every product.
 #include "native.h"
 
 #ifdef __AMX_BF16__
@@ -11,11 +11,13 @@
 #define OUTPUTS 32  // two tiles at a time
 #define ROWS 32     // and two of rows
 
-// Whether the system lets this process use the units: Linux asks to be asked (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA).
+// Whether the system lets this process use the units: Linux asks to be asked (arch_prctl,
+// ARCH_REQ_XCOMP_PERM, XTILEDATA).
 int can_pack(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-// weight (outputs, inputs) -> [outputs / 32][inputs / 32][2][inputs 16][outputs 16][inputs 2]. Outputs that are not there are
-// 0. The last 32 inputs may begin before the others end, so that nobody reads beyond a row; there, too, the weights are 0.
+// weight (outputs, inputs) -> [outputs / 32][inputs / 32][2][inputs 16][outputs 16][inputs 2].
+// Outputs that are not there are 0. The last 32 inputs may begin before the others end, so that
+// nobody reads beyond a row; there, too, the weights are 0.
 void pack(const void *weight, void *packed, long outputs, long inputs) {
     long steps = (inputs + INPUTS - 1) / INPUTS;
 #pragma omp parallel for schedule(static)
@@ -26,24 +28,32 @@ void pack(const void *weight, void *packed, long outputs, long inputs) {
             for (long half = first; half < first + OUTPUTS; half += 16)
                 for (long i = from; i < from + INPUTS; i += 2)
                     for (long n = half; n < half + 16; n++)
-                        *to++ = n < outputs && i >= k ? ((const uint32_t *)weight)[(n * inputs + i) / 2] : 0;
+                        *to++ = n < outputs && i >= k
+                                    ? ((const uint32_t *)weight)[(n * inputs + i) / 2]
+                                    : 0;
         }
     }
 }
 
-// y = x weight' + bias: x (rows, inputs), bias (outputs) or NULL, y (rows, outputs), all bf16. inputs: even, at least 32.
-void packed_linear(const void *x, const void *packed, const void *bias, void *y, long rows, long outputs, long inputs) {
+// y = x weight' + bias: x (rows, inputs), bias (outputs) or NULL, y (rows, outputs), all bf16.
+// inputs: even, at least 32.
+void packed_linear(const void *x, const void *packed, const void *bias, void *y, long rows,
+                   long outputs, long inputs) {
     long steps = (inputs + INPUTS - 1) / INPUTS;
 #pragma omp parallel
     {
-        // Of the 64 bytes the first is the palette; from 16 on the bytes in a row of each tile, from 48 on its rows.
+        // Of the 64 bytes the first is the palette; from 16 on the bytes in a row of each tile,
+        // from 48 on its rows.
         __attribute__((aligned(64))) uint8_t configuration[64] = {1};
-        for (int tile = 0; tile < 8; tile++) configuration[16 + 2 * tile] = 64, configuration[48 + tile] = 16;
+        for (int tile = 0; tile < 8; tile++)
+            configuration[16 + 2 * tile] = 64, configuration[48 + tile] = 16;
         _tile_loadconfig(configuration);
-        // The last 32 rows may begin before the others end, too; fewer than that get zeros behind them.
+        // The last 32 rows may begin before the others end, too; fewer than that get zeros behind
+        // them.
         uint16_t few[rows < ROWS ? ROWS * inputs : 1];
         if (rows < ROWS)
-            for (long i = 0; i < ROWS * inputs; i++) few[i] = i < rows * inputs ? ((const uint16_t *)x)[i] : 0;
+            for (long i = 0; i < ROWS * inputs; i++)
+                few[i] = i < rows * inputs ? ((const uint16_t *)x)[i] : 0;
         __attribute__((aligned(64))) float sums[ROWS][OUTPUTS];
 #pragma omp for schedule(static)
         for (long first = 0; first < outputs; first += OUTPUTS) {
@@ -90,5 +100,6 @@ void packed_linear(const void *x, const void *packed, const void *bias, void *y,
 #else
 int can_pack(void) { return 0; }
 void pack(const void *weight, void *packed, long outputs, long inputs) {}
-void packed_linear(const void *x, const void *packed, const void *bias, void *y, long rows, long outputs, long inputs) {}
+void packed_linear(const void *x, const void *packed, const void *bias, void *y, long rows,
+                   long outputs, long inputs) {}
 #endif

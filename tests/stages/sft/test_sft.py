@@ -193,8 +193,8 @@ def test_it_learns_the_answers_and_where_they_stop(family, setting, capsys):
     assert {"sample", "stopped", "step"} <= samples[0].keys()
 
 
-def log(cfg: Config) -> list[dict]:
-    with open(f"{cfg.output_dir}/metrics.jsonl") as file:  # noqa: PTH123
+def log(cfg: Config, name: str = "metrics.jsonl") -> list[dict]:
+    with open(f"{cfg.output_dir}/{name}") as file:  # noqa: PTH123
         return [json.loads(line) for line in file]
 
 
@@ -287,9 +287,9 @@ def test_a_new_model_learns_to_answer_exactly(setting, tmp_path, tokenizer, caps
         **keys,
     )
     main(cfg)
-    rows = [json.loads(line) for line in open(f"{cfg.output_dir}/metrics.jsonl")]  # noqa: PTH123, SIM115
+    rows = log(cfg)
     assert [row["exact_match"] for row in rows if "exact_match" in row][-1] == pytest.approx(0.9)
-    mistakes = [json.loads(line) for line in open(f"{cfg.output_dir}/mistakes.jsonl")]  # noqa: PTH123, SIM115
+    mistakes = log(cfg, "mistakes.jsonl")
     assert mistakes == [{"prompt": "8?", "wanted": "no", "answer": "zz", "stopped": True}]
     said = capsys.readouterr().out
     assert "1 of 10 held-out answers are not exact" in said
