@@ -69,7 +69,8 @@ class Config(ReadsRows, LearnConfig):
     max_new_tokens: Positive = 80
     """Longest answer."""
     max_steps: Positive | None = 40
-    """Number of rollouts. Schedule and warm-up count rollouts too."""
+    """Number of rollouts; wins over num_train_epochs, so for that give null here. Schedule and
+    warm-up count rollouts too."""
     learning_rate: NonNegative = 5e-4
     """Peak learning rate of the policy."""
     critic_learning_rate: NonNegative | None = None
