@@ -23,8 +23,8 @@ from common.model.costs import (
 )
 from common.model.logprobs import at_once
 from common.model.shape import GPTConfig
+from stages.rl.rollout import ROLLOUT_ROWS
 
-ROLLOUT_ROWS = 256  # stages/rl/train.py samples at most so many episodes at once
 # seconds PyTorch takes to start one kernel without compilation: an order of magnitude, assumed
 LAUNCH = 5e-6
 # Kernels that our Block starts on a GPU: (forward and backward under autocast, one cached decoding
