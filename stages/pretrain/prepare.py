@@ -12,7 +12,6 @@ tokenising. The same command goes on after a kill.
 """
 
 import collections
-import json
 import os
 import re
 import sys
@@ -31,7 +30,7 @@ if not __package__:  # run as a file, for which Python looks for modules in its 
 from common.config.schema import OutputDir, cli, fingerprint, stage_config, to_dict
 from common.config.training import ReadsRows, Seed, refuse_overwriting
 from common.handoff.locate import load_tokenizer
-from common.handoff.report import STAGE, Gate, stage_report, vouch, write_stage_report
+from common.handoff.report import Gate, stage_report, vouch, write_stage_report
 from common.program.errors import InputError
 from common.program.files import MANIFEST, dump, write_atomically
 from common.program.signals import interrupt_with
@@ -291,21 +290,6 @@ def skipped(shelf: Shelf) -> collections.Counter[str]:
     return sum(counts, collections.Counter())
 
 
-def about(train_data: Sequence[str]) -> dict[str, str]:
-    """{"about": what the folders of the sources say of their data in stage.json}; empty where they
-    say nothing, or not all the same."""
-    found = set()
-    for source in map(Path, train_data):
-        file = (source if source.is_dir() else source.parent) / STAGE
-        try:
-            said = json.loads(file.read_text()) if source.exists() else None
-        except (OSError, ValueError):
-            continue
-        if isinstance(said, dict) and isinstance(said.get("about"), str):
-            found.add(said["about"])
-    return {"about": found.pop()} if len(found) == 1 else {}
-
-
 def shards_meta(shelf: Shelf, tokenizer: Tokenizer, cfg: Config) -> dict[str, Any]:
     """The content of shards.json. Its fingerprint is of contents and settings, and of no path."""
     meta = {
@@ -344,7 +328,7 @@ def main(cfg: Config) -> None:
     metrics = measure(shelf, cfg)
     gate = Gate(True, describe(metrics, tokenizer))
     print(gate.line("prepare"))
-    facts = {"data": {"skipped": skipped(shelf)}, "metrics": metrics, **about(cfg.train_data)}
+    facts = {"data": {"skipped": skipped(shelf)}, "metrics": metrics}
     seconds = time.perf_counter() - started
     write_stage_report(folder, stage_report("prepare", cfg, gate, seconds, **facts))
     write_atomically(folder / "shards.json", dump(shards_meta(shelf, tokenizer, cfg)))

@@ -221,35 +221,6 @@ def test_mistakes_are_told(setting, tmp_path):
         main(setting(tokenizer=str(tmp_path / "ab")))
 
 
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        (['{"about": "A world."}', '{"about": "A world."}'], "A world."),
-        (['{"about": "A world."}', None], "A world."),
-        (['{"about": "A world."}', '{"about": "Another."}'], None),
-        ([None, None], None),
-        (['{"about": ["A world."]}', "[]"], None),
-        (['{"about": "cut', "\xff"], None),
-    ],
-    ids=["same", "one says nothing", "two", "nobody", "no text", "damaged"],
-)
-def test_what_the_data_is_about_is_handed_on(setting, tmp_path, said, expected):
-    files = []
-    for n, content in enumerate(said):
-        folder = tmp_path / f"data{n}"
-        folder.mkdir()
-        if content is not None:
-            (folder / "stage.json").write_bytes(content.encode("latin-1"))
-        (folder / "documents.jsonl").write_text(json.dumps({"text": DOCUMENTS[0] * 3}) + "\n")
-        files.append(str(folder / "documents.jsonl"))
-    cfg = setting(train_data=files, tokenizer="characters", weights=[1, 1])
-    main(cfg)
-    stage = json.loads(Path(cfg.output_dir, "stage.json").read_text())
-    assert stage.get("about") == expected
-    main(setting())
-    assert "about" not in json.loads(Path(cfg.output_dir, "stage.json").read_text())
-
-
 # A stream of several sources
 
 
