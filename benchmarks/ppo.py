@@ -191,7 +191,6 @@ def main() -> None:
             sides,
             runs=args.runs,
             alone=args.alone,
-            lower_is_better=True,
             shares=bench.shares,
             peak_mb=bench.peak_mb,
             updates=args.updates,

@@ -222,7 +222,6 @@ class TimeToLoss:
             {name: partial(noting, name, run) for name, run in sides.items()},
             runs=args.runs,
             alone=args.alone,
-            lower_is_better=True,
             warm_up=False,
             flops_per_unit=lambda name: self.reached[name].flops,
             **columns,

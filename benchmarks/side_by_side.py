@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -121,7 +122,6 @@ def side_by_side(
     *,
     runs: int,
     flops_per_unit: float | Callable[[str], float] = 0.0,
-    lower_is_better: bool = False,
     warm_up: bool = True,
     alone: bool = False,
     **extra: Any,
@@ -130,13 +130,15 @@ def side_by_side(
     line.
 
     Names are "ours bf16", "ours fp32", "<peer> bf16", "<peer> fp32" (or without a precision); each
-    call returns one figure in `unit`. The first of ours is our default; it is compared with the
+    call returns one figure in `unit`; of seconds ("s", "s/update", ...) the lower one is the better,
+    of all else the higher. The first of ours is our default; it is compared with the
     best of the peers, and fp32 with fp32. A side that raises Missing is skipped by name.
     flops_per_unit: model FLOPs behind one unit (of a side), from which follows the share of the
     GEMM peak at its precision, timed when the runs are done. warm_up: whether a round without count
     comes first; alone: no peers. `extra` goes into the line as it is then.
     """
     sides = {name: run for name, run in sides.items() if name.startswith("ours") or not alone}
+    lower_is_better = re.match(r"s\b", unit) is not None
     written = Writer(unit, 3 if lower_is_better else 1)
     rounds = range(0 if warm_up and runs else 1, max(runs, 1) + 1)
     found = run_rounds(sides, rounds, written)

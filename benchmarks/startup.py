@@ -180,7 +180,6 @@ def main() -> None:
             "s to the first step",
             sides,
             runs=options.runs,
-            lower_is_better=True,
             bar=BAR,
             stages=bench.medians,
             launcher=options.launcher,

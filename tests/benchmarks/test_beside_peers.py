@@ -160,7 +160,7 @@ def test_sides_alternate_and_medians_are_compared(capsys, monkeypatch):
     )
 
 
-def test_where_lower_is_better_the_ratio_is_turned_round(monkeypatch):
+def test_where_the_figures_are_seconds_the_ratio_is_turned_round(monkeypatch):
     monkeypatch.setattr(harness, "gemm_peak", lambda precision: 100.0)
     sides = {"theirs fp32": lambda: 6.0, "ours fp32": lambda: 2.0}
     line = harness.side_by_side(
@@ -169,7 +169,6 @@ def test_where_lower_is_better_the_ratio_is_turned_round(monkeypatch):
         sides,
         runs=1,
         warm_up=False,
-        lower_is_better=True,
         flops_per_unit=lambda name: 0.0,
     )
     assert line["ratio"] == line["ratio_fp32"] == 3 and "peak_fraction" not in line
