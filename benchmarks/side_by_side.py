@@ -130,9 +130,9 @@ def side_by_side(
     line.
 
     Names are "ours bf16", "ours fp32", "<peer> bf16", "<peer> fp32" (or without a precision); each
-    call returns one figure in `unit`; of seconds ("s", "s/update", ...) the lower one is the better,
-    of all else the higher. The first of ours is our default; it is compared with the
-    best of the peers, and fp32 with fp32. A side that raises Missing is skipped by name.
+    call returns one figure in `unit`. Of seconds ("s", "s/update") the lower figure is the better
+    one, of all else the higher. The first of ours is our default; it is compared with the best of
+    the peers, and fp32 with fp32. A side that raises Missing is skipped by name.
     flops_per_unit: model FLOPs behind one unit (of a side), from which follows the share of the
     GEMM peak at its precision, timed when the runs are done. warm_up: whether a round without count
     comes first; alone: no peers. `extra` goes into the line as it is then.
