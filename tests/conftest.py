@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
         if folder in HEAVY_FOLDERS or HEAVY_FIXTURES & set(item.fixturenames):
             item.add_marker("heavy")
-        group = "road" if "road" in item.fixturenames else str(item.path)
+        group = "road" if {"road", "finished"} & set(item.fixturenames) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: order(item.path.parent.name))
 
