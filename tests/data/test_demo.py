@@ -205,6 +205,7 @@ def test_a_wrong_sum_is_wrong_in_one_of_several_ways() -> None:
     assert sum(wrong) >= 60  # the wrong result
 
 
+@pytest.mark.heavy
 def test_the_labeller_ranks_as_a_careless_person_does() -> None:
     rng = random.Random(5)
     asked = [world.ask(world.draw(rng, world.FAMILIES[i % 4]), rng) for i in range(1200)]
@@ -285,6 +286,7 @@ def test_every_number_pair_occurs_in_training() -> None:
     assert len(pairs) == 81 + sum(range(2, 10))
 
 
+@pytest.mark.heavy
 def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Path) -> None:
     sizes = "--documents 300 --demonstrations 80 --eval_demonstrations 8 --collect_prompts 20"
     sizes += " --rl_prompts 20 --heldout_prompts 20"

@@ -101,6 +101,7 @@ def test_bigrams_counted_by_hand(tmp_path, smoothing):
     assert curves.bigram_loss(folder, smoothing) == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.heavy
 def test_a_model_without_layers_learns_the_bigrams(tmp_path, capsys):
     folder = text_folder(tmp_path, "the cat sat on the mat and the rat ran at the cat. " * 60, 0.2)
     cfg = train.Config(

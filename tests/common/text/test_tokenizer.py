@@ -123,6 +123,7 @@ def test_ids_equal_transformers_on_nasty_text(bpe, tmp_path):
         assert max(ids, default=0) < 415
 
 
+@pytest.mark.heavy
 def test_both_regex_engines_cut_alike_over_unicode():
     """A token for letter + character exists, so tiktoken's ids tell where it cuts; expected:
     tokenizers' own cut."""

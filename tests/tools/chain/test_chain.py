@@ -69,6 +69,7 @@ def arrows(folder: Path, column: str) -> dict[str, float]:
     return {f"{row['state']}->{row['next']}": row[column] for row in rows}
 
 
+@pytest.mark.heavy
 def test_fifty_steps(make):
     folder = make(50)
     result = json.loads((folder / "chain" / "chain.json").read_text())
@@ -113,6 +114,7 @@ def test_before_is_what_the_run_began_with(make):
         assert -sum(terms) / 12 == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.heavy
 def test_trained_longer_it_comes_to_the_exact_counts(make):
     found = arrows(make(300), "after")
     for state, (zero, one) in COUNTS.items():

@@ -374,6 +374,7 @@ def test_errors(runs, monkeypatch, words, message):
         run(*words.split())
 
 
+@pytest.mark.heavy
 def test_command_line(runs):
     start = [sys.executable, "-m", "tools.compare"]
     found = subprocess.run(

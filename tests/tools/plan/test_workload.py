@@ -66,6 +66,7 @@ def recompute(*models: GPT | RewardModel) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.heavy
 def test_flops_of_a_pretraining_step(family, checkpointing):
     work = demo("pretrain", steps=1, rows=2, optimizer="muon", checkpointing=checkpointing)
     if family == "gpt2":
@@ -104,6 +105,7 @@ def test_flops_of_finetuning_and_of_the_reward_model():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.heavy
 def test_flops_of_a_ppo_rollout_and_its_updates(checkpointing):
     """Sampling, scoring by four models, and PPO's epochs with pretraining rows beside them."""
     work = demo(
@@ -237,6 +239,7 @@ def planned(stage: str, keys: dict, folder: Path) -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and steers glibc's malloc")
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.heavy
 def test_peak_memory_of_pretraining(tmp_path, tokenizer, checkpointing):
     tokenizer.save(tmp_path / "shards")
     for split in ("train", "eval"):
@@ -263,6 +266,7 @@ def test_peak_memory_of_pretraining(tmp_path, tokenizer, checkpointing):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and steers glibc's malloc")
+@pytest.mark.heavy
 def test_peak_memory_of_ppo(tmp_path, tokenizer):
     """Four models, sampling and PPO updates."""
     config = shape(

@@ -36,6 +36,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 @needs_compiler
+@pytest.mark.heavy
 def test_it_is_compiled_once_and_again_when_a_source_changes(folder):
     first = native.compiled()
     made = first.stat().st_mtime_ns
@@ -49,12 +50,14 @@ def test_it_is_compiled_once_and_again_when_a_source_changes(folder):
 
 
 @needs_compiler
+@pytest.mark.heavy
 def test_processes_that_start_at_once_all_get_a_whole_library(folder):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: native.compiled(), range(4)))) == 1
 
 
 @pytest.mark.parametrize("why", ["no compiler", "it fails", "not wanted", "no place to write to"])
+@pytest.mark.heavy
 def test_without_them_pytorch_computes_the_same(why, folder, monkeypatch, tiny_gpt):
     model, prompts = tiny_gpt("llama"), [[5, 9, 100], [7]]
     wanted = [s.ids for s in sample(model, prompts, max_new_tokens=8, temperature=0)]
@@ -80,6 +83,7 @@ def test_without_them_pytorch_computes_the_same(why, folder, monkeypatch, tiny_g
 
 
 @needs_compiler
+@pytest.mark.heavy
 def test_a_processor_that_tells_no_flags_is_no_obstacle(folder, monkeypatch):
     real = Path.read_text
     monkeypatch.setattr(
@@ -91,6 +95,7 @@ def test_a_processor_that_tells_no_flags_is_no_obstacle(folder, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.heavy
 def test_openmp_is_the_one_of_torch():
     """One OpenMP in the process, and its number of threads is torch's."""
     script = (
