@@ -23,7 +23,13 @@ if not __package__:  # run as a file, for which Python looks for modules in its 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.config.schema import cli, fingerprint, stage_config
-from common.config.training import NonNegative, Positive, ReadsRows, SchedulerType
+from common.config.training import (
+    NonNegative,
+    Positive,
+    ReadsRows,
+    SchedulerType,
+    TrainConfig,
+)
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import Kind, check_context, load_config, load_model
 from common.handoff.report import Gate
@@ -68,9 +74,9 @@ class Config(ReadsRows, LearnConfig):
     """Longer prompts are left out, and counted."""
     max_new_tokens: Positive = 80
     """Longest answer."""
-    max_steps: Positive | None = 40
-    """Number of rollouts; wins over num_train_epochs, so for that give null here. Schedule and
-    warm-up count rollouts too."""
+    max_steps: Positive | None = None
+    """Number of rollouts; wins over num_train_epochs. Without either 40. Schedule and warm-up count
+    rollouts too."""
     learning_rate: NonNegative = 5e-4
     """Peak learning rate of the policy."""
     critic_learning_rate: NonNegative | None = None
@@ -99,6 +105,12 @@ class Config(ReadsRows, LearnConfig):
     """Rollouts between two saves of what a resume needs (null: only when told to stop)."""
     samples: Annotated[int, Field(ge=0)] = 16
     """Episodes of each rollout kept in samples.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Without max_steps and num_train_epochs 40 rollouts are made."""
+        if self.max_steps is None and self.num_train_epochs is None:
+            object.__setattr__(self, "max_steps", 40)  # the one way to fill in a frozen dataclass
+        TrainConfig.__post_init__(self)
 
 
 def check_keys(cfg: Config) -> None:

@@ -222,6 +222,15 @@ def test_same_seed_same_weights(setting, tmp_path):
     assert not same_weights(cfgs[0].output_dir, cfgs[2].output_dir)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [({}, 40), ({"num_train_epochs": 2}, None), ({"num_train_epochs": 2, "max_steps": 3}, 3)],
+)
+def test_forty_rollouts_where_nothing_is_said(keys, expected):
+    cfg = Config(parent="a", reward_model="b", train_data="c", output_dir="d", **keys)
+    assert cfg.max_steps == expected
+
+
 def test_learning_rate_counts_rollouts(setting, monkeypatch):
     rates: list[tuple[float, float]] = []
 
