@@ -235,6 +235,23 @@ def test_who_has_read_one_train_py_knows_four(stage):
     assert ast.unparse(tree.body[-1]).endswith("cli(Config, main)")
 
 
+def test_a_program_run_as_a_file_finds_the_project_before_it_imports_it():
+    """Python looks for modules in the file's own folder alone, until sys.path has the root."""
+    programs = 0
+    for name, tree in trees_of(ROOT).items():
+        at = [node.lineno for node in tree.body if ast.unparse(node).startswith("if not __package")]
+        if not at:
+            continue
+        programs += 1
+        early = [
+            f"{name}:{found.line}: {found.module}"
+            for found in imports_of(tree)
+            if found.line < at[0] and room_of(found.module)
+        ]
+        assert early == []
+    assert programs >= 6
+
+
 # The checker, on a tree that breaks each rule once: file, its code, what is said about it.
 BROKEN = [
     (

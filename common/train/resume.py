@@ -202,6 +202,18 @@ def identity(cfg: TrainConfig, global_batch: int) -> dict[str, Any]:
     return {**config, "parent_hash": parent, "global_batch": global_batch}
 
 
+def with_new_keys(noted: dict[str, Any], cfg: TrainConfig) -> dict[str, Any]:
+    """What a state notes of its run; keys that the config has gained since then count with their
+    defaults."""
+    fields = type(cfg).__pydantic_fields__  # type: ignore[attr-defined]
+    gained = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in fields.items()
+        if not field.is_required() and key not in FREE
+    }
+    return gained | noted
+
+
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError naming the first key in which the run that left this state differs from the
     one that is to go on."""

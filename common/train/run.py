@@ -49,6 +49,7 @@ from common.train.resume import (
     newest_state,
     rows_per_process,
     save_state,
+    with_new_keys,
 )
 from common.train.update import NonFiniteError, Update, update
 from common.train.zero import zero_stage
@@ -106,7 +107,8 @@ class Run:
         self.global_batch, self.accumulation = batch_shape(cfg, self.processes, self.found)
         self.identity = identity(cfg, self.global_batch)
         if self.found:
-            check_same_run(self.found.path, self.found.loop["run"], self.identity)
+            noted = with_new_keys(self.found.loop["run"], cfg)
+            check_same_run(self.found.path, noted, self.identity)
         set_seed(cfg.seed)
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -21,11 +21,10 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 from tqdm import tqdm
 
-from common.config.schema import OutputDir, cli, stage_config
-
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.config.schema import OutputDir, cli, stage_config
 from common.config.training import ReadsRows, Seed, refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import check_context, load_model

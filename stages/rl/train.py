@@ -131,7 +131,7 @@ def check_keys(cfg: Config) -> None:
 
 
 def sources(cfg: Config) -> dict[str, tuple[str, Kind]]:
-    """Directory and kind of each model by its role, in the order in which they are loaded."""
+    """Directory and kind of each model by its role."""
     found: dict[str, tuple[str, Kind]] = {"policy": (cfg.parent, "lm")}
     if ALGORITHMS[cfg.algorithm].NEEDS_CRITIC:
         found["critic"] = (cfg.critic or cfg.reward_model, "reward")
@@ -171,12 +171,17 @@ def load_models(cfg: Config, run: Run) -> tuple[ActorCritic, nn.Module, nn.Modul
     models do not fit together.
     """
     check_models(cfg)
-    loaded = {role: load_model(name, kind) for role, (name, kind) in sources(cfg).items()}
+    named = sources(cfg)
+    # Each goes to its device before the next is read: host memory need not hold all four at once.
+    judges = [
+        frozen(run.accelerator, load_model(*named.pop(role)))
+        for role in ("reference", "reward model")
+    ]
+    loaded = {role: load_model(name, kind) for role, (name, kind) in named.items()}
     model = ActorCritic(loaded["policy"], loaded.get("critic"))
     if cfg.lora_r:
         for module in model.children():
             add_lora(module, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    judges = (frozen(run.accelerator, loaded[role]) for role in ("reference", "reward model"))
     return model, *judges
 
 

@@ -600,6 +600,15 @@ TOY = SimpleNamespace(
 )
 
 
+def test_each_judge_is_placed_before_the_next_model_is_read(setting, monkeypatch):
+    """Host memory need not hold all four at once."""
+    cfg, events, read, place = setting(), [], train.load_model, train.frozen
+    monkeypatch.setattr(train, "load_model", lambda *of: events.append(of[1]) or read(*of))
+    monkeypatch.setattr(train, "frozen", lambda *of: events.append("placed") or place(*of))
+    train.load_models(cfg, Run(cfg, "rl", "lm"))
+    assert events == ["lm", "placed", "reward", "placed", "lm", "reward"]
+
+
 @pytest.mark.parametrize("lora_r", [0, 2])
 def test_an_algorithm_without_a_critic(setting, tokenizer, tmp_path, monkeypatch, lora_r):
     """Another in PPO's place: its own statistics, and no critic loaded, trained or published."""
