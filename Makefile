@@ -27,7 +27,7 @@ test-all: lint  ## every test, the slow and rare ones too
 faults: .venv/.installed  ## every kill, crash, flipped bit and stop, of which the tests take a sample: 10 minutes
 	FAULTS=1 $(PYTEST) tests/faults --timeout 1200
 
-# One core for each side. make bench TEXT=input.txt ALPACA=alpaca.json PREFERENCES=comparisons.json
+# One core for each side. make bench TEXT=input.txt ALPACA=alpaca.json PREFERENCES=pairs.json
 # NANOGPT=path/of/a/clone TRL112=path/of/its/own/bin/python. What lacks its file is left out.
 bench: .venv/.installed  ## side by side with what is installed: half an hour
 	$(BIN)/python -m benchmarks.startup --threads 2
