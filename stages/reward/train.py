@@ -116,7 +116,7 @@ def collate(comparisons: Sequence[Comparison], pad_id: int, device: torch.device
     for comparison in comparisons:
         better += [len(rows) + i for i, _ in comparison.pairs]
         worse += [len(rows) + j for _, j in comparison.pairs]
-        weights += [1 / len(comparison.pairs)] * len(comparison.pairs)
+        weights += [1 / len(comparison.pairs) for _ in comparison.pairs]  # a blank one has none
         rows += comparison.rows
     lengths = torch.tensor([len(row) for row in rows])
     indices = torch.tensor([better, worse], dtype=torch.long)

@@ -18,7 +18,16 @@ from common.text.comparisons import ranked
 from common.train import run as run_module
 from stages.reward import train
 from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
-from stages.reward.train import Config, accuracy, collate, main, paired, set_origin
+from stages.reward.train import (
+    Comparison,
+    Config,
+    accuracy,
+    blank,
+    collate,
+    main,
+    paired,
+    set_origin,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -69,6 +78,20 @@ def test_k_wise_loss_equals_brute_force(tokenizer, margin, centering):
     found = comparison_loss(scores, batch.better, batch.worse, batch.weights, margin, centering)
     assert float(found) == pytest.approx(expected, rel=1e-6)
     assert float(batch.weights.sum()) == pytest.approx(2)
+
+
+def test_a_blank_comparison_counts_for_nothing():
+    """A process that is short of rows gets one, alone in a micro-batch or beside others."""
+    one = Comparison(rows=[[1, 2], [3]], pairs=[(0, 1)], policy=[])
+    alone = collate([blank(one)], 0, torch.device("cpu"))
+    scores = torch.tensor([0.5, -0.5], requires_grad=True)
+    loss = comparison_loss(scores, alone.better, alone.worse, alone.weights)
+    loss.backward()
+    assert loss.item() == 0
+    assert scores.grad.tolist() == [0, 0]
+    beside = collate([one, blank(one)], 0, torch.device("cpu"))
+    assert len(beside.ids) == 4
+    assert beside.weights.tolist() == [1.0]
 
 
 def test_ties_and_identical_answers_are_no_pairs_and_nothing_is_lost_silently(tokenizer):
