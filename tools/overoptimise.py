@@ -87,7 +87,8 @@ def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
     found = {}
     for run in runs:
         config = read_stage(run).get("config", {})
-        if not (value := config.get(key) or config.get(otherwise)):
+        value = config.get(key) or config.get(otherwise)
+        if not isinstance(value, str):
             raise InputError(f"{run}: no finished PPO run there (stage.json names no {key})")
         found[str(Path(value).resolve())] = value
     if len(found) > 1:

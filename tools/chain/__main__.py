@@ -133,7 +133,7 @@ def chains_of(
     tokens = [visible(tokenizer.decode([i])) for i in ids]
     names = ["".join(state) for state in itertools.product(tokens, repeat=context)]
 
-    data = stage.get("config", {}).get("train_data", "")
+    data = str(stage.get("config", {}).get("train_data", ""))
     counted = counts(data, ids, context) if Path(data, "shards.json").exists() else None
     seen = counted.any(1) if counted is not None and counted.any() else None
 
