@@ -19,6 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from common.config.schema import OutputDir, cli, stage_config
+from common.config.training import refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
@@ -79,6 +80,9 @@ class Config:
     """Answers sampled at once."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of best-of-n's answers."""
+
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
 
 
 def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:

@@ -21,6 +21,8 @@ UNREAD = "weights are read from safetensors only, as a pickle can run code"
 def locate(path: str, weights: bool = True) -> Path:
     """The directory of a model: a local one as it is, verified (its weights only if `weights`); any
     other name is a Hub id, fetched without any pickle. Raises InputError where there is none."""
+    if not path:
+        raise InputError("a model directory is wanted, and the name given is empty")
     if Path(path).is_dir():
         verify(Path(path), weights)
         return Path(path)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config.schema import OutputDir, cli, stage_config
+from common.config.training import refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
@@ -49,6 +50,9 @@ class Config:
     """Tokens in a state; null = the model's whole context."""
     seed: int = 0
     """Nothing is drawn by chance here."""
+
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
 
 
 def symbols(tokenizer: Tokenizer, context: int, path: str) -> list[int]:
