@@ -39,7 +39,7 @@ from rich.table import Table
 
 from common.config.command_line import CLI, Parser, cli_args, did_you_mean
 from common.config.overrides import Overrides, check_overrides, split_overrides
-from common.config.schema import fingerprint, load, stage_config
+from common.config.schema import OutputDir, check_output_dir, fingerprint, load, stage_config
 from common.config.strict_yaml import load_yaml
 from common.program.entry import guard
 from common.program.errors import InputError
@@ -60,7 +60,7 @@ class Step:
     """Program that is run with `python -m`; it takes --config, --output_dir and --seed."""
     launch: bool = False
     """May run on several processes, through `accelerate launch`."""
-    output: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    output: Annotated[str, Field(pattern=r"^(\.|\.*[\w-][\w.-]*)$")] | None = None
     """Folder in output_dir; null = the step's name; `.` = output_dir itself."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keys that win over the step's YAML file."""
@@ -72,7 +72,7 @@ class Step:
 class Recipe:
     """The content of a pipeline.yaml."""
 
-    output_dir: str
+    output_dir: OutputDir
     """Where the steps write, unless --output_dir moves it."""
     steps: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Step], Field(min_length=1)]
     """The steps by name, in the order in which they run."""
@@ -100,7 +100,10 @@ def recipes_in(folder: Path) -> dict[str, str]:
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe in `folder`. Where there is none, the InputError lists those that are near."""
-    if not (folder / RECIPE).exists() and not folder.is_file():
+    if folder.is_file():
+        fix = f"name the recipe's folder: {folder.parent}"
+        raise InputError(f"{CLI}: {folder} is a file; {fix}")
+    if not (folder / RECIPE).exists():
         beside = (
             folder.parent if recipes_in(folder.parent) else Path(os.path.relpath(ROOT / "configs"))
         )
@@ -192,15 +195,15 @@ def parse(argv: Sequence[str]) -> Request:
     parser = make_parser()
     words, overrides = split_overrides(argv)
     if not argv or argv[0].startswith("-"):
-        parser.parse_args(words)  # help, or an error
+        named = parser.parse_args(words).recipe  # help, or an error
+        raise InputError(f"{CLI}: the recipe comes first: python pipeline.py {named} {argv[0]} ...")
     folder = Path(argv[0])
     recipe = read_recipe(folder)
-    for name, value in recipe.variables.items():
-        about = f"of this recipe ({value or 'REQUIRED'})"
-        parser.add_argument(f"--{name}", default=value, metavar="X", help=about)
+    add_variables(parser, folder, recipe)
     options, unknown = parser.parse_known_args(words)
     if unknown:
         refuse_option(unknown[0], options, recipe)
+    check_options(options)
     check_overrides(overrides, list(recipe.steps), folder)
     first, last = step_range(folder, recipe, options)
     return Request(
@@ -220,6 +223,35 @@ def parse(argv: Sequence[str]) -> Request:
     )
 
 
+def add_variables(parser: Parser, folder: Path, recipe: Recipe) -> None:
+    """Make each variable of a recipe an option. Raises InputError for a name that is taken."""
+    taken_names = {"help", "version", "recipe", "from", "to", "start", "stop"}
+    taken_names |= vars(parser.parse_args([str(folder)])).keys()
+    for name, value in recipe.variables.items():
+        if name in taken_names:
+            why = f"--{name} has a meaning for every recipe; choose another name"
+            raise InputError(f"{folder / RECIPE}: variables.{name} is refused: {why}")
+        about = f"of this recipe ({value or 'REQUIRED'})".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=value, metavar="X", help=about)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for an option whose mistake would show only when some step starts."""
+    if options.output_dir is not None:
+        try:
+            check_output_dir(options.output_dir)
+        except ValueError as error:
+            where = f"{CLI}: output_dir = {options.output_dir!r}"
+            raise InputError(f"{where} is refused: {error}") from None
+    if options.num_processes is not None and options.num_processes < 1:
+        number = options.num_processes
+        raise InputError(f"{CLI}: num_processes = {number} is refused; allowed: int >= 1")
+    missing = options.launch is not None and not Path(options.launch).is_file()
+    if missing and not options.dry_run:
+        known = "those of accelerate are in configs/accelerate/"
+        raise InputError(f"{CLI}: launch = {options.launch!r}: no such file; {known}")
+
+
 def refuse_option(word: str, options: argparse.Namespace, recipe: Recipe) -> None:
     """Raise InputError for an option that neither the pipeline nor the recipe has."""
     own = vars(options).keys() - {"start", "stop", "recipe"}
@@ -234,7 +266,9 @@ def step_range(folder: Path, recipe: Recipe, options: argparse.Namespace) -> tup
     order = list(recipe.steps)
     for name in (options.start, options.stop):
         if name not in (None, *order):
-            raise InputError(f"{CLI}: {folder} has no step {name}; {did_you_mean(name, order)}")
+            raise InputError(
+                f"{CLI}: {folder} has no step {name}; {did_you_mean(name, order, 'steps')}"
+            )
     first = order.index(options.start or order[0])
     last = order.index(options.stop or order[-1])
     if first > last:
@@ -274,7 +308,8 @@ class Job:
         go, where that is known.
         """
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self.note_file.read_text())
+            note = json.loads(self.note_file.read_text())
+            return note if isinstance(note, dict) else {}
         return {}
 
     def write(self, note: Mapping[str, Any]) -> None:
@@ -292,7 +327,10 @@ class Job:
         """The note of a step that ended well; None when it did not, or when a file that it made is
         gone."""
         note = self.note()
-        if "files" in note and all((self.folder / name).exists() for name in note["files"]):
+        files = note.get("files")
+        if not isinstance(files, list) or not {"fingerprint", "gate"} <= note.keys():
+            return None
+        if all((self.folder / str(name)).exists() for name in files):
             return note
         return None
 

@@ -347,7 +347,7 @@ def test_bad_recipes(project):
     project.write(
         "pipeline", output_dir=str(project.root / "file"), steps={"pretrain": {"module": "fake"}}
     )
-    with pytest.raises(InputError, match=r"output_dir .*/file: File exists"):
+    with pytest.raises(InputError, match=r"output_dir = .*/file is a file; name a directory"):
         project.run()
 
 
@@ -448,6 +448,64 @@ def test_the_time_left_is_said_only_where_it_is_known(project, capfd):
     project.run()
     told = headings(capfd.readouterr().out)
     assert told["sft"].endswith("so far") and "left" in told["compare"]
+
+
+def refusal(project, *words: str) -> str:
+    """The one line that a call of the pipeline is refused with."""
+    with pytest.raises(InputError) as error:
+        project.run(*words)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--output_dir", ""], "output_dir = '' is refused: a directory's name is wanted"),
+        (["--output_dir", "../x"], "a path through `..`"),
+        (["--num_processes", "0"], "num_processes = 0 is refused; allowed: int >= 1"),
+        (["--launch", "nosuch.yaml"], "launch = 'nosuch.yaml': no such file"),
+        (["--to", "zzz"], "has no step zzz; the steps are data, pretrain, sft, compare"),
+    ],
+)
+def test_options_are_refused_before_the_first_step(project, words, wanted):
+    assert wanted in refusal(project, *words)
+    assert project.ran() == []
+
+
+@pytest.mark.parametrize("more", [{"output_dir": ""}, {"steps": {"data": {"output": ".."}}}])
+def test_a_recipe_writes_where_it_says(project, more):
+    steps = {"data": {"module": "fake", **more.get("steps", {}).get("data", {})}}
+    project.write("pipeline", output_dir=more.get("output_dir", project.base), steps=steps)
+    assert "is refused" in refusal(project)
+
+
+def test_the_recipe_is_a_folder_and_comes_first(project):
+    with pytest.raises(InputError, match=r"the recipe comes first: .*demo --seed"):
+        pipeline.main(["--seed", "3", str(project.recipe)])
+    with pytest.raises(InputError, match=r"is a file; name the recipe's folder: .*demo$"):
+        pipeline.main([str(project.recipe / "pipeline.yaml")])
+
+
+@pytest.mark.parametrize("name", ["seed", "help", "start", "to"])
+def test_a_variable_cannot_be_named_as_an_option(project, name):
+    steps = {"data": {"module": "fake"}}
+    project.write("pipeline", output_dir=project.base, steps=steps, variables={name: "x"})
+    assert f"variables.{name} is refused" in refusal(project)
+
+
+def test_help_shows_a_variable_with_a_percent_sign(project, capsys):
+    steps = {"data": {"module": "fake"}}
+    project.write("pipeline", output_dir=project.base, steps=steps, variables={"x": "50%d"})
+    with pytest.raises(SystemExit):
+        project.run("--help")
+    assert "50%d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("note", ["[1]", '{"files": 5}', '{"files": []}', "{", "null"])
+def test_a_note_that_says_nothing_is_none(project, note):
+    project.run()
+    Path(project.base, "data", ".pipeline.json").write_text(note)
+    assert project.run("--to", "data") == 0 and project.ran() == ["data"]
 
 
 @pytest.mark.parametrize(

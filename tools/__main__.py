@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     if words and words[0] in found:
         raise InputError(f"{CLI}: type python -m tools.{words[0]} to run it")
     if words:
-        raise InputError(f"{CLI}: there is no tool {words[0]}; {did_you_mean(words[0], [*found])}")
+        hint = did_you_mean(words[0], [*found], "tools")
+        raise InputError(f"{CLI}: there is no tool {words[0]}; {hint}")
     parser.print_help()
 
 

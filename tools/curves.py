@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config.schema import OutputDir, cli, stage_config
+from common.config.training import refuse_overwriting
 from common.handoff.locate import read_stage
 from common.handoff.publish import load_config
 from common.handoff.report import Gate, stage_report, write_stage_report
@@ -63,6 +64,9 @@ class Config:
     """The gate: every run must end with a lower loss than the run before it."""
     seed: int = 0
     """Nothing is drawn by chance here."""
+
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
 
 
 def read_run(path: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from common.config.schema import OutputDir, cli, stage_config
+from common.config.training import refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
@@ -80,6 +81,9 @@ class Config:
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of best-of-n's answers."""
 
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
+
 
 def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
     """Config value `key` (null: `otherwise`) that all runs share. InputError where they differ or
@@ -87,7 +91,8 @@ def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
     found = {}
     for run in runs:
         config = read_stage(run).get("config", {})
-        if not (value := config.get(key) or config.get(otherwise)):
+        value = config.get(key) or config.get(otherwise)
+        if not isinstance(value, str):
             raise InputError(f"{run}: no finished PPO run there (stage.json names no {key})")
         found[str(Path(value).resolve())] = value
     if len(found) > 1:

@@ -113,10 +113,12 @@ def _add_key(group: Any, key: str, schema: Mapping[str, Any], field: Any) -> Non
         group.add_argument(f"--no_{key}", dest=key, **off)
 
 
-def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """The hint that ends a message about an unknown key: the nearest known one, or all of them."""
+def did_you_mean(key: str, known: Sequence[str], what: str = "keys") -> str:
+    """The hint that ends a message about an unknown key: the nearest known one, or all of them.
+
+    `what` they are called."""
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    return f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}"
+    return f"did you mean `{close[0]}`?" if close else f"the {what} are {', '.join(known)}"
 
 
 def cli_args(values: Mapping[str, Any]) -> list[str]:

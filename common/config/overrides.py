@@ -26,5 +26,5 @@ def check_overrides(overrides: Overrides, steps: Sequence[str], recipe: object) 
     for step, keys in overrides.items():
         if step not in steps:
             key, text = next(iter(keys.items()))
-            hint = did_you_mean(step, steps)
+            hint = did_you_mean(step, steps, "steps")
             raise InputError(f"{CLI}: --{step}.{key}={text}: {recipe} has no step {step}; {hint}")

@@ -16,14 +16,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 
 
 def refuse_overwriting(cfg: Any) -> None:
-    """ValueError when the folder that the stage is to write is one that it reads."""
-    if not Path(cfg.output_dir).is_dir():
+    """ValueError when the folder that a program is to write is one that it reads."""
+    if cfg.output_dir is None or not Path(cfg.output_dir).is_dir():
         return
     written = os.path.realpath(cfg.output_dir)
     for key, value in vars(cfg).items():
-        if key == "output_dir" or not isinstance(value, str):
+        if key == "output_dir":
             continue
-        if os.path.realpath(value) == written:
+        named = value if isinstance(value, list) else [value]
+        if written in [os.path.realpath(name) for name in named if isinstance(name, str)]:
             raise ValueError(
                 f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; "
                 "name another directory"

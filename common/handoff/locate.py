@@ -9,12 +9,20 @@ from common.program.errors import InputError
 from common.program.files import MANIFEST, sha256, verify
 from common.text.tokenizer import Tokenizer
 
+# What stage.json holds, where a reader relies on it.
+WRITTEN: dict[str, Any] = {
+    **dict.fromkeys(("stage", "parent", "about", "commit"), str),
+    **dict.fromkeys(("wall_time", "step", "tokens_seen"), (int, float)),
+    "config": dict,
+}
 UNREAD = "weights are read from safetensors only, as a pickle can run code"
 
 
 def locate(path: str, weights: bool = True) -> Path:
     """The directory of a model: a local one as it is, verified (its weights only if `weights`); any
     other name is a Hub id, fetched without any pickle. Raises InputError where there is none."""
+    if not path:
+        raise InputError("a model directory is wanted, and the name given is empty")
     if Path(path).is_dir():
         verify(Path(path), weights)
         return Path(path)
@@ -52,6 +60,16 @@ def lineage(path: str | None) -> dict[str, Any]:
 
 
 def read_stage(path: str | Path) -> dict[str, Any]:
-    """stage.json of a stage directory; empty for a directory that is not one of ours."""
-    file = Path(path) / "stage.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    """stage.json of a stage directory; empty for a directory that is not one of ours.
+
+    Others may write a file of that name too: what we would not have written there is left out.
+    """
+    try:
+        stage = json.loads((Path(path) / "stage.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(stage, dict):
+        return {}
+    return {
+        key: value for key, value in stage.items() if isinstance(value, WRITTEN.get(key, object))
+    }

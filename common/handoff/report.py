@@ -63,8 +63,12 @@ def provenance() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
+        """What git says; nothing where it is not installed."""
         command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:

@@ -90,6 +90,8 @@ def iter_rows(
     read, or that `parse` refuses (InputError). Raises InputError naming file and line (row, byte)
     of what cannot be read, and a source without rows.
     """
+    if not source:
+        raise InputError("rows are wanted, and the name given for their file is empty")
     bad, found = bad or BadRows(), False
     before = bad.counts.copy()
     try:

@@ -140,3 +140,11 @@ def test_errors_name_the_fix(tmp_path, run_dir, stage_dir, tiny_gpt):
     Path(folder, "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(InputError, match="no eval_loss"):
         report(tmp_path, folder)
+
+
+def test_a_report_does_not_go_into_the_run_that_it_reads(run_dir):
+    run = run_dir([(0, 5.0), (10, 3.5)])
+    before = Path(run, "stage.json").read_bytes()
+    with pytest.raises(InputError, match="is runs too, which would be overwritten"):
+        load(curves.Config, ["--runs", run, "--output_dir", run])
+    assert Path(run, "stage.json").read_bytes() == before

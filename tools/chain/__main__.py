@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config.schema import OutputDir, cli, stage_config
+from common.config.training import refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
@@ -49,6 +50,9 @@ class Config:
     """Tokens in a state; null = the model's whole context."""
     seed: int = 0
     """Nothing is drawn by chance here."""
+
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
 
 
 def symbols(tokenizer: Tokenizer, context: int, path: str) -> list[int]:
@@ -133,7 +137,7 @@ def chains_of(
     tokens = [visible(tokenizer.decode([i])) for i in ids]
     names = ["".join(state) for state in itertools.product(tokens, repeat=context)]
 
-    data = stage.get("config", {}).get("train_data", "")
+    data = str(stage.get("config", {}).get("train_data", ""))
     counted = counts(data, ids, context) if Path(data, "shards.json").exists() else None
     seen = counted.any(1) if counted is not None and counted.any() else None
 

@@ -21,7 +21,9 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
+from common.config.command_line import CLI
 from common.config.schema import OutputDir, cli, stage_config
+from common.config.training import refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import load_config, load_model
 from common.handoff.report import stage_report, write_stage_report
@@ -93,6 +95,9 @@ class Config:
     output_dir: OutputDir | None = None
     """Write a report there: compare.json, compare.html, stage.json, plots."""
 
+    def __post_init__(self) -> None:
+        refuse_overwriting(self)
+
 
 def arguments(argv: Sequence[str]) -> list[str]:
     """The command line with model directories gathered under --models, and `--json`, `--chat`
@@ -135,6 +140,10 @@ def check(cfg: Config) -> None:
     if not cfg.models:
         example = f"{COMMAND} runs/demo/sft runs/demo/rl --prompt TEXT"
         raise InputError(f"name one or more model directories: {example}")
+    if "" in cfg.models:
+        raise InputError(f"{CLI}: models: one name is empty (a variable that is not set?)")
+    if cfg.html is not None:
+        check_html(cfg.html, [cfg.prompts, cfg.comparisons])
     if cfg.chat and len(cfg.models) > 1:
         named = ", ".join(cfg.models)
         raise InputError(f"--chat takes one model, these are {len(cfg.models)}: {named}")
@@ -142,6 +151,20 @@ def check(cfg: Config) -> None:
         raise InputError("best_of needs reward (which chooses) and reference (which answers)")
     if cfg.comparisons and not (cfg.reward and cfg.gold):
         raise InputError("comparisons need reward and gold, whose orders are compared")
+
+
+def check_html(html: str, read: Sequence[str | None]) -> None:
+    """Raise InputError where a page cannot be written, or would replace a file that is `read`."""
+    file = Path(html)
+    if not html or file.is_dir():
+        raise InputError(f"html = {html!r} is refused: name a file, such as page.html")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"html = {html!r} is refused: {above} is a file; name a directory")
+    if file.exists() and any(
+        source and Path(source).resolve() == file.resolve() for source in read
+    ):
+        raise InputError(f"html = {html!r} is refused: it is read too; name another file")
 
 
 def shared_budget(cfg: Config, prompts: Sequence[Sequence[Message]]) -> int:

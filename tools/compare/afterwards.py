@@ -93,4 +93,5 @@ def about(path: str) -> str | None:
 def train_data(folder: str) -> list[str]:
     """The files or folders that the stage in a folder was trained on, as its config names them."""
     named = read_stage(folder).get("config", {}).get("train_data") or []
-    return [named] if isinstance(named, str) else list(named)
+    files = named if isinstance(named, list) else [named]
+    return [file for file in files if isinstance(file, str)]

@@ -421,5 +421,5 @@ def test_keys_of_one_step():
     assert others == ["configs/demo", "--seed", "3"]
     assert overrides == {"sft": {"rate": "1=2", "text": "a\nb"}, "rl": {"x": ""}}
     check_overrides(overrides, ["sft", "rl"], "demo")
-    with pytest.raises(InputError, match=r"--rl\.x=: demo has no step rl; the keys are sft"):
+    with pytest.raises(InputError, match=r"--rl\.x=: demo has no step rl; the steps are sft"):
         check_overrides(overrides, ["sft"], "demo")

@@ -234,3 +234,23 @@ def test_stage_and_lineage(tiny_gpt, stage_dir, tmp_path):
     assert lineage(path) == {"parent": path, "parent_hash": hashlib.sha256(manifest).hexdigest()}
     assert lineage(None) == {"parent": None}
     assert {"torch", "transformers", "accelerate", "python"} <= provenance()["versions"].keys()
+
+
+def test_provenance_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance()["commit"] is None and provenance()["dirty"] is False
+
+
+@pytest.mark.parametrize("content", ["{broken", "[1]", "5", "null", "\udcff"])
+def test_a_stage_json_of_others_says_nothing(tmp_path, content):
+    (tmp_path / "stage.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert read_stage(tmp_path) == {}
+
+
+def test_what_we_would_not_have_written_is_left_out(tmp_path):
+    kept = {"parent": "runs/sft", "wall_time": 2, "metrics": [1]}
+    odd = {"commit": 7, "config": None, "step": "x", "about": []}
+    (tmp_path / "stage.json").write_text(json.dumps(kept | odd))
+    assert read_stage(tmp_path) == kept
+    (tmp_path / "stage.json").write_text(json.dumps({"parent": ["a"], "wall_time": "x"}))
+    assert read_stage(tmp_path) == {}

@@ -77,6 +77,9 @@ def test_about_is_what_the_data_says_of_itself(tmp_path):
     assert afterwards.about(rl) == afterwards.about(base) == "A small world."
     assert afterwards.about(wide) is None and afterwards.about(tuned) is None
     assert afterwards.about("nowhere") is None
+    odd = write(tmp_path / "odd", config={"train_data": [5, {}]})
+    number = write(tmp_path / "number", config={"train_data": 5})
+    assert afterwards.about(odd) is None and afterwards.about(number) is None
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):

@@ -364,6 +364,10 @@ def test_prompts_from_a_text_file(runs, tmp_path, capsys):
         ("sft --prompt x --comparisons c", "comparisons need reward and gold"),
         ("sft --prompt green --gold fake_gold", "unknown colour"),
         ("sft --prompt red --gold no_such_module", "not a module with a function judge"),
+        ("sft --prompt x --output_dir sft", "output_dir sft: is models too"),
+        ("sft --prompt x --html sft", "html = 'sft' is refused: name a file"),
+        ("sft --prompt x --html sft/config.json/x.html", "config.json is a file; name a directory"),
+        ("sft --prompts prompts.jsonl --html ./prompts.jsonl", "it is read too"),
         ("base --chat", "has no chat template"),
         ("base sft --chat", "--chat takes one model"),
     ],
@@ -372,6 +376,17 @@ def test_errors(runs, monkeypatch, words, message):
     monkeypatch.chdir(runs)
     with pytest.raises(InputError, match=re.escape(message)):
         run(*words.split())
+
+
+def test_names_that_are_empty(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    for words, message in (
+        (["", "--prompt", "x"], "models: one name is empty"),
+        (["sft", "--prompts", ""], "the name given for their file is empty"),
+        (["sft", "--prompt", "x", "--html", ""], "html = '' is refused"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*words)
 
 
 @pytest.mark.heavy
