@@ -36,8 +36,14 @@ def schemas_of(cls: type) -> dict[str, dict[str, Any]]:
 
     `description` is the docstring under the field, of the nearest class that has one.
     """
-    schemas = pydantic.TypeAdapter(cls).json_schema()["properties"]
+    whole = pydantic.TypeAdapter(cls).json_schema()
+    schemas, classes = whole["properties"], whole.get("$defs", {})
     for key, schema in schemas.items():
+        if "anyOf" in schema:  # a class of ours is a mapping, of which pydantic gives the name only
+            schema["anyOf"] = [
+                classes.get(kind.get("$ref", "").removeprefix("#/$defs/"), kind)
+                for kind in schema["anyOf"]
+            ]
         owners = (getattr(owner, "__pydantic_fields__", {}).get(key) for owner in cls.__mro__)
         described = (field.description for field in owners if field and field.description)
         schema["description"] = next(described, "")
@@ -58,6 +64,8 @@ def _describe_kind(name: str, kind: Schema) -> str:
     """One alternative with its bounds."""
     if name == "array":
         text = f"list of {describe(kind['items'])}"
+    elif "properties" in kind:
+        text = f"mapping of {', '.join(kind['properties'])}"
     else:
         text = " | ".join(map(str, choices(kind))) or TYPES.get(name, name)
     bounds = [f"{sign} {kind[bound]}" for bound, sign in BOUNDS.items() if bound in kind]

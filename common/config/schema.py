@@ -128,7 +128,10 @@ def _reason(error: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
         fix = f": set it in the file or with --{key}" if len(error["loc"]) == 1 else ""
         return f"`{key}` is required{fix}"
     if error["type"] == "unexpected_keyword_argument":
-        return f"unknown key `{key}`"
+        kinds = kinds_of(schemas[str(error["loc"][0])])
+        known = list(kinds.get("object", {}).get("properties", ()))
+        hint = f"; {did_you_mean(str(error['loc'][-1]), known)}" if known else ""
+        return f"unknown key `{key}`{hint}"
     if not key:  # a check over several keys (__post_init__), whose message names them
         return message
     value = error["input"]

@@ -1,7 +1,9 @@
 """How every program starts and ends: its name, one line for each kind of failure, its exit code."""
 
 import errno
+import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import NamedTuple
 from common.program.errors import INTERRUPTED, Failure, InputError, Interrupted
 from common.program.terminal import one_line
 
+UNREAD = 141  # exit code where nobody reads on, as in `| head`: 128 + SIGPIPE, as a shell has it
 UNUSABLE = (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS)  # the user named a path like that
 
 
@@ -60,16 +63,47 @@ def guard(main: Callable[[], int | None]) -> None:
     """Run main() as a program: exit with the int that it returns, or as `ending_of` says."""
     rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     who = f"process {rank} of {processes}: " if processes != "1" else ""
+    speak_any_language()
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except SystemExit:  # --help and --version end so
+        is_unread()
+        raise
     except (Exception, KeyboardInterrupt) as error:
         code, line, is_bug = ending_of(error)
+        if isinstance(error, BrokenPipeError) and is_unread():
+            code, line, is_bug = UNREAD, None, False
         if is_bug:
             traceback.print_exc()
         if line:
             print(f"{who}{line}", file=sys.stderr)
     if code:
         leave(code, at_once=bool(who))
+
+
+def speak_any_language() -> None:
+    """Where the terminal's encoding lacks a character, an escape is printed; it is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_unread() -> bool:
+    """Whether the reader of stdout has gone. What is still to be printed then goes nowhere."""
+    try:
+        sys.stdout.flush()
+        # Where nothing is held back to be flushed, the pipe itself must be asked.
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+    except BrokenPipeError:
+        gone = True
+    except (OSError, ValueError):  # stdout is no file, in tests say
+        return False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def leave(code: int, at_once: bool) -> None:
@@ -79,7 +113,7 @@ def leave(code: int, at_once: bool) -> None:
     """
     if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1
         Path(path).write_text(str(code))
-    sys.stdout.flush()
+    is_unread()  # flushes
     sys.stderr.flush()
     if at_once:
         os._exit(code)

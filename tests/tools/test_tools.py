@@ -1,5 +1,6 @@
 """python -m tools: every tool in one line, without torch; and how programs are named."""
 
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,31 @@ def test_the_list_does_not_wait_for_torch():
         "import sys; from tools import __main__ as t; t.main([]); assert 'torch' not in sys.modules"
     )
     assert "tools.compare" in python("-c", code)
+
+
+@pytest.mark.parametrize("words", [["-m", "tools"], ["pipeline.py", "--version"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_error(words, unbuffered):
+    started = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert started.stdout and started.stderr
+    started.stdout.close()
+    with started.stderr as said:
+        assert said.read() == b""
+    assert started.wait() in (0, 141)
+
+
+def test_a_terminal_that_lacks_a_character():
+    code = "from common.program.entry import guard; guard(lambda: print('caf\u00e9 \u00b7'))"
+    words = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "caf\\xe9 \\xb7\n"
 
 
 @pytest.mark.parametrize("words", [["-m", "tools"], ["pipeline.py"]])

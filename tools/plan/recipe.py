@@ -120,6 +120,7 @@ def read_recipe(path: Path, stage: str | None, overrides: Overrides) -> list[Ste
         raise InputError(f"{path}: no such recipe folder or config file")
     folder, only = (path, None) if path.is_dir() else (path.parent, path.stem)
     recipe = load_yaml(folder / "pipeline.yaml") if (folder / "pipeline.yaml").exists() else {}
+    check_shape(folder / "pipeline.yaml", recipe)
     steps = recipe.get("steps", loose_steps(folder))
     if only and stage:
         steps = steps | {only: {"module": MODULES[stage]}}
@@ -139,6 +140,18 @@ def read_recipe(path: Path, stage: str | None, overrides: Overrides) -> list[Ste
         )
         for name, step in steps.items()
     ]
+
+
+def check_shape(file: Path, recipe: Mapping[str, Any]) -> None:
+    """Raise InputError where a recipe's steps, or what they hold, are no mappings."""
+    found = {"steps": recipe.get("steps", {}), "variables": recipe.get("variables") or {}}
+    if isinstance(found["steps"], dict):
+        for name, step in found["steps"].items():
+            found[f"steps.{name}"] = step
+            found[f"steps.{name}.args"] = (isinstance(step, dict) and step.get("args")) or {}
+    for key, value in found.items():
+        if not isinstance(value, dict):
+            raise InputError(f"{file}: {key} = {value!r} is refused; allowed: mapping")
 
 
 def loose_steps(folder: Path) -> dict[str, dict[str, str]]:

@@ -471,9 +471,12 @@ def test_only_the_checks_that_a_config_names():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("checks: {base_gold: 0.1}", "unknown key `checks.base_gold`"),
+        (
+            "checks: {base_gold: 0.1}",
+            "unknown key `checks.base_gold`; did you mean `base_gold_at_most`?",
+        ),
         ("checks: {rl_gold_gain: 15}", "checks.rl_gold_gain = 15 is refused"),
-        ("checks: 3", "checks = 3 is refused"),
+        ("checks: 3", "; allowed: mapping of base_gold_at_most, sft_gold_at_least"),
     ],
 )
 def test_checks_of_a_config_are_strict(tmp_path, text, message):

@@ -261,6 +261,22 @@ def test_mistakes_are_one_line(argv, words, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [a]", r"steps = \['a'\] is refused"),
+        ("steps:", "steps = None is refused"),
+        ("steps: {a: fake}", "steps.a = 'fake' is refused"),
+        ("steps: {a: {module: fake, args: [1]}}", r"steps.a.args = \[1\] is refused"),
+        ("variables: [x]", r"variables = \['x'\] is refused"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_one_line(text, words, tmp_path):
+    (tmp_path / "pipeline.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
+        plan.main([str(tmp_path)])
+
+
 def test_a_config_that_could_not_start_is_named(tmp_path, capsys):
     found = report(
         capsys,
