@@ -66,7 +66,8 @@ def guard(main: Callable[[], int | None]) -> None:
     speak_any_language()
     try:
         code = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where it was closed: `>&-`
+            sys.stdout.flush()
     except SystemExit:  # --help and --version end so
         is_unread()
         raise
@@ -91,6 +92,8 @@ def speak_any_language() -> None:
 
 def is_unread() -> bool:
     """Whether the reader of stdout has gone. What is still to be printed then goes nowhere."""
+    if sys.stdout is None:
+        return False
     try:
         sys.stdout.flush()
         # Where nothing is held back to be flushed, the pipe itself must be asked.
