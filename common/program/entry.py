@@ -14,7 +14,12 @@ from common.program.errors import INTERRUPTED, Failure, InputError, Interrupted
 from common.program.terminal import one_line
 
 UNREAD = 141  # exit code where nobody reads on, as in `| head`: 128 + SIGPIPE, as a shell has it
-UNUSABLE = (errno.EACCES, errno.ENAMETOOLONG, errno.EROFS)  # the user named a path like that
+UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.EROFS,
+)  # the user named a path like that
 
 
 class Ending(NamedTuple):

@@ -357,6 +357,7 @@ def test_fingerprint_sees_values_not_order():
     ("error", "code", "text"),
     [
         (InputError("rows.jsonl:3: bad\nrow"), 2, "error: rows.jsonl:3: bad row\n"),
+        (OSError(1, "Operation not permitted"), 2, "error: [Errno 1] Operation not permitted\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
