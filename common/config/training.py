@@ -21,7 +21,8 @@ def refuse_overwriting(cfg: Any) -> None:
         return
     written = os.path.realpath(cfg.output_dir)
     for key, value in vars(cfg).items():
-        if key == "output_dir":
+        # Of a choice (lora_targets has an `out`) a value is a word and no path.
+        if key == "output_dir" or "Literal[" in str(type(cfg).__pydantic_fields__[key].annotation):
             continue
         named = value if isinstance(value, list) else [value]
         if written in [os.path.realpath(name) for name in named if isinstance(name, str)]:
