@@ -13,7 +13,7 @@ from typing import NamedTuple
 from common.program.errors import INTERRUPTED, Failure, InputError, Interrupted
 from common.program.terminal import one_line
 
-UNREAD = 141  # exit code where nobody reads on, as in `| head`: 128 + SIGPIPE, as a shell has it
+PIPE_CLOSED = 141  # nobody reads stdout any more, as in `| head`: 128 + SIGPIPE, as shells say
 UNUSABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -79,7 +79,7 @@ def guard(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         code, line, is_bug = ending_of(error)
         if isinstance(error, BrokenPipeError) and is_unread():
-            code, line, is_bug = UNREAD, None, False
+            code, line, is_bug = PIPE_CLOSED, None, False
         if is_bug:
             traceback.print_exc()
         if line:
