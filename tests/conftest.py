@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 FAMILIES = ("gpt2", "llama")
 # Folders whose tests start programs or run whole stages, and fixtures that say the same of a test.
 HEAVY_FOLDERS = {"benchmarks", "faults", "smoke"}
-HEAVY_FIXTURES = {"fresh_accelerate", "setting"}
+HEAVY_FIXTURES = {"fresh_accelerate", "setting", "trained", "peft"}
 # What takes longest goes first, so that no process is left alone with it at the end.
 FIRST = ["smoke", "faults", "plan", "cpu", "benchmarks"]
 SENTENCES = [
@@ -133,6 +133,14 @@ def stage_dir(tokenizer, tmp_path_factory) -> Callable[..., str]:
         return str(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def peft():
+    """The package, which takes three seconds to import."""
+    import peft
+
+    return peft
 
 
 @pytest.fixture

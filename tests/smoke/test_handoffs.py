@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset
 
 from common.handoff.locate import load_tokenizer
 from common.handoff.publish import load_model
@@ -89,6 +88,7 @@ def test_scalar_model(finished, prompts, step):
 
 @pytest.mark.parametrize("step", ["sft", "rl"])
 def test_trl_goes_on_from_an_assistant(finished, prompts, arguments, step):
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     rows = [{"messages": [*messages, *message("assistant", "Yes.")]} for messages in prompts]
@@ -112,6 +112,7 @@ def test_trl_goes_on_from_an_assistant(finished, prompts, arguments, step):
 
 
 def test_trl_goes_on_from_a_reward_model(finished, prompts, arguments):
+    from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     folder = str(finished / "reward")

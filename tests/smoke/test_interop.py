@@ -5,7 +5,6 @@ import json
 import math
 
 import pytest
-from datasets import Dataset
 
 from tests.smoke.conftest import message, one_step
 
@@ -15,6 +14,7 @@ QUESTIONS = ["Name an animal.", "What is two plus three?", "Hi", "Is it?"]
 
 
 def test_sft_trainer(tiny_gpt, stage_dir, arguments, tokenizer):
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     folder = stage_dir(tiny_gpt("llama"))
@@ -34,7 +34,8 @@ def test_sft_trainer(tiny_gpt, stage_dir, arguments, tokenizer):
 
 
 def test_reward_trainer(tiny_reward, stage_dir, arguments):
-    from transformers import AutoModelForSequenceClassification
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
     folder = stage_dir(tiny_reward("llama", shift=0.5))
@@ -50,8 +51,6 @@ def test_reward_trainer(tiny_reward, stage_dir, arguments):
             for q in QUESTIONS
         ]
     )
-    from transformers import AutoTokenizer
-
     trainer = RewardTrainer(
         model,
         args=RewardConfig(**arguments),
@@ -62,6 +61,7 @@ def test_reward_trainer(tiny_reward, stage_dir, arguments):
 
 
 def test_dpo_trainer(tiny_gpt, stage_dir, arguments):
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     rows = Dataset.from_list(

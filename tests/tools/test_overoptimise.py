@@ -97,6 +97,7 @@ def test_gold_turns(tmp_path):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("golds", [[0.1, 0.3, 0.5, 0.7], [0.7, 0.7, 0.7, 0.7]])
 def test_gold_that_keeps_up_is_no_over_optimisation(tmp_path, golds):
     _, stage = report(tmp_path, make_run(tmp_path / "rl", golds), window=1)
@@ -129,6 +130,7 @@ def test_errors(tmp_path):
         report(tmp_path, str(tmp_path))
 
 
+@pytest.mark.heavy
 def test_best_of_n_beside_it(tmp_path):
     tokenizer = Tokenizer.train_bpe(["0.1 0.2 0.3 sum"], 262).with_chat()
     config = GPTConfig(

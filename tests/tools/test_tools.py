@@ -74,6 +74,7 @@ def test_version(words):
     assert re.match(r"state-of-gpt \d+\.\d+\.\d+", python(*words, "--version"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("words", [["-m", "stages.sft.train"], ["stages/sft/train.py"]])
 def test_a_stage_runs_as_a_module_and_as_a_file(words):
     assert python(*words, "--help").startswith(f"usage: python {' '.join(words)} [--config FILE]")

@@ -15,6 +15,8 @@ from common.handoff.publish import load_model, publish
 from common.model.gpt import GPT, RewardModel
 from common.program.errors import InputError
 
+pytestmark = pytest.mark.heavy  # transformers' models take long to import
+
 GPT2 = {
     "vocab_size": 120,
     "n_positions": 48,

@@ -15,6 +15,8 @@ from common.model.sample import sample
 from common.rewards.scoring import reward_scores
 from common.text.chat import prompt_ids, render
 
+pytestmark = pytest.mark.heavy  # transformers' models take long to import
+
 LOCAL = {"attention_pattern": ("full", "local"), "window": 5}
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 

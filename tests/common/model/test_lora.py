@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 
 from common.handoff.adapter import save_adapter
 from common.handoff.hf import theirs
@@ -114,14 +113,14 @@ def test_no_target_is_refused(tiny_gpt):
 @pytest.mark.parametrize("targets", [ALL, ["qkv"], ["out"], ["up", "down"]], ids=str)
 @torch.no_grad()
 def test_peft_opens_the_adapter_over_transformers_parent(
-    tiny_gpt, stage_dir, tmp_path, family, targets
+    peft, tiny_gpt, stage_dir, tmp_path, family, targets
 ):
     parent = stage_dir(tiny_gpt(family))
     model = with_adapters(load_model(parent), targets, r=4, alpha=6.0)
     save_adapter(model, tmp_path / "adapter", parent, 4, 6.0)
     base = transformers.AutoModelForCausalLM.from_pretrained(parent)
     assert (base(IDS).logits - model(IDS)).abs().max() > 0.1
-    opened = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert (opened(IDS).logits - model(IDS)).abs().max() < 1e-4 * model(IDS).abs().max()
     merged = opened.merge_and_unload()
     assert (merged(IDS).logits - model(IDS)).abs().max() < 1e-3 * model(IDS).abs().max()
@@ -131,13 +130,13 @@ def test_peft_opens_the_adapter_over_transformers_parent(
 
 @families
 @torch.no_grad()
-def test_peft_opens_a_reward_model_s_adapter(tiny_reward, stage_dir, tmp_path, family):
+def test_peft_opens_a_reward_model_s_adapter(peft, tiny_reward, stage_dir, tmp_path, family):
     parent = stage_dir(tiny_reward(family, shift=0.25))
     model = with_adapters(load_model(parent, "reward"), ALL)
     model.score.weight.mul_(-1.5)  # the head was trained too
     save_adapter(model, tmp_path / "adapter", parent, 3, 12.0)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(parent)
-    opened = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = IDS.clone()
     for row, length in enumerate(LENGTHS):
         ids[row, length:] = 296  # <|pad|>

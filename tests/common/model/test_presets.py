@@ -35,6 +35,7 @@ def parameters(preset: str, vocab_size: int = 50257) -> int:
         )
 
 
+@pytest.mark.heavy
 def test_presets_have_the_papers_sizes():
     assert {name: parameters(name) for name in PUBLISHED} == PUBLISHED
     for name, count in ROUNDED.items():

@@ -198,6 +198,7 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("name, clip", [("sgd", 0.5), ("sgd", 1e9), ("adamw", 0.5)])
 def test_batch_16_is_4_times_4_is_any_split(accelerator, tiny_gpt, family, name, clip):

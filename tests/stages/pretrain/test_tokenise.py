@@ -306,6 +306,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN])
 def test_a_long_text_has_the_ids_of_its_pieces(tokenizer, monkeypatch, pattern):
     parts = {"type": "Sequence", "pretokenizers": [_split(pattern), _NO_REGEX]}

@@ -34,8 +34,8 @@ def config(module, **keys):
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    """make(steps) -> folder of a baby GPT trained so long and drawn without Graphviz."""
+def trained(tmp_path_factory):
+    """trained(steps) -> folder of a baby GPT trained so long and drawn without Graphviz."""
     root, made = tmp_path_factory.mktemp("baby"), {}
     baby.main(config(baby, output_dir=root / "data"))
     sources = {"train_data": [root / "data" / "documents.jsonl"], "tokenizer": root / "data"}
@@ -69,9 +69,8 @@ def arrows(folder: Path, column: str) -> dict[str, float]:
     return {f"{row['state']}->{row['next']}": row[column] for row in rows}
 
 
-@pytest.mark.heavy
-def test_fifty_steps(make):
-    folder = make(50)
+def test_fifty_steps(trained):
+    folder = trained(50)
     result = json.loads((folder / "chain" / "chain.json").read_text())
     assert result["parameters"] == 12_656 and len(result["arrows"]) == 16
     before, after = arrows(folder, "before"), arrows(folder, "after")
@@ -97,10 +96,10 @@ def test_fifty_steps(make):
     assert json.loads((folder / "chain" / "stage.json").read_text())["gate"]["passed"]
 
 
-def test_before_is_what_the_run_began_with(make):
+def test_before_is_what_the_run_began_with(trained):
     """Cross-entropy of the 12 windows under the arrows `before` and `after` = the losses that the
     run logged itself."""
-    folder = make(50)
+    folder = trained(50)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [row["eval_loss"] for row in logged if "eval_loss" in row]
     for column, loss in (("before", logged[0]), ("after", logged[-1])):
@@ -114,17 +113,16 @@ def test_before_is_what_the_run_began_with(make):
         assert -sum(terms) / 12 == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.heavy
-def test_trained_longer_it_comes_to_the_exact_counts(make):
-    found = arrows(make(300), "after")
+def test_trained_longer_it_comes_to_the_exact_counts(trained):
+    found = arrows(trained(300), "after")
     for state, (zero, one) in COUNTS.items():
         assert found[f"{state}->{state[1:]}1"] == pytest.approx(one / (zero + one), abs=0.03)
 
 
-def test_transformers_opens_a_model_of_two_tokens(make):
+def test_transformers_opens_a_model_of_two_tokens(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = make(50)
+    folder = trained(50)
     theirs, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -151,8 +149,8 @@ def texts(svg: Path) -> str:
     )
 
 
-def test_pictures_without_graphviz(make):
-    folder = make(50) / "chain"
+def test_pictures_without_graphviz(trained):
+    folder = trained(50) / "chain"
     for name in ("before", "after", "counted"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ET.fromstring((folder / f"{name}.svg").read_text()).tag.endswith("svg")
@@ -183,23 +181,23 @@ def test_on_the_circle_each_state_leads_to_the_next(V, context):
     )
 
 
-def test_errors_name_the_fix(make, tmp_path, tiny_gpt, tokenizer, stage_dir):
+def test_errors_name_the_fix(trained, tmp_path, tiny_gpt, tokenizer, stage_dir):
     folder = stage_dir(tiny_gpt())
     with pytest.raises(
         InputError, match=r"295 tokens and a context of 64 make 295\^65 arrows, 32 can be drawn$"
     ):
         chain.main(config(chain, model=folder, output_dir=tmp_path / "x"))
     with pytest.raises(InputError, match="context 4: the model's is 3"):
-        chain.main(config(chain, model=make(50), output_dir=tmp_path / "x", context=4))
+        chain.main(config(chain, model=trained(50), output_dir=tmp_path / "x", context=4))
     assert not (tmp_path / "x").exists()
 
 
-def test_a_directory_of_other_makers(make, tmp_path, monkeypatch):
+def test_a_directory_of_other_makers(trained, tmp_path, monkeypatch):
     """No stage.json: nothing is known of how it began, nor of its text."""
     monkeypatch.setattr(markov, "has_graphviz", lambda: False)
     folder = tmp_path / "bare"
     shutil.copytree(
-        make(50), folder, ignore=shutil.ignore_patterns("stage.json", "manifest.json", "chain")
+        trained(50), folder, ignore=shutil.ignore_patterns("stage.json", "manifest.json", "chain")
     )
     chain.main(config(chain, model=folder, output_dir=tmp_path / "out"))
     result = json.loads((tmp_path / "out" / "chain.json").read_text())

@@ -134,6 +134,7 @@ def full(runs, tmp_path_factory):
     return json.loads((folder / "compare.json").read_text()), folder
 
 
+@pytest.mark.heavy
 def test_report_structure(full):
     result, folder = full
     for mode in ("sampled", "greedy"):
@@ -278,6 +279,7 @@ def test_kl_against_a_full_forward(runs, tokenizer, capsys):
     assert result["sampled"]["base"]["kl"] == pytest.approx(totals[0] - totals[1], abs=1e-3)
 
 
+@pytest.mark.heavy
 def test_page_needs_nothing_else(full):
     _, folder = full
     text = (folder / "compare.html").read_text()
@@ -293,6 +295,7 @@ def test_page_needs_nothing_else(full):
     assert sorted(file.name for file in folder.glob("*.png")) == wanted
 
 
+@pytest.mark.heavy
 def test_page_links_to_the_models_from_where_it_lies(full):
     result, folder = full
     text = (folder / "compare.html").read_text()

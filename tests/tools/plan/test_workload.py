@@ -90,6 +90,7 @@ def test_flops_of_a_pretraining_step(family, checkpointing):
     assert sum(flops(work)) == pytest.approx(counted(body), rel=0.03 if checkpointing else 0.001)
 
 
+@pytest.mark.heavy
 def test_flops_of_finetuning_and_of_the_reward_model():
     work = demo("sft", steps=1, rows=4, mean_length=100, logits=0.5)
     examples = [sft.Example([1] * 101, [0] * 51 + [1] * 50)] * 4
@@ -160,6 +161,7 @@ def allocated(body) -> int:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("language", ["C", "PyTorch"])
