@@ -2,6 +2,7 @@
 one line that names the place."""
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,25 +12,31 @@ from common.program.errors import InputError
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2: `no` is a word, 1e-4 a number, 010 ten; aliases are
-    refused."""
+    """SafeLoader with the scalars of YAML 1.2: `no` is a word, 1e-4 a number, 010 ten; aliases and
+    tags are refused."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}  # replaces SafeLoader's YAML 1.1 table
 
     def compose_node(self, parent, index):
-        """Refuse an alias, which could make a small file expand without end."""
-        if self.check_event(yaml.AliasEvent):
+        """Refuse an alias, which could make a small file expand without end, and a tag, which could
+        make what is no plain value: a date, bytes, an object."""
+        event = self.peek_event()
+        refused = "aliases are" if isinstance(event, yaml.AliasEvent) else ""
+        if tag := getattr(event, "tag", None):
+            refused = f"the tag {tag} of {reprlib.repr(getattr(event, 'value', '...'))} is"
+        if refused:
             raise yaml.composer.ComposerError(
-                problem="aliases are not supported", problem_mark=self.peek_event().start_mark
+                problem=f"{refused} not supported", problem_mark=event.start_mark
             )
         return super().compose_node(parent, index)
 
 
+_DIGITS = "[0-9](?:_?[0-9])*"  # as int() takes them
 for _name, _pattern, _make in (
     ("null", r"null|Null|NULL|~|", lambda text: None),
     ("bool", r"(?i:true|false)", lambda text: text.lower() == "true"),
-    ("int", r"[-+]?[0-9][0-9_]*", int),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    ("int", rf"[-+]?{_DIGITS}", int),
+    ("float", rf"[-+]?(\.[0-9]+|{_DIGITS}(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
 ):
     _tag = f"tag:yaml.org,2002:{_name}"
     Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), None)
