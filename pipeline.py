@@ -17,6 +17,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +41,10 @@ from rich.table import Table
 from common.config.command_line import CLI, Parser, cli_args, did_you_mean
 from common.config.overrides import Overrides, check_overrides, split_overrides
 from common.config.schema import OutputDir, check_output_dir, fingerprint, load, stage_config
-from common.config.strict_yaml import load_yaml
+from common.config.strict_yaml import load_yaml, read_yaml
 from common.program.entry import guard
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
+from common.program.files import dump, write_atomically, writing
 
 ROOT = Path(__file__).resolve().parent
 RECIPE = "pipeline.yaml"
@@ -246,6 +248,9 @@ def check_options(options: argparse.Namespace) -> None:
     if options.num_processes is not None and options.num_processes < 1:
         number = options.num_processes
         raise InputError(f"{CLI}: num_processes = {number} is refused; allowed: int >= 1")
+    if options.seed is not None and not 0 <= options.seed < 2**32:  # what numpy takes
+        allowed = "int >= 0 < 4294967296"
+        raise InputError(f"{CLI}: seed = {options.seed} is refused; allowed: {allowed}")
     missing = options.launch is not None and not Path(options.launch).is_file()
     if missing and not options.dry_run:
         known = "those of accelerate are in configs/accelerate/"
@@ -293,6 +298,12 @@ class Job:
     """What the command line must say beside --config."""
     needs: set[str] = field(default_factory=set)
     """Names of the earlier steps whose output it reads."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Where each key was given, for messages."""
+    whole: dict[str, Any] | None = None
+    """The config as the step's program will have it, defaults and all; None where nobody knows."""
+    alone: bool = True
+    """Whether no other step writes into the same folder, so that what is made there is its own."""
 
     @property
     def note_file(self) -> Path:
@@ -303,20 +314,17 @@ class Job:
     def note(self) -> dict[str, Any]:
         """What the pipeline noted.
 
-        `started`, a fingerprint, when the step began; `fingerprint`, `run`, `seconds`, `gate` and
-        `files` when it ended well; `took`, the seconds that it last took from start to end in one
-        go, where that is known.
+        When the step began: `started`, a fingerprint; `config`, its whole config; `published`, the
+        date of a manifest that was there before. When it ended well: `fingerprint`, `run`,
+        `seconds`, `gate`, and `files`, what it made: {name: [size, date, sha256]}. `took`, the
+        seconds that it last took from start to end in one go, where that is known.
         """
-        with contextlib.suppress(OSError, ValueError):
-            note = json.loads(self.note_file.read_text())
-            return note if isinstance(note, dict) else {}
-        return {}
+        note = read_json(self.note_file)
+        return note if isinstance(note.get("files", {}), dict | list) else {}
 
     def write(self, note: Mapping[str, Any]) -> None:
         """At once or not at all: half a note would cost the step."""
-        temporary = self.note_file.with_name(self.note_file.name + ".tmp")
-        temporary.write_text(json.dumps(note))
-        temporary.replace(self.note_file)
+        write_atomically(self.note_file, dump(note))
 
     def published(self) -> int | None:
         """Date of the manifest, the last thing that a stage writes."""
@@ -328,11 +336,62 @@ class Job:
         gone."""
         note = self.note()
         files = note.get("files")
-        if not isinstance(files, list) or not {"fingerprint", "gate"} <= note.keys():
+        if files is None or not {"fingerprint", "gate"} <= note.keys():
             return None
         if all((self.folder / str(name)).exists() for name in files):
             return note
         return None
+
+    def by_hand(self) -> str:
+        """What tells that somebody else wrote here since this pipeline did; empty = nothing."""
+        note = self.note()
+        if "started" not in note and self.stopped_later():
+            return "holds the state of a run that the pipeline did not start"
+        if "files" in note:
+            names = ", ".join(name for name in note["files"] if self.differs(name, note["files"]))
+            return names and f"was changed since the pipeline made it ({names})"
+        if not self.alone or self.published() in (None, note.get("published")):
+            return ""
+        if "started" not in note:
+            return "holds a run that the pipeline did not make"
+        wanted, found = note.get("config"), read_json(self.folder / "stage.json").get("config")
+        if wanted is None or not isinstance(found, dict):  # a program that does not tell
+            return ""
+        other = ", ".join(
+            f"{key} = {found.get(key)}, not {wanted.get(key)}"
+            for key in sorted(wanted.keys() | found.keys())
+            if key != "output_dir" and wanted.get(key) != found.get(key)
+        )
+        return other and f"holds a run that the pipeline did not make ({other})"
+
+    def differs(self, name: str, files: Any) -> bool:
+        """Whether a file is there, and is another than the one that the step made."""
+        file = self.folder / name
+        if not file.exists():
+            return False
+        if isinstance(files, list):  # a note by an older version, which has no hashes
+            return file.stat().st_mtime_ns > self.note_file.stat().st_mtime_ns
+        size, date, digest = files[name]
+        return facts_of(file) != [size, date] and hash_of(file) != digest
+
+    @property
+    def state_folder(self) -> Path | None:
+        """Where a stage keeps what a resume needs; None where other steps' folders lie as well, one
+        of which may have that name."""
+        return None if self.step.output == "." else self.folder / "state"
+
+    def stopped_later(self) -> bool:
+        """Whether a state lies here that is younger than the pipeline's note."""
+        state = self.state_folder
+        noted = self.note_file.stat().st_mtime_ns if self.note_file.exists() else 0
+        return state is not None and state.is_dir() and state.stat().st_mtime_ns > noted
+
+    def identity(self) -> str | None:
+        """Changes whenever the output does: what the steps that read it depend on."""
+        run = (self.state() or {}).get("run")
+        if not self.by_hand():
+            return run
+        return fingerprint([run, {file.name: hash_of(file) for file in visible(self.folder)}])
 
 
 Jobs = dict[str, Job]  # by step, in order
@@ -349,7 +408,8 @@ def resolve(name: str, request: Request, earlier: Jobs) -> Job:
     """The step with its variables filled in, and with paths into the run moved to where the steps
     before it have their output."""
     step, file = request.recipe.steps[name], request.folder / f"{name}.yaml"
-    written = load_yaml(file)
+    written, places = read_yaml(file)
+    lines = read_yaml(request.folder / RECIPE)[1]
     seed = {} if request.seed is None else {"seed": request.seed}
     config = {**written, **step.args, **seed, **request.overrides.get(name, {})}
     config.pop("output_dir", None)
@@ -369,7 +429,16 @@ def resolve(name: str, request: Request, earlier: Jobs) -> Job:
         for key, value in moved.items()
         if key in ("output_dir", *seed) or value != written.get(key, ...)
     }
-    return Job(name, step, folder, config, overrides, needs)
+    places |= {key: lines[f"steps.{name}.args.{key}"] for key in step.args}
+    places |= dict.fromkeys([*seed, *request.overrides.get(name, {})], CLI)
+    alone = is_alone(name, request)
+    return Job(name, step, folder, config, overrides, needs, places, alone=alone)
+
+
+def is_alone(name: str, request: Request) -> bool:
+    """Whether no other step of the recipe writes into this one's folder."""
+    folders = [step.output or key for key, step in request.recipe.steps.items()]
+    return folders.count(request.recipe.steps[name].output or name) == 1
 
 
 def each_value(config: Mapping[str, Any], change: Callable[[str], Any]) -> dict[str, Any]:
@@ -425,9 +494,11 @@ def taken(name: str, request: Request) -> Job:
     """
     step, bases = request.recipe.steps[name], bases_of(request)
     for base in bases:
-        job = Job(name, step, Path(base, step.output or name))
-        if job.state():
-            console.print(f"{name}: taken from {job.folder}", style="dim")
+        job = Job(name, step, Path(base, step.output or name), alone=is_alone(name, request))
+        by_hand = job.by_hand()
+        if job.state() or (by_hand and job.published()):
+            told = f"; it {by_hand}" if by_hand else ""
+            console.print(f"{name}: taken from {job.folder}{told}", style="dim")
             return job
     again = f"python pipeline.py {request.folder} --output_dir {request.output_dir} --to {name}"
     missing = f"step {name} is not finished in {' or '.join(bases)}"
@@ -452,6 +523,31 @@ def plan(request: Request) -> Jobs:
 # Which steps are due
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def visible(folder: Path) -> list[Path]:
+    """The files in a folder, hidden ones left out."""
+    return sorted(
+        file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")
+    )
+
+
+def facts_of(file: Path) -> list[int]:
+    """Size and date of the last change."""
+    return [file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def hash_of(file: Path) -> str:
+    """sha256 of a file as it is now."""
+    return file_hash(str(file), *facts_of(file))
+
+
 @functools.cache
 def file_hash(path: str, size: int, changed: int) -> str:
     """sha256 of a file. Size and date of its last change are given, so that one that has changed is
@@ -473,8 +569,7 @@ def input_hashes(config: Mapping[str, Any], own: Sequence[str]) -> dict[str, str
             return
         for file in [path, *path.rglob("*")]:
             if file.is_file() and not file.name.startswith("."):
-                facts = file.stat()
-                hashes[str(file)] = file_hash(str(file), facts.st_size, facts.st_mtime_ns)
+                hashes[str(file)] = hash_of(file)
 
     def note_path(text: str) -> None:
         """A prompt, say, can be too long for a path, or hold a NUL."""
@@ -489,10 +584,10 @@ def key_of(job: Job, jobs: Jobs, request: Request) -> str:
     """Fingerprint of all that decides on a step's output.
 
     No hash of the code goes in: an edited comment would cost a pretraining. After a change of code:
-    --from STEP. Nor where it runs (--launch). A parent that ran again, for whatever reason, has a
-    new `run`.
+    --from STEP. Nor where it runs (--launch). A parent that ran again, for whatever reason, or that
+    somebody has changed, has a new identity.
     """
-    parents = {need: (jobs[need].state() or {}).get("run") for need in job.needs}
+    parents = {need: jobs[need].identity() for need in job.needs}
     hashes = input_hashes(job.config, [request.output_dir, request.recipe.output_dir])
     return fingerprint([job.step.module, job.config, hashes, parents])
 
@@ -505,23 +600,106 @@ def is_due(job: Job, jobs: Jobs, request: Request, ran: set[str]) -> bool:
     return state is None or state["fingerprint"] != key_of(job, jobs, request)
 
 
-def seconds_left(
-    jobs: Jobs, request: Request, ran: set[str], coming: Sequence[str]
-) -> float | None:
-    """Seconds that the steps in `coming` will take, if they take as long as they last did in this
-    folder; None where one of those that are due never ran through."""
-    total, ran = 0.0, set(ran)
+def due_steps(jobs: Jobs, request: Request, ran: set[str], coming: Sequence[str]) -> list[str]:
+    """Those of the steps in `coming` that must run, given those that `ran` before them."""
+    ran, due = set(ran), []
     for name in coming:
-        job = jobs[name]
-        if not is_due(job, jobs, request, ran):
-            continue
-        ran.add(name)
-        note = job.note()
+        if is_due(jobs[name], jobs, request, ran):
+            ran.add(name)
+            due.append(name)
+    return due
+
+
+def seconds_left(jobs: Jobs, request: Request, due: Sequence[str]) -> float | None:
+    """Seconds that the steps in `due` will take, if they take as long as they last did in this
+    folder; None where one of them never ran through."""
+    total = 0.0
+    for name in due:
+        note = jobs[name].note()
         resumes = "files" not in note and not request.force  # it goes on from where it stopped
         if resumes or "took" not in note:
             return None
         total += note["took"]
     return total
+
+
+# What is checked before the first step runs
+
+
+def refuse_what_is_made_by_hand(jobs: Jobs, request: Request) -> None:
+    """Raise InputError for the first step whose folder holds what somebody else made, which would
+    be overwritten or taken for the recipe's own. --from names the step that may go."""
+    order = list(request.recipe.steps)
+    for name in request.names[request.first :]:
+        found = jobs[name].by_hand()
+        if not found or request.force or name == request.start:
+            continue
+        later = order[order.index(name) + 1 :]
+        keep = f"--from {later[0]}" if later else "--output_dir with another folder"
+        ways = f"to keep it: {keep}; to make it again in its place: --from {name}"
+        raise InputError(f"step {name}: {jobs[name].folder} {found}; {ways}")
+
+
+def check_configs(jobs: Jobs, due: Sequence[str], request: Request) -> Jobs:
+    """The jobs, those that are due with their whole config. Raises InputError for the first key
+    that a step's program would refuse.
+
+    Programs without a Config, which are left unchecked, cost nothing. Those that have one are asked
+    in another process, as this one imports no stage.
+    """
+    asked = []
+    for name in due:
+        job = jobs[name]
+        command(job, request)  # refuses what no command line can say
+        if has_config(job):
+            asked.append(
+                {
+                    "step": name,
+                    "module": job.step.module,
+                    "file": str(request.folder / f"{name}.yaml"),
+                    "given": job.overrides,
+                    "places": job.places,
+                    "made": [str(earlier.folder) for earlier in jobs.values()],
+                }
+            )
+        elif request.dry_run:
+            console.print(
+                f"{name}: {job.step.module} has no Config to check its keys by", style="dim"
+            )
+    if not asked:
+        return jobs
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        [sys.executable, "-m", "common.config.check"],
+        input=json.dumps(asked),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    if child.returncode:
+        raise Failure(f"the configs could not be checked (exit code {child.returncode})")
+    answer = json.loads(child.stdout)
+    if "refused" in answer:
+        raise InputError(answer["refused"])
+    configs = answer["configs"]
+    return {name: replace(job, whole=configs.get(name)) for name, job in jobs.items()}
+
+
+def has_config(job: Job) -> bool:
+    """Whether the source of a step's program says that it has a Config. It is not imported for
+    that, which would perhaps run it. Raises InputError where there is no such program."""
+    module = job.step.module
+    path = module.replace(".", "/")
+    folders = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    for folder in folders:
+        for file in (Path(folder, path, "__main__.py"), Path(folder, f"{path}.py")):
+            if file.is_file():
+                source = file.read_text(encoding="utf-8", errors="replace")
+                return "@stage_config" in source and 'if __name__ == "__main__":' in source
+    with contextlib.suppress(ImportError, ValueError):
+        if importlib.util.find_spec(module):  # found in another way than as a file
+            return False
+    raise InputError(f"step {job.name}: module {module}: there is no such program")
 
 
 # Running a step
@@ -606,50 +784,48 @@ def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[
     When it ends well, the note has its fingerprint, the files that it made, and its own verdict.
     """
     verdict_file, clock = job.folder / "stage.json", time.perf_counter()
-    old = verdict_file.stat().st_mtime_ns if verdict_file.exists() else None
-    job.folder.mkdir(parents=True, exist_ok=True)
+    with writing(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    old = {file.name: facts_of(file) for file in visible(job.folder)}
     before = job.note()
     note, stopped = {} if request.force else before, False
     goes_on = note.get("started") == key
-    done = goes_on and job.published() not in (None, note.get("published"))
-    if done or not goes_on:  # what an interrupted run left goes on only where nothing has changed
-        shutil.rmtree(job.folder / "state", ignore_errors=True)
+    done = goes_on and job.published() not in (None, note.get("published")) and not job.by_hand()
+    if job.state_folder and (done or not goes_on):
+        # What an interrupted run left goes on only where nothing has changed.
+        shutil.rmtree(job.state_folder, ignore_errors=True)
     took = {"took": before["took"]} if "took" in before else {}
-    if not done:  # as it is where the stage outlived its pipeline
-        job.write({"started": key, "published": job.published(), **took})
+    if done:  # the stage outlived its pipeline
+        old = {}
+    else:
+        began = {"started": key, "published": job.published(), "config": job.whole}
+        job.write({**began, **took})
         code, stopped = run(command(job, request), lock, Path(request.output_dir, ".exit_code"))
         if code:
             return code, {}
     seconds = round(time.perf_counter() - clock, 1)
     if not goes_on:
         took = {"took": seconds}
-    gate = gate_of(verdict_file) if done or changed(verdict_file, old) else ""
-    files = sorted(
-        path.name
-        for path in job.folder.iterdir()
-        if path.is_file() and not path.name.startswith(".")
-    )
+    made = [file for file in visible(job.folder) if old.get(file.name) != facts_of(file)]
+    if job.step.output is not None:  # beside what others may have written before or meanwhile
+        ours = before.get("files", [])
+        made = [file for file in made if file.name not in old or file.name in ours]
     state = {
         "fingerprint": key,
         "run": uuid.uuid4().hex,
         "seconds": seconds,
         **took,
-        "gate": gate,
-        "files": files if job.step.output is None else [],
+        "gate": gate_of(verdict_file) if verdict_file in made else "",
+        "files": {f.name: [*facts_of(f), hash_of(f)] for f in made} if job.alone else {},
     }
     job.write(state)
     return (130 if stopped else 0), state
 
 
-def changed(file: Path, date: int | None) -> bool:
-    """Whether a file is there and is not the one of that date."""
-    return file.exists() and file.stat().st_mtime_ns != date
-
-
 def gate_of(verdict_file: Path) -> str:
     """The gate in a stage.json in one line; empty where it has none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        gate = json.loads(verdict_file.read_text())["gate"]
+    with contextlib.suppress(KeyError, TypeError):
+        gate = read_json(verdict_file)["gate"]
         return f"{'PASS' if gate['passed'] else 'FAIL'}  {gate['text']}"
     return ""
 
@@ -690,13 +866,15 @@ def run_steps(jobs: Jobs, request: Request, lock: int, argv: Sequence[str]) -> i
     table = Table("step", "seconds", "gate", title=request.output_dir, title_justify="left")
     ran: set[str] = set()
     begun, names = time.perf_counter(), request.names[request.first :]
+    refuse_what_is_made_by_hand(jobs, request)
+    jobs = check_configs(jobs, due_steps(jobs, request, ran, names), request)
     for i, name in enumerate(names):
         job = jobs[name]
         if not is_due(job, jobs, request, ran):
             console.print(f"{name}: unchanged, skipped", style="dim")
             table.add_row(name, "skipped", (job.state() or {})["gate"])
             continue
-        left = seconds_left(jobs, request, ran, names[i:])
+        left = seconds_left(jobs, request, due_steps(jobs, request, ran, names[i:]))
         announce(job, request, time.perf_counter() - begun, left)
         ran.add(name)
         if request.dry_run:

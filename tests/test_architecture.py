@@ -48,9 +48,12 @@ PLAIN = {"torch", "math", "typing", "collections", "__future__"}
 
 GOLD = "data.demo.gold"
 KNOW_GOLD = {"data/demo/labeller.py", "data/demo/prepare.py"}
-# Where a config or a command line may name code: the labeller of a stage, and the ground truth for
-# reports.
-LOAD_BY_NAME = {"stages/reward/collect.py", "tools/compare/measure.py", "docs/picture.py"}
+# Where a config or a command line may name code: the labeller of a stage, the ground truth for
+# reports, and the programs of a recipe, whose configs are checked before any of them runs.
+LOAD_BY_NAME = {
+    *("stages/reward/collect.py", "tools/compare/measure.py", "docs/picture.py"),
+    "common/config/check.py",
+}
 LOADERS = {
     "import_module",
     "__import__",

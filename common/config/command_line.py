@@ -5,6 +5,8 @@ import argparse
 import difflib
 import inspect
 import json
+import os
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,13 +127,15 @@ def cli_args(values: Mapping[str, Any]) -> list[str]:
     """The words that `parse` reads back as `values`.
 
     {"seed": 3, "parent": None, "files": ["a", "b"]} -> ["--seed", "3", "--parent", "null",
-    "--files", "a", "b"]. Raises InputError for a list with an item that starts with `-`, which no
-    command line can express.
+    "--files", "a", "b"]. Raises InputError for what no command line can express: a list with
+    an item that starts with `-`, a NUL, half a surrogate pair.
     """
     args = []
     for key, value in values.items():
         items = value if isinstance(value, list | tuple) else [value]
         words = [item if isinstance(item, str) else json.dumps(item) for item in items]
+        if not all(map(_is_word, words)):
+            raise InputError(f"{key}: a command line cannot hold {reprlib.repr(value)}")
         if not any(word.startswith("-") for word in words):
             args += [f"--{key}", *words]
         elif len(words) == 1:  # only `--key=-text` says that the dash belongs to the value
@@ -140,3 +144,12 @@ def cli_args(values: Mapping[str, Any]) -> list[str]:
             refused = f"no item of a list can start with `-`: {' '.join(words)}"
             raise InputError(f"{key}: on a command line {refused}")
     return args
+
+
+def _is_word(text: str) -> bool:
+    """Whether the system can hand `text` to a program: it holds no NUL and no half a surrogate
+    pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
