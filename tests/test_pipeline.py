@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 
 # Notes its name and its arguments, writes a model and a verdict, fails or waits when told to by a
 # file.
@@ -40,6 +40,40 @@ out.mkdir(parents=True, exist_ok=True)
 if name != "data":
     gate = {"passed": name != "sft", "text": f"{name} [learned]"}
     (out / "stage.json").write_text(json.dumps({"gate": gate}))
+"""
+
+
+# A program as ours are: its keys can be checked, it notes its config, its manifest comes last. It
+# says when it ran.
+TRAINER = """
+import json
+import pathlib
+from typing import Annotated
+from pydantic import Field
+from common.config.schema import OutputDir, cli, stage_config, to_dict
+
+@stage_config
+class Config:
+    output_dir: OutputDir
+    seed: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-3
+    parent: str | None = None
+    train_data: list[str] = []
+
+def main(cfg):
+    here, out = pathlib.Path(__file__).parent, pathlib.Path(cfg.output_dir)
+    with (here / "log").open("a") as log:
+        log.write(json.dumps([out.name, []]) + "\\n")
+    if (here / f"fail_{out.name}").exists():
+        raise SystemExit(75)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "model").write_text(f"{cfg.learning_rate} {cfg.parent}")
+    report = {"config": to_dict(cfg), "gate": {"passed": True, "text": f"{cfg.learning_rate}"}}
+    (out / "stage.json").write_text(json.dumps(report))
+    (out / "manifest.json").write_text("{}")
+
+if __name__ == "__main__":
+    cli(Config, main)
 """
 
 
@@ -514,3 +548,214 @@ def test_a_note_that_says_nothing_is_none(project, note):
 )
 def test_lasting(seconds, text):
     assert pipeline.lasting(seconds) == text
+
+
+@pytest.fixture
+def chain(project):
+    """A recipe one -> two -> three of programs with a Config."""
+    (project.root / "trainer.py").write_text(TRAINER)
+    steps = {name: {"module": "trainer"} for name in ("one", "two", "three")}
+    steps["two"]["args"] = {"learning_rate": 0.5}
+    project.write("pipeline", output_dir=project.base, steps=steps)
+    project.write("one")
+    project.write("two", parent=f"{project.base}/one")
+    project.write("three", parent=f"{project.base}/two")
+    return project
+
+
+def train_by_hand(chain, name: str, **keys) -> None:
+    """Starts a step's program without the pipeline."""
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    words += ["--config", str(chain.recipe / f"{name}.yaml"), f"--output_dir={chain.base}/{name}"]
+    path = f"{pipeline.ROOT}:{chain.root}"
+    subprocess.run(
+        [sys.executable, "-m", "trainer", *words],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "keys", "wanted"),
+    [
+        (
+            ["--three.learning_rat=3"],
+            {},
+            {},
+            "command line: unknown key `learning_rat`; did you mean `learning_rate`? (step three)",
+        ),
+        (["--two.learning_rate=-1"], {}, {}, "command line: learning_rate = -1 is refused"),
+        (["--seed", "-1"], {}, {}, "command line: seed = -1 is refused; allowed: int >= 0 < 4294"),
+        (
+            [],
+            {},
+            {"sede": 1},
+            "three.yaml:1: unknown key `sede`; did you mean `seed`? (step three)",
+        ),
+        ([], {}, {"seed": 1.5}, "three.yaml:1: seed = 1.5 is refused"),
+        ([], {"args": {"parnt": "x"}}, {}, "pipeline.yaml:1: unknown key `parnt`"),
+        ([], {"module": "nosuch.program"}, {}, "step three: module nosuch.program: there is no"),
+        ([], {}, {"train_data": ["{base}/two/x.jsonl", "gone.jsonl"]}, "gone.jsonl: no such file"),
+    ],
+)
+def test_a_mistake_in_a_later_step_ends_the_run_before_the_first(chain, words, step, keys, wanted):
+    steps = {name: {"module": "trainer"} for name in ("one", "two", "three")}
+    steps["three"] |= step
+    chain.write("pipeline", output_dir=chain.base, steps=steps)
+    text = json.dumps(keys).replace("{base}", chain.base)
+    (chain.recipe / "three.yaml").write_text(text)
+    found = refusal(chain, *words)
+    assert wanted in found and refusal(chain, *words, "--dry_run") == found
+    assert chain.ran() == [] and not Path(chain.base, "one").exists()
+
+
+def test_a_program_without_a_config_is_not_checked_and_that_is_said(project, capfd, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)  # nor does it cost another process
+    assert project.run("--sft.rat=1", "--dry_run") == 0
+    assert "sft: fake has no Config to check its keys by" in capfd.readouterr().out
+
+
+@pytest.mark.heavy
+def test_a_run_by_hand_is_not_taken_for_the_one_that_was_stopped(chain):
+    (chain.root / "fail_one").touch()
+    assert chain.run() == 75
+    (chain.root / "fail_one").unlink()
+    train_by_hand(chain, "one", learning_rate=0)
+    found = refusal(chain)
+    assert (
+        "one holds a run that the pipeline did not make (learning_rate = 0.0, not 0.001)" in found
+    )
+    assert found.endswith("to keep it: --from two; to make it again in its place: --from one")
+    model = Path(chain.base, "one", "model")
+    assert model.read_text() == "0.0 None"
+    assert chain.run("--from", "two") == 0
+    assert chain.ran() == ["two", "three"] and model.read_text() == "0.0 None"
+    assert chain.run("--from", "one", "--to", "one") == 0
+    assert chain.ran() == ["one"] and model.read_text() == "0.001 None"
+
+
+def test_what_a_stage_finished_after_its_pipeline_was_killed_is_taken(chain, capfd):
+    (chain.root / "fail_one").touch()
+    assert chain.run() == 75
+    (chain.root / "fail_one").unlink()
+    train_by_hand(chain, "one")
+    assert chain.run() == 0 and chain.ran() == ["two", "three"]
+    assert "one: 0.0 s  PASS  0.001" in capfd.readouterr().out
+
+
+def test_a_finished_step_that_was_trained_again_by_hand_is_seen(project, capfd):
+    assert project.run() == 0
+    for name in ("model", "stage.json"):
+        Path(project.base, "pretrain", name).write_text("by hand")
+    found = refusal(project)
+    assert "pretrain was changed since the pipeline made it (model, stage.json); to keep" in found
+    assert found.endswith("--from sft; to make it again in its place: --from pretrain")
+    assert refusal(project, "--dry_run") == found and project.ran() == []
+    capfd.readouterr()
+    assert project.run("--from", "sft") == 0 and project.ran() == ["sft", "compare"]
+    assert f"pretrain: taken from {project.base}/pretrain; it was cha" in capfd.readouterr().out
+    assert refusal(project) == found  # as it still is not what the recipe says
+    assert project.run("--from", "pretrain") == 0 and project.ran() == [
+        "pretrain",
+        "sft",
+        "compare",
+    ]
+    assert project.run() == 0 and project.ran() == []
+
+
+def test_what_was_made_of_a_changed_parent_is_made_again_of_the_right_one(project):
+    project.run()
+    model = Path(project.base, "sft", "model")
+    before = model.read_text()
+    model.write_text("by hand")
+    assert project.run("--from", "compare") == 0
+    model.write_text(before)
+    assert project.run() == 0 and project.ran() == ["compare"]
+
+
+def test_content_counts_and_a_date_does_not(project):
+    project.run()
+    for name in ("model", "stage.json"):
+        os.utime(Path(project.base, "sft", name), (1, 1))
+    (Path(project.base) / "sft" / "notes").write_text("the user's own")
+    assert project.run() == 0 and project.ran() == []
+    (Path(project.base) / "sft" / "notes").write_text("longer")
+    assert project.run() == 0 and project.ran() == []
+
+
+def test_the_last_step_by_hand(project):
+    project.run()
+    Path(project.base, "model").write_text("by hand")
+    assert "to keep it: --output_dir with another folder; to make it" in refusal(project)
+    assert project.run("--force") == 0 and "compare" in project.ran()
+
+
+def test_a_folder_that_the_pipeline_never_wrote_to(project):
+    model = Path(project.base, "pretrain", "model")
+    model.parent.mkdir(parents=True)
+    model.write_text("by hand")
+    (model.parent / "manifest.json").write_text("{}")
+    assert "pretrain holds a run that the pipeline did not make; to keep it" in refusal(project)
+    assert project.run("--to", "data") == 0
+    assert project.run("--from", "sft") == 0 and project.ran() == ["sft", "compare"]
+    assert model.read_text() == "by hand"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_state_of_a_run_by_hand_is_kept(project, finished):
+    if finished:
+        project.run()
+    saved = Path(project.base, "sft", "state", "saved")
+    saved.parent.mkdir(parents=True)
+    saved.touch()
+    project.write("sft", changed=True)
+    assert "holds the state of a run that the pipeline did not start" in refusal(project)
+    assert saved.exists()
+
+
+def test_a_step_named_state_is_no_state(project):
+    steps = {"state": {"module": "fake"}, "compare": {"module": "fake", "output": "."}}
+    project.write("pipeline", output_dir=project.base, steps=steps)
+    project.write("state")
+    project.run()
+    assert Path(project.base, "state", "model").exists()
+
+
+def test_the_page_in_a_shared_folder_is_made_again_where_it_is_gone(project):
+    Path(project.base).mkdir(parents=True)
+    log = Path(project.base, "log")
+    log.write_text("of tee")
+    project.run()
+    log.write_text("of tee, later")
+    project.run()
+    assert project.ran() == []
+    Path(project.base, "model").unlink()  # what compare made
+    project.run()
+    assert project.ran() == ["compare"]
+
+
+def test_a_note_of_an_older_version_counts_where_the_dates_do(project):
+    """It has names of files, and no hashes."""
+    project.run()
+    note = Path(project.base, "sft", ".pipeline.json")
+    old = json.loads(note.read_text())
+    note.write_text(json.dumps(old | {"files": list(old["files"])}))
+    project.run()
+    assert project.ran() == []
+    Path(project.base, "sft", "model").write_text("by hand")
+    os.utime(note, (1, 1))
+    assert "sft was changed since the pipeline made it (model, stage.json)" in refusal(project)
+
+
+@pytest.mark.parametrize("text", ['{"rate": "a\\u0000b"}', '{"rate": "\\ud800"}'])
+def test_what_no_command_line_can_say(project, text):
+    steps = {"data": {"module": "fake", "args": json.loads(text)}}
+    project.write("pipeline", output_dir=project.base, steps=steps)
+    assert "rate: a command line cannot hold" in refusal(project)
+
+
+def test_a_file_where_a_step_writes_is_one_line(project):
+    Path(project.base).mkdir(parents=True)
+    Path(project.base, "data").touch()
+    with pytest.raises(Failure, match=r"demo/data: could not be written \(File exists\)"):
+        project.run()
