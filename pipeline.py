@@ -412,6 +412,8 @@ def resolve(name: str, request: Request, earlier: Jobs) -> Job:
     lines = read_yaml(request.folder / RECIPE)[1]
     seed = {} if request.seed is None else {"seed": request.seed}
     config = {**written, **step.args, **seed, **request.overrides.get(name, {})}
+    if "output_dir" in {**step.args, **request.overrides.get(name, {})}:
+        raise InputError(f"step {name}: output_dir is refused; `output` or --output_dir moves it")
     config.pop("output_dir", None)
     config = each_value(config, lambda text: fill(text, file, request))
     needs: set[str] = set()
@@ -648,9 +650,12 @@ def check_configs(jobs: Jobs, due: Sequence[str], request: Request) -> Jobs:
     in another process, as this one imports no stage.
     """
     asked = []
-    for name in due:
+    for i, name in enumerate(due):
         job = jobs[name]
-        command(job, request)  # refuses what no command line can say
+        try:
+            command(job, request)
+        except InputError as error:  # what no command line can say
+            raise InputError(f"step {name}: {error}") from None
         if has_config(job):
             asked.append(
                 {
@@ -659,7 +664,7 @@ def check_configs(jobs: Jobs, due: Sequence[str], request: Request) -> Jobs:
                     "file": str(request.folder / f"{name}.yaml"),
                     "given": job.overrides,
                     "places": job.places,
-                    "made": [str(earlier.folder) for earlier in jobs.values()],
+                    "made": [str(jobs[earlier].folder) for earlier in due[:i]],
                 }
             )
         elif request.dry_run:
@@ -697,7 +702,8 @@ def has_config(job: Job) -> bool:
                 source = file.read_text(encoding="utf-8", errors="replace")
                 return "@stage_config" in source and 'if __name__ == "__main__":' in source
     with contextlib.suppress(ImportError, ValueError):
-        if importlib.util.find_spec(module):  # found in another way than as a file
+        found = importlib.util.find_spec(module)
+        if found and not found.submodule_search_locations:  # a program, though no file of ours
             return False
     raise InputError(f"step {job.name}: module {module}: there is no such program")
 

@@ -747,9 +747,9 @@ def test_a_note_of_an_older_version_counts_where_the_dates_do(project):
     assert "sft was changed since the pipeline made it (model, stage.json)" in refusal(project)
 
 
-@pytest.mark.parametrize("text", ['{"rate": "a\\u0000b"}', '{"rate": "\\ud800"}'])
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 200_000], ids=["nul", "half", "long"])
 def test_what_no_command_line_can_say(project, text):
-    steps = {"data": {"module": "fake", "args": json.loads(text)}}
+    steps = {"data": {"module": "fake", "args": {"rate": text}}}
     project.write("pipeline", output_dir=project.base, steps=steps)
     assert "rate: a command line cannot hold" in refusal(project)
 
@@ -759,3 +759,14 @@ def test_a_file_where_a_step_writes_is_one_line(project):
     Path(project.base, "data").touch()
     with pytest.raises(Failure, match=r"demo/data: could not be written \(File exists\)"):
         project.run()
+
+
+def test_a_step_writes_where_the_pipeline_says(project):
+    assert "step sft: output_dir is refused" in refusal(project, "--sft.output_dir=elsewhere")
+
+
+def test_a_program_that_cannot_run_is_one_line(chain):
+    (chain.root / "broken.py").write_text(TRAINER + "\n1 +")
+    steps = {"one": {"module": "trainer"}, "two": {"module": "broken"}}
+    chain.write("pipeline", output_dir=chain.base, steps=steps)
+    assert "broken: cannot run: SyntaxError: invalid syntax" in refusal(chain)

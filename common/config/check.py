@@ -40,18 +40,23 @@ class Asked(TypedDict):
     """Folders that earlier steps fill: what lies there need not be there yet."""
 
 
-def config_of(module: str) -> type:
-    """The Config of what `python -m module` runs."""
-    found = import_module(module)
-    if hasattr(found, "__path__"):
-        found = import_module(f"{module}.__main__")
-    return found.Config
+def config_of(module: str) -> type | None:
+    """The Config of what `python -m module` runs. Raises InputError where that has a bug."""
+    try:
+        found = import_module(module)
+        if hasattr(found, "__path__"):
+            found = import_module(f"{module}.__main__")
+    except Exception as error:  # whatever the code of a recipe's author raises
+        raise InputError(f"{module}: cannot run: {type(error).__name__}: {error}") from None
+    return getattr(found, "Config", None)
 
 
-def check(asked: Asked) -> dict[str, Any]:
-    """The whole config of a step. Raises InputError for the first key that its program would
-    refuse, and for a file of rows that is not there."""
+def check(asked: Asked) -> dict[str, Any] | None:
+    """The whole config of a step; None where its program has no Config. Raises InputError for the
+    first key that the program would refuse, and for a file of rows that is not there."""
     cls = config_of(asked["module"])
+    if cls is None:
+        return None
     values, where = read_yaml(asked["file"])
     where |= asked["places"]
     known = {key: value for key, value in asked["given"].items() if key in schemas_of(cls)}

@@ -128,7 +128,7 @@ def cli_args(values: Mapping[str, Any]) -> list[str]:
 
     {"seed": 3, "parent": None, "files": ["a", "b"]} -> ["--seed", "3", "--parent", "null",
     "--files", "a", "b"]. Raises InputError for what no command line can express: a list with
-    an item that starts with `-`, a NUL, half a surrogate pair.
+    an item that starts with `-`, a NUL, half a surrogate pair, a text of 128 KB.
     """
     args = []
     for key, value in values.items():
@@ -148,8 +148,8 @@ def cli_args(values: Mapping[str, Any]) -> list[str]:
 
 def _is_word(text: str) -> bool:
     """Whether the system can hand `text` to a program: it holds no NUL and no half a surrogate
-    pair."""
+    pair, and has less than Linux' MAX_ARG_STRLEN bytes."""
     try:
-        return b"\0" not in os.fsencode(text)
+        return b"\0" not in os.fsencode(text) and len(os.fsencode(text)) < 2**17
     except UnicodeEncodeError:
         return False
