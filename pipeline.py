@@ -44,7 +44,7 @@ from common.config.schema import OutputDir, check_output_dir, fingerprint, load,
 from common.config.strict_yaml import load_yaml, read_yaml
 from common.program.entry import guard
 from common.program.errors import Failure, InputError
-from common.program.files import dump, write_atomically, writing
+from common.program.files import dump, write_atomically
 
 ROOT = Path(__file__).resolve().parent
 RECIPE = "pipeline.yaml"
@@ -240,11 +240,7 @@ def add_variables(parser: Parser, folder: Path, recipe: Recipe) -> None:
 def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for an option whose mistake would show only when some step starts."""
     if options.output_dir is not None:
-        try:
-            check_output_dir(options.output_dir)
-        except ValueError as error:
-            where = f"{CLI}: output_dir = {options.output_dir!r}"
-            raise InputError(f"{where} is refused: {error}") from None
+        check_folder(options.output_dir, CLI)
     if options.num_processes is not None and options.num_processes < 1:
         number = options.num_processes
         raise InputError(f"{CLI}: num_processes = {number} is refused; allowed: int >= 1")
@@ -255,6 +251,14 @@ def check_options(options: argparse.Namespace) -> None:
     if missing and not options.dry_run:
         known = "those of accelerate are in configs/accelerate/"
         raise InputError(f"{CLI}: launch = {options.launch!r}: no such file; {known}")
+
+
+def check_folder(folder: str, place: str) -> None:
+    """Raise InputError unless a step can write a directory of that name."""
+    try:
+        check_output_dir(folder)
+    except ValueError as error:
+        raise InputError(f"{place}: output_dir = {folder!r} is refused: {error}") from None
 
 
 def refuse_option(word: str, options: argparse.Namespace, recipe: Recipe) -> None:
@@ -425,6 +429,7 @@ def resolve(name: str, request: Request, earlier: Jobs) -> Job:
         return moved
 
     folder = Path(request.output_dir, step.output or name)
+    check_folder(str(folder), f"step {name}")
     moved = {"output_dir": str(folder), **each_value(config, move_and_note)}
     overrides = {
         key: value
@@ -790,8 +795,7 @@ def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[
     When it ends well, the note has its fingerprint, the files that it made, and its own verdict.
     """
     verdict_file, clock = job.folder / "stage.json", time.perf_counter()
-    with writing(job.folder):
-        job.folder.mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     old = {file.name: facts_of(file) for file in visible(job.folder)}
     before = job.note()
     note, stopped = {} if request.force else before, False
@@ -813,6 +817,7 @@ def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[
     if not goes_on:
         took = {"took": seconds}
     made = [file for file in visible(job.folder) if old.get(file.name) != facts_of(file)]
+    gate = gate_of(verdict_file) if verdict_file in made else ""
     if job.step.output is not None:  # beside what others may have written before or meanwhile
         ours = before.get("files", [])
         made = [file for file in made if file.name not in old or file.name in ours]
@@ -821,7 +826,7 @@ def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[
         "run": uuid.uuid4().hex,
         "seconds": seconds,
         **took,
-        "gate": gate_of(verdict_file) if verdict_file in made else "",
+        "gate": gate,
         "files": {f.name: [*facts_of(f), hash_of(f)] for f in made} if job.alone else {},
     }
     job.write(state)
