@@ -6,6 +6,7 @@ Without torch, so that preparing data does not wait for it.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -61,8 +62,27 @@ def sha256(file: Path) -> str:
 
 
 def dump(value: Any) -> bytes:
-    """A value as the content of a JSON file."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """A value as the content of a JSON file, what drives a terminal escaped: it may be printed.
+
+    Raises Failure naming a number that is not finite: JSON has none such.
+    """
+    if found := next(not_finite(value), None):
+        raise Failure(f"{found}, and JSON holds finite numbers only: it was not written")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    shown = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return ("".join(shown) + "\n").encode()
+
+
+def not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """Where a value of lists and dicts has a number that is not finite: `metrics.loss is nan`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place.lstrip('.') or 'the value'} is {value}"
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from not_finite(one, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for n, one in enumerate(value):
+            yield from not_finite(one, f"{place}[{n}]")
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -10,7 +10,6 @@ it writes a report, greedy answers beside sampled ones, and, where a ground trut
 each stage has kept its promise (gate).
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from common.program.files import dump, write_atomically
 from common.text.chat import Message, prompt_ids
 from tools.compare import report
 from tools.compare.afterwards import COMMAND, about, lines
+from tools.compare.changes import changes_of
 from tools.compare.checks import Bars, check_comparison, verdict
 from tools.compare.findings import measure, questions, samples_of
 from tools.compare.measure import read_prompts
@@ -246,13 +246,14 @@ def main(cfg: Config) -> None:
     findings = measure(cfg, asked, names, device)
     samples = samples_of(findings, prompts)
     result = findings.result | {"samples": samples[: cfg.shown], "about": about(cfg.models[-1])}
+    result["changes"] = changes_of(result, names)
     result["checks"] = check_comparison(result, names, cfg.checks)
     if cfg.html:
         file = Path(cfg.html)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(report.comparison(result, {}, file.parent), encoding="utf-8")
     if cfg.json:
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        print(dump(result).decode(), end="")
     else:
         families = len(set(findings.kinds or []))
         show(Console(highlight=False), result, max(3, families) if cfg.output_dir else 20)

@@ -117,7 +117,8 @@ def with_interval(values: Sequence[float], each: int) -> dict[str, Any]:
 def by_family(
     answers: Sequence[Answer], kinds: Sequence[str], each: int
 ) -> dict[str, dict[str, Any]]:
-    """{family: mean gold, share of correct answers, number of answers}; all of them are judged."""
+    """{family: mean gold, share of correct answers, number of answers, and how many are correct of
+    those to each prompt}; all of them are judged."""
     found = {}
     for kind in sorted(set(kinds)):
         own = [answer for i, answer in enumerate(answers) if kinds[i // each] == kind]
@@ -125,5 +126,8 @@ def by_family(
             "gold": mean([answer.gold for answer in own if answer.gold is not None]),
             "correct": mean([answer.correct for answer in own if answer.correct is not None]),
             "n": len(own),
+            "correct_by_prompt": np.reshape([bool(a.correct) for a in own], (-1, each))
+            .sum(1)
+            .tolist(),
         }
     return found

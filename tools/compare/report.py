@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tools import page
+from tools.compare.changes import table_of
+from tools.compare.checks import value_of
 from tools.compare.modes import MODES, modes
 from tools.compare.numbers import NUMBERS, columns, marks
 from tools.compare.terminal import cell
@@ -24,6 +26,7 @@ def comparison(result: dict[str, Any], pictures: dict[str, page.Picture], folder
         first=max(1, len(kinds) or min(4, len(rows))),
         figures=[figures(result, mode) for mode in modes(result)],
         families=by_family(result, names) if families else None,
+        changes=changes(result["changes"]) if result["changes"] else None,
         pictures={"families": None, "best_of": None} | pictures,
         legend=legend(result),
         best_of=best_of(result) if "best_of_n" in result else None,
@@ -62,6 +65,15 @@ def by_family(result: dict[str, Any], names: Sequence[str]) -> page.Table:
         rows.append([kind, str(kinds[kind]["n"]), *(f"{share:.3f}" for share in shares)])
     about = "share of answers that say what was asked and nothing against it"
     return page.Table(header, rows, about)
+
+
+def changes(found: dict[str, Any]) -> page.Table:
+    """What each family has gained or lost, and what of it may be chance."""
+    about = (
+        f"correct answers of {found['after']} less those of {found['before']}; in brackets what may "
+        "be chance (paired bootstrap over prompts, all families judged together)"
+    )
+    return page.Table(*table_of(found), about)
 
 
 def sample(row: dict[str, Any]) -> page.Sample:
@@ -112,7 +124,7 @@ def accuracy(found: dict[str, Any]) -> dict[str, page.Table]:
 def checks(result: dict[str, Any]) -> page.Table:
     """Every check, what was wanted of it, whether it holds."""
     rows = [
-        [c["name"], f"{c['value']:.3f}", c["wanted"], "yes" if c["passed"] else "NO"]
+        [c["name"], value_of(c), c["wanted"], "yes" if c["passed"] else "NO"]
         for c in result["checks"]
     ]
     return page.Table(["check", "value", "wanted", "holds"], rows)

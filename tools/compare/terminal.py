@@ -15,6 +15,7 @@ from common.program.errors import InputError
 from common.program.terminal import printable
 from common.text.chat import Message, prompt_ids, stop_ids
 from common.text.tokenizer import Tokenizer
+from tools.compare.changes import table_of
 from tools.compare.modes import modes
 from tools.compare.numbers import columns, marks
 
@@ -31,6 +32,20 @@ def show(console: Console, result: dict[str, Any], count: int) -> None:
     if result["prompts"] > 1 or len(names) > 1:
         for mode in found:
             show_figures(console, result[mode], mode)
+    if result["changes"]:
+        show_changes(console, result["changes"])
+
+
+def show_changes(console: Console, changes: dict[str, Any]) -> None:
+    """One line a family: what it has gained or lost, and what of it may be chance."""
+    header, rows = table_of(changes)
+    title = Text(f"correct answers, {changes['after']} - {changes['before']}")
+    table = Table(title=title, title_justify="left")
+    for n, name in enumerate(header):
+        table.add_column(name, justify="right" if n else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def show_samples(console: Console, samples: Sequence[dict[str, Any]], mode: str) -> None:
