@@ -8,7 +8,6 @@ curves.png, curves.html.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +28,10 @@ from common.model.gpt import GPT
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
 from common.rows.shards import Shards
+from common.rows.sources import read_rows
 from tools import page, plots
 from tools.compare.checks import Check, failures, want
+from tools.compare.measure import is_finite
 from tools.names import names_of
 
 BIGRAM_WITHIN = 0.02  # nats a token: so near a model that has learned its table is to the counts
@@ -75,8 +76,12 @@ def read_run(path: str) -> dict[str, Any]:
     if not stage or not file.exists():
         needed = "stage.json and metrics.jsonl are needed"
         raise InputError(f"{path}: no finished stage there ({needed})")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    curve = [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row]
+    measured = [row for row in read_rows(str(file)) if "eval_loss" in row.data]
+    curve = [[row.data.get("step"), row.data["eval_loss"]] for row in measured]
+    for row, point in zip(measured, curve, strict=True):
+        if not all(map(is_finite, point)):
+            what = f"{row.origin}: step is {point[0]!r}, eval_loss {point[1]!r}"
+            raise InputError(f"{what}; finite numbers are needed")
     if not curve:
         why = "which is what runs are compared by"
         raise InputError(f"{path}: its metrics.jsonl has no eval_loss, {why}")
@@ -92,9 +97,14 @@ def read_run(path: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "parameters": parameters,
         "curve": curve,
-        **{name: stage.get(key) for name, key in NOTED.items()},
+        **{name: noted(stage.get(key)) for name, key in NOTED.items()},
         "loss": curve[-1][1],
     }
+
+
+def noted(value: Any) -> Any:
+    """A fact of a stage.json; None for what no stage of ours notes."""
+    return value if isinstance(value, str) or is_finite(value) else None
 
 
 def pairs(folder: str, split: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -19,7 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import refuse_overwriting
+from common.config.training import Seed, refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
@@ -35,6 +35,7 @@ from tools.compare.measure import (
     best_of_table,
     families,
     interval,
+    is_finite,
     load_gold,
     mean,
     read_prompts,
@@ -78,7 +79,7 @@ class Config:
     """Longest answer of best-of-n; as in the runs."""
     batch_size: Annotated[int, Field(gt=0)] = 256
     """Answers sampled at once."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of best-of-n's answers."""
 
     def __post_init__(self) -> None:
@@ -109,7 +110,9 @@ def read_episodes(runs: Sequence[str], gold: Gold) -> list[dict[str, Any]]:
         before = max((row["step"] for row in episodes), default=0)
         for row in read_rows(str(Path(run) / "samples.jsonl")):
             for column, kind in COLUMNS.items():
-                if not isinstance(value := row.data.get(column), kind):
+                value = row.data.get(column)
+                number = kind not in (str, bool)
+                if not isinstance(value, kind) or (number and not is_finite(value)):
                     needed = "a PPO run's samples are needed"
                     raise InputError(f"{row.origin}: {column} is {value!r}; {needed}")
             episodes.append(judged(row, gold) | {"step": before + row.data["step"]})

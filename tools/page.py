@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+DOCTYPE = b"<!doctype html>"  # what each of our pages begins with
 FOLD = 240  # characters: of a longer answer only the beginning is seen until someone opens it
 
 
@@ -69,6 +70,13 @@ def link(path: str, folder: Path | None) -> str | Link:
     if folder is None or not Path(path).is_dir():
         return path
     return Link(path, "./" + quote(os.path.relpath(path, folder)) + "/")
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is an HTML page, or empty."""
+    with file.open("rb") as handle:
+        start = handle.read(len(DOCTYPE))
+    return start.lower() in (DOCTYPE, b"")
 
 
 def data_uri(file: Path) -> str:

@@ -62,15 +62,12 @@ def sha256(file: Path) -> str:
 
 
 def dump(value: Any) -> bytes:
-    """A value as the content of a JSON file, what drives a terminal escaped: it may be printed.
-
-    Raises Failure naming a number that is not finite: JSON has none such.
-    """
+    """A value as the content of a JSON file. Raises Failure naming a number that is not finite, as
+    JSON has none such."""
     if found := next(not_finite(value), None):
         raise Failure(f"{found}, and JSON holds finite numbers only: it was not written")
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    shown = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
-    return ("".join(shown) + "\n").encode()
+    return (text + "\n").encode(errors="backslashreplace")  # a lone surrogate: JSON's own escape
 
 
 def not_finite(value: Any, place: str = "") -> Iterator[str]:

@@ -79,6 +79,35 @@ def test_different_vocabularies_are_named(tmp_path, run_dir, capsys):
     assert "different vocabularies" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"step": 9, "eval_loss": NaN}', "metrics.jsonl:4: step is 9, eval_loss nan"),
+        ('{"step": 9, "eval_loss": 1e999}', "metrics.jsonl:4: step is 9, eval_loss inf"),
+        ('{"step": 9, "eval_loss": 1' + "0" * 400 + "}", "metrics.jsonl:4: step is 9, eval_loss 1000"),
+        ('{"step": null, "eval_loss": 3}', "metrics.jsonl:4: step is None"),
+        ('{"step": 9, "eval_loss": "low"}', "metrics.jsonl:4: step is 9, eval_loss 'low'"),
+        ('{"step": 9, "eval', "metrics.jsonl:4"),
+        ("[1]", "metrics.jsonl:4"),
+    ],
+)
+def test_a_curve_that_cannot_be_drawn_is_named(tmp_path, run_dir, row, said):
+    folder = run_dir([(0, 5.0), (9, 3.0)])
+    with Path(folder, "metrics.jsonl").open("a") as file:
+        file.write(row + "\n")
+    with pytest.raises(InputError, match=said):
+        report(tmp_path, folder)
+
+
+def test_facts_of_a_foreign_stage_are_left_out(tmp_path, run_dir):
+    folder = run_dir([(0, 5.0), (9, 3.0)])
+    facts = {"wall_time": float("nan"), "tokens_seen": 10**400, "step": 9}
+    Path(folder, "stage.json").write_text(json.dumps(facts))
+    Path(folder, "manifest.json").write_text("{}")
+    run = next(iter(report(tmp_path, folder)[0]["runs"].values()))
+    assert (run["seconds"], run["tokens_seen"], run["steps"]) == (None, None, 9)
+
+
 def text_folder(tmp_path, text: str, eval_fraction: float) -> str:
     (tmp_path / "text.txt").write_text(text)
     cfg = prepare.Config(

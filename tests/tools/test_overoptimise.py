@@ -130,6 +130,16 @@ def test_errors(tmp_path):
         report(tmp_path, str(tmp_path))
 
 
+@pytest.mark.parametrize("column", ["score", "kl", "step"])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 10**400, True])
+def test_what_is_no_number_is_named(tmp_path, column, value):
+    run = make_run(tmp_path / "rl", [0.5])
+    row = {"step": 1, "prompt": "sum", "answer": "1", "score": 0.0, "kl": 0.0, "stopped": True}
+    (tmp_path / "rl" / "samples.jsonl").write_text(json.dumps(row | {column: value}))
+    with pytest.raises(InputError, match=rf"samples.jsonl:1: {column} is .*a PPO run's samples"):
+        report(tmp_path, run)
+
+
 @pytest.mark.heavy
 def test_best_of_n_beside_it(tmp_path):
     tokenizer = Tokenizer.train_bpe(["0.1 0.2 0.3 sum"], 262).with_chat()

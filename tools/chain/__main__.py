@@ -27,8 +27,7 @@ from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
 from common.model.gpt import GPT
-from common.model.presets import ArchitectureConfig, new_model
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 from common.program.files import dump, write_atomically
 from common.rows.shards import Shards
 from common.text.tokenizer import Tokenizer
@@ -78,9 +77,13 @@ def visible(text: str) -> str:
 
 @torch.no_grad()
 def transitions(model: GPT, ids: Sequence[int], context: int) -> np.ndarray:
-    """(S, V): probability of each of `ids` after each sequence of `context` of them."""
+    """(S, V): probability of each of `ids` after each sequence of `context` of them. Raises Failure
+    where they are no numbers."""
     states = torch.tensor(list(itertools.product(ids, repeat=context)))
-    return model.eval()(states)[:, -1].double().softmax(-1)[:, ids].numpy()
+    found = model.eval()(states)[:, -1].double().softmax(-1)[:, ids].numpy()
+    if not np.isfinite(found).all():
+        raise Failure("the model's probabilities are not finite: its weights are of no use")
+    return found
 
 
 def counts(folder: str, ids: Sequence[int], context: int) -> np.ndarray:
@@ -97,19 +100,17 @@ def counts(folder: str, ids: Sequence[int], context: int) -> np.ndarray:
     return found
 
 
-def before_training(stage: dict[str, Any], vocab_size: int) -> GPT | None:
-    """What the run of a stage.json began with: its parent, or a new model of its config and seed.
-    None: it does not say."""
+def before_training(stage: dict[str, Any], model: GPT) -> GPT | None:
+    """What the run that made this model began with: its parent, or a new model of its seed. None:
+    its stage.json does not say."""
     config = stage.get("config", {})
-    if config.get("parent"):
-        return load_model(config["parent"], "lm")
-    if not {"seed", "n_layer", "max_length"} <= config.keys():
+    parent, seed = config.get("parent"), config.get("seed")
+    if isinstance(parent, str) and parent:
+        return load_model(parent, "lm")
+    if "n_layer" not in config or type(seed) is not int or not 0 <= seed < 2**32:
         return None
-    torch.manual_seed(config["seed"])  # as common.train.run does before a stage builds its model
-    shape = ArchitectureConfig(
-        **{key: config[key] for key in ArchitectureConfig.__dataclass_fields__ if key in config}
-    )
-    return new_model(shape, vocab_size, config["max_length"])
+    torch.manual_seed(seed)  # as common.train.run does before a stage builds its model
+    return GPT(model.config)
 
 
 def distance(chain: np.ndarray, counted: np.ndarray) -> float:
@@ -146,7 +147,7 @@ def chains_of(
         return Chain(title, names, tokens, probabilities, seen)
 
     chains = {}
-    if (begun := before_training(stage, model.config.vocab_size)) is not None:
+    if (begun := before_training(stage, model)) is not None:
         chains["before"] = chain("before training", transitions(begun, ids, context))
     trained = transitions(model, ids, context)
     chains["after"] = chain(f"after {stage.get('step', '?')} steps", trained)

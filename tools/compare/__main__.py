@@ -10,6 +10,7 @@ it writes a report, greedy answers beside sampled ones, and, where a ground trut
 each stage has kept its promise (gate).
 """
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from common.config.command_line import CLI
 from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import refuse_overwriting
+from common.config.training import Seed, refuse_overwriting
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.publish import load_config, load_model
 from common.handoff.report import stage_report, write_stage_report
@@ -39,6 +40,7 @@ from tools.compare.modes import modes
 from tools.compare.pictures import draw_all
 from tools.compare.terminal import chat, show
 from tools.names import names_of
+from tools.page import is_page
 
 
 @stage_config
@@ -64,7 +66,7 @@ class Config:
     """Sample among the likeliest tokens that make up this mass; 1 = off."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 96
     """Longest answer."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of sampling; every prompt has a stream of its own, the same for all models."""
     batch_size: Annotated[int, Field(gt=0)] = 256
     """Answers sampled at once."""
@@ -143,7 +145,7 @@ def check(cfg: Config) -> None:
     if "" in cfg.models:
         raise InputError(f"{CLI}: models: one name is empty (a variable that is not set?)")
     if cfg.html is not None:
-        check_html(cfg.html, [cfg.prompts, cfg.comparisons])
+        check_html(cfg.html)
     if cfg.chat and len(cfg.models) > 1:
         named = ", ".join(cfg.models)
         raise InputError(f"--chat takes one model, these are {len(cfg.models)}: {named}")
@@ -153,18 +155,16 @@ def check(cfg: Config) -> None:
         raise InputError("comparisons need reward and gold, whose orders are compared")
 
 
-def check_html(html: str, read: Sequence[str | None]) -> None:
-    """Raise InputError where a page cannot be written, or would replace a file that is `read`."""
+def check_html(html: str) -> None:
+    """Raise InputError where a page cannot be written, or would replace a file that is no page."""
     file = Path(html)
     if not html or file.is_dir():
         raise InputError(f"html = {html!r} is refused: name a file, such as page.html")
     above = next(folder for folder in file.absolute().parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"html = {html!r} is refused: {above} is a file; name a directory")
-    if file.exists() and any(
-        source and Path(source).resolve() == file.resolve() for source in read
-    ):
-        raise InputError(f"html = {html!r} is refused: it is read too; name another file")
+    if file.exists() and not (file.is_file() and is_page(file)):
+        raise InputError(f"html = {html!r} is refused: it is there and no page; name another file")
 
 
 def shared_budget(cfg: Config, prompts: Sequence[Sequence[Message]]) -> int:
@@ -212,8 +212,8 @@ def write_report(
     """Write the page with its plots, compare.json and stage.json, and print the gate line."""
     folder.mkdir(parents=True, exist_ok=True)
     gate = verdict(result, names)
+    write_atomically(folder / "compare.json", dump(result))  # refuses what is not finite
     print(gate.line("compare"), file=sys.stderr if cfg.json else sys.stdout)
-    write_atomically(folder / "compare.json", dump(result))
     pictures = draw_all(result, folder)
     write_atomically(folder / "compare.html", report.comparison(result, pictures, folder).encode())
     facts = {
@@ -253,7 +253,7 @@ def main(cfg: Config) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(report.comparison(result, {}, file.parent), encoding="utf-8")
     if cfg.json:
-        print(dump(result).decode(), end="")
+        print(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         families = len(set(findings.kinds or []))
         show(Console(highlight=False), result, max(3, families) if cfg.output_dir else 20)

@@ -14,6 +14,9 @@ import numpy as np
 from tools.compare.modes import modes
 
 LEVEL = 0.02  # of all families together, one-sided
+# Prompts added that lose all, change nothing, gain all: few prompts may agree by chance, and would
+# then seem to vary by nothing (Agresti and Min 2005, who add so much to each cell of pairs).
+UNSEEN = (0.5, 1, 0.5)
 
 
 class Counts(NamedTuple):
@@ -62,16 +65,18 @@ def changes(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> Change
 
 
 def resampled(before: Counts, after: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """(K), (K): every mean change that a resample of the P prompts can have, and its probability.
+    """(K), (K): every mean change that a resample of the prompts can have, and its probability.
 
     The sum over a resample is that of P independent draws, so its distribution is that of one draw
-    convolved with itself P times: a power of the Fourier transform. This is what ever more
+    convolved with itself as often: a power of the Fourier transform. This is what ever more
     resamples would tend to, and depends on no seed.
     """
-    change_P = np.subtract(after.correct_P, before.correct_P)
-    most = len(change_P) * after.each
-    share = np.bincount(change_P + after.each, minlength=2 * after.each + 1) / len(change_P)
-    sums = np.fft.irfft(np.fft.rfft(share, 2 * most + 1) ** len(change_P), 2 * most + 1)
+    each, change_P = after.each, np.subtract(after.correct_P, before.correct_P)
+    count = np.bincount(change_P + each, minlength=2 * each + 1).astype(float)
+    count[[0, each, -1]] += UNSEEN
+    prompts = len(change_P) + round(sum(UNSEEN))
+    most = prompts * each
+    sums = np.fft.irfft(np.fft.rfft(count / prompts, 2 * most + 1) ** prompts, 2 * most + 1)
     return np.arange(-most, most + 1) / most, sums
 
 

@@ -6,6 +6,7 @@ improves, whether answers do is shown here.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from common.handoff.locate import load_tokenizer
 from common.handoff.publish import load_model
 from common.model.gpt import GPT, RewardModel
 from common.model.sample import Sample, sample
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 from common.rewards.scoring import logprobs_of, reward_scores
 from common.rows.sources import read_rows
 from common.text.chat import Message, prompt_ids, rows_to_prompt, stop_ids
@@ -133,7 +134,7 @@ def answer_prompts(
     if judges.gold:
         asked = zip(prompts, texts, drawn, strict=True)
         truths = [judges.gold(question(m), text, a.stopped) for m, text, a in asked]
-    return [
+    found = [
         Answer(
             *(text, len(a.ids), a.stopped, kl, reward),
             gold=truth and float(truth.score),
@@ -141,6 +142,24 @@ def answer_prompts(
         )
         for text, a, kl, reward, truth in zip(texts, drawn, kls, rewards, truths, strict=True)
     ]
+    refuse_nonsense(prompts, found)
+    return found
+
+
+def refuse_nonsense(prompts: Sequence[Sequence[Message]], answers: Sequence[Answer]) -> None:
+    """Raise Failure naming a number of an answer that is not finite: no mean could be taken."""
+    for messages, answer in zip(prompts, answers, strict=True):
+        for name in ("kl", "reward", "gold"):
+            value = getattr(answer, name)
+            if value is not None and not is_finite(value):
+                what = f"{name} of an answer to {question(messages)!r} is {value}"
+                raise Failure(f"{what}, so the models cannot be compared by it")
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value, from a file say, is a number that means and plots can be made of."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 class Spoken(NamedTuple):

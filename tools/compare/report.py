@@ -70,8 +70,8 @@ def by_family(result: dict[str, Any], names: Sequence[str]) -> page.Table:
 def changes(found: dict[str, Any]) -> page.Table:
     """What each family has gained or lost, and what of it may be chance."""
     about = (
-        f"correct answers of {found['after']} less those of {found['before']}; in brackets what may "
-        "be chance (paired bootstrap over prompts, all families judged together)"
+        f"correct answers of {found['after']} less those of {found['before']}; in brackets what "
+        "may be chance (paired bootstrap over prompts, all families judged together)"
     )
     return page.Table(*table_of(found), about)
 

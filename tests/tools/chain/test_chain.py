@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 
 from common.config.schema import load
 from common.handoff.locate import load_tokenizer
-from common.program.errors import InputError
+from common.handoff.publish import load_model, publish
+from common.program.errors import Failure, InputError
 from data.baby import prepare as baby
 from stages.pretrain import prepare, train
 from tools.chain import __main__ as chain
@@ -190,6 +191,22 @@ def test_errors_name_the_fix(trained, tmp_path, tiny_gpt, tokenizer, stage_dir):
     with pytest.raises(InputError, match="context 4: the model's is 3"):
         chain.main(config(chain, model=trained(50), output_dir=tmp_path / "x", context=4))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_without_finite_probabilities_is_no_chain(trained, tmp_path):
+    folder = trained(50)
+    model, tokenizer = load_model(str(folder), "lm"), load_tokenizer(str(folder))
+    torch.nn.init.constant_(model.trunk.wte.weight, float("nan"))
+    publish(tmp_path / "nan", model, tokenizer, {"stage": "pretrain"})
+    with pytest.raises(Failure, match="probabilities are not finite"):
+        chain.main(config(chain, model=tmp_path / "nan", output_dir=tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("seed", ["x", None, 0.5, -1, 10**30, [1]])
+def test_a_foreign_config_does_not_say_how_it_began(tiny_gpt, seed):
+    stage = {"config": {"n_layer": "many", "max_length": [3], "parent": 5, "seed": seed}}
+    assert chain.before_training(stage, tiny_gpt()) is None
 
 
 def test_a_directory_of_other_makers(trained, tmp_path, monkeypatch):

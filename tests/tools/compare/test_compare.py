@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from rich.console import Console
 
 from common.config.schema import load
 from common.handoff.locate import load_tokenizer
@@ -19,12 +20,13 @@ from common.handoff.publish import load_model, publish
 from common.model.gpt import GPT, RewardModel
 from common.model.sample import sample
 from common.model.shape import GPTConfig
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 from common.text.chat import prompt_ids
 from common.text.tokenizer import Tokenizer
 from tools import page
 from tools.compare import __main__ as compare
-from tools.compare import terminal
+from tools.compare import report, terminal
+from tools.compare.changes import changes_of
 from tools.compare.checks import Bars, check_comparison, verdict
 from tools.compare.measure import interval
 
@@ -370,7 +372,9 @@ def test_prompts_from_a_text_file(runs, tmp_path, capsys):
         ("sft --prompt x --output_dir sft", "output_dir sft: is models too"),
         ("sft --prompt x --html sft", "html = 'sft' is refused: name a file"),
         ("sft --prompt x --html sft/config.json/x.html", "config.json is a file; name a directory"),
-        ("sft --prompts prompts.jsonl --html ./prompts.jsonl", "it is read too"),
+        ("sft --prompts prompts.jsonl --html ./prompts.jsonl", "it is there and no page"),
+        ("sft --prompt x --html sft/stage.json", "it is there and no page"),
+        (f"sft --prompt x --seed 1{'0' * 30}", "seed = 1000"),
         ("base --chat", "has no chat template"),
         ("base sft --chat", "--chat takes one model"),
     ],
@@ -379,6 +383,29 @@ def test_errors(runs, monkeypatch, words, message):
     monkeypatch.chdir(runs)
     with pytest.raises(InputError, match=re.escape(message)):
         run(*words.split())
+
+
+@pytest.mark.parametrize("judge_of_it", ["reward", "reference", "gold"])
+def test_what_is_no_number_is_named(runs, tokenizer, tmp_path, monkeypatch, judge_of_it):
+    """A judge that says NaN: one line and no report, never PASS."""
+    model = RewardModel if judge_of_it == "reward" else GPT
+    broken = model(GPTConfig(vocab_size=290, max_length=48, n_layer=1, n_head=2, n_embd=16))
+    torch.nn.init.constant_(broken.trunk.wte.weight, float("nan"))
+    publish(tmp_path / "broken", broken, tokenizer.with_chat(), {"stage": "x"})
+    module = types.ModuleType("nan_gold")
+    module.judge = lambda prompt, answer, stopped: Verdict(float("nan"), True, "red")
+    monkeypatch.setitem(sys.modules, "nan_gold", module)
+    words = [f"--{judge_of_it}", "nan_gold" if judge_of_it == "gold" else tmp_path / "broken"]
+    with pytest.raises(Failure, match="nan"):
+        run(runs / "sft", "--prompt", "red", *words, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "compare.json").exists()
+
+
+def test_a_page_may_be_written_again(runs, tmp_path):
+    for _ in range(2):
+        words = ("--max_new_tokens", 2, "--html", tmp_path / "page.html")
+        run(runs / "sft", "--prompt", "red", *words)
+    assert page.is_page(tmp_path / "page.html")
 
 
 def test_names_that_are_empty(runs, monkeypatch):
@@ -432,31 +459,65 @@ BARS = Bars(
 
 
 def figures(gold: float, half: float, **correct: float) -> dict:
-    kinds = {kind: {"gold": gold, "correct": share, "n": 100} for kind, share in correct.items()}
+    """A model that gives 100 answers to each of 50 prompts, equally many of them correct."""
+    kinds = {
+        kind: {"correct": share, "n": 5000, "correct_by_prompt": [round(100 * share)] * 50}
+        for kind, share in correct.items()
+    }
     return {"gold": {"mean": gold, "ci95": [gold - half, gold + half], "n": 200}, "families": kinds}
 
 
-def test_gate():
+def judged(result: dict) -> tuple[bool, str]:
+    """The gate of base, sft and rl, here b, s and r."""
     names = ["b", "s", "r"]
+    result["changes"] = changes_of(result | {"gold": "fake_gold"}, names)
+    result["checks"] = check_comparison(result, names, BARS)
+    return verdict(result, names)
+
+
+def test_gate():
     rows = {
         "b": figures(0.08, 0.01, sum=0.0),
         "s": figures(0.54, 0.02, sum=0.97),
         "r": figures(0.69, 0.02, sum=0.94),
     }
     result = {"sampled": rows, "greedy": dict(rows), "reward_model": {"accuracy": 0.75}}
-    result["checks"] = check_comparison(result, names, BARS)
-    assert len(result["checks"]) == 8 and verdict(result, names)[0]  # every bound is met exactly
+    assert judged(result)[0] and len(result["checks"]) == 7  # every bound is met exactly
     result["greedy"] = rows | {"r": figures(0.57, 0.02, sum=0.9)}
     result["reward_model"] = {"accuracy": 0.7}
-    result["checks"] = check_comparison(result, names, BARS)
-    passed, text = verdict(result, names)
-    assert not passed and "5 of 8 checks hold" in text
+    passed, text = judged(result)
+    assert not passed and "5 of 7 checks hold" in text
     for part in (
         "greedy gold, r's interval above s's is -0.010, not > 0",
-        "greedy correct sum, r - s is -0.070",
         "accuracy against gold is 0.700, not >= 0.75",
     ):
         assert part in text
+    assert "greedy correct" not in text  # one answer a prompt: shown, not judged
+
+
+def test_a_family_fails_only_where_chance_cannot_explain_its_loss():
+    """Both times 5 points of sums are lost: a little everywhere, or all on few prompts while
+    others gain."""
+    rows = {"b": figures(0.08, 0.01, sum=0.0), "s": figures(0.54, 0.02, sum=0.5)}
+    result = {"sampled": rows | {"r": figures(0.69, 0.02, sum=0.45)}}
+    result["reward_model"] = {"accuracy": 0.8}
+    passed, text = judged(result)
+    assert not passed
+    assert re.search(
+        r"correct sum, r - s is -0.050 \[-0.\d\d\d, -0.\d\d\d\], not >= -0.03, or with 0", text
+    )
+    scattered = figures(0.69, 0.02, sum=0.45)
+    scattered["families"]["sum"]["correct_by_prompt"] = [0, 90] * 25
+    result["sampled"]["r"] = scattered
+    assert judged(result)[0]
+    row = result["changes"]["sampled"]["families"]["sum"]
+    assert row["mean"] == -0.05 and row["interval"][1] > 0 and not row["worse"]
+    shown = Console(record=True, width=80)
+    terminal.show_changes(shown, result["changes"])
+    ends = "[{:+.3f}, {:+.3f}]".format(*row["interval"])
+    assert f"-0.050 {ends}" in shown.export_text()
+    assert report.changes(result["changes"]).rows == [["sum", f"-0.050 {ends}"]]
+    assert f"-0.050 [{row['interval'][0]:.3f}" in report.checks(result).rows[-2][1]
 
 
 def test_only_the_checks_that_a_config_names():
