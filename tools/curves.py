@@ -31,7 +31,7 @@ from common.rows.shards import Shards
 from common.rows.sources import read_rows
 from tools import page, plots
 from tools.compare.checks import Check, failures, want
-from tools.compare.measure import is_finite
+from tools.compare.measure import is_finite, noted
 from tools.names import names_of
 
 BIGRAM_WITHIN = 0.02  # nats a token: so near a model that has learned its table is to the counts
@@ -100,11 +100,6 @@ def read_run(path: str) -> dict[str, Any]:
         **{name: noted(stage.get(key)) for name, key in NOTED.items()},
         "loss": curve[-1][1],
     }
-
-
-def noted(value: Any) -> Any:
-    """A fact of a stage.json; None for what no stage of ours notes."""
-    return value if isinstance(value, str) or is_finite(value) else None
 
 
 def pairs(folder: str, split: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.program.errors import InputError
+from common.program.terminal import printable
 
 
 def names_of(paths: Sequence[str], key: str) -> list[str]:
-    """A short name for each directory: its last part, or as many parts as tell it from the others.
+    """A short name for each directory: its last part, or as many parts as tell it from the others;
+    what drives a terminal is escaped.
 
     `key` is the option that the paths come from. Raises InputError when one is named twice.
     """
@@ -17,4 +19,4 @@ def names_of(paths: Sequence[str], key: str) -> list[str]:
     size = 1
     while len({part[-size:] for part in parts}) < len(parts):
         size += 1
-    return ["/".join(part[-size:]) for part in parts]
+    return [printable("/".join(part[-size:])) for part in parts]

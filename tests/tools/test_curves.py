@@ -84,7 +84,10 @@ def test_different_vocabularies_are_named(tmp_path, run_dir, capsys):
     [
         ('{"step": 9, "eval_loss": NaN}', "metrics.jsonl:4: step is 9, eval_loss nan"),
         ('{"step": 9, "eval_loss": 1e999}', "metrics.jsonl:4: step is 9, eval_loss inf"),
-        ('{"step": 9, "eval_loss": 1' + "0" * 400 + "}", "metrics.jsonl:4: step is 9, eval_loss 1000"),
+        (
+            '{"step": 9, "eval_loss": 1' + "0" * 400 + "}",
+            "metrics.jsonl:4: step is 9, eval_loss 1000",
+        ),
         ('{"step": null, "eval_loss": 3}', "metrics.jsonl:4: step is None"),
         ('{"step": 9, "eval_loss": "low"}', "metrics.jsonl:4: step is 9, eval_loss 'low'"),
         ('{"step": 9, "eval', "metrics.jsonl:4"),

@@ -29,6 +29,7 @@ from common.handoff.report import Gate, stage_report, write_stage_report
 from common.model.gpt import GPT
 from common.program.errors import Failure, InputError
 from common.program.files import dump, write_atomically
+from common.program.terminal import printable
 from common.rows.shards import Shards
 from common.text.tokenizer import Tokenizer
 from tools import page
@@ -251,7 +252,7 @@ def main(cfg: Config) -> None:
     states = len(chains["after"].names)
     gate = gate_of(len(arrows), states, parameters, apart)
     table = table_of(chains, arrows)
-    show(cfg.model, *table)
+    show(printable(cfg.model), *table)
     print(gate.line("chain"))
     result = {"model": cfg.model, "parameters": parameters, "arrows": arrows, "distance": apart}
     write_atomically(folder / "chain.json", dump(result))

@@ -29,6 +29,7 @@ from common.handoff.publish import load_config, load_model
 from common.handoff.report import stage_report, write_stage_report
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
+from common.program.terminal import printable
 from common.text.chat import Message, prompt_ids
 from tools.compare import report
 from tools.compare.afterwards import COMMAND, about, lines
@@ -261,7 +262,7 @@ def main(cfg: Config) -> None:
         write_report(cfg, Path(cfg.output_dir), result, names, started)
     if cfg.output_dir and not cfg.json:
         file, talks = Path(cfg.output_dir, "compare.html"), load_tokenizer(cfg.models[-1]).chat
-        print(*lines(result, samples, file, bool(talks)), sep="\n")
+        print(*map(printable, lines(result, samples, file, bool(talks))), sep="\n")
 
 
 if __name__ == "__main__":

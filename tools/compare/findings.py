@@ -17,6 +17,7 @@ from tools.compare.measure import (
     best_of_table,
     families,
     load_judges,
+    noted,
 )
 from tools.compare.numbers import known, summarise
 from tools.compare.progress import Progress
@@ -158,7 +159,7 @@ def facts(path: str) -> dict[str, Any]:
     """What a model's stage.json says of it."""
     stage = read_stage(path)
     keys = ("stage", "step", "parent", "commit", "dirty", "wall_time")
-    return {"path": path, **{key: stage.get(key) for key in keys}}
+    return {"path": path, **{key: noted(stage.get(key)) for key in keys}}
 
 
 def samples_of(findings: Findings, prompts: Prompts) -> list[dict[str, Any]]:

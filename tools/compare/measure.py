@@ -178,6 +178,11 @@ class Spoken(NamedTuple):
         return prompts, answers
 
 
+def noted(value: Any) -> Any:
+    """A fact of a stage.json as reports may hold it; None for what no stage of ours notes."""
+    return value if isinstance(value, str | bool) or is_finite(value) else None
+
+
 def kl_to(
     reference: tuple[GPT, Tokenizer],
     spoken: Spoken,

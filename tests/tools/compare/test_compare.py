@@ -3,6 +3,7 @@ ground truth."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -399,6 +400,17 @@ def test_what_is_no_number_is_named(runs, tokenizer, tmp_path, monkeypatch, judg
     with pytest.raises(Failure, match="nan"):
         run(runs / "sft", "--prompt", "red", *words, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out" / "compare.json").exists()
+
+
+def test_facts_of_a_foreign_stage_are_left_out(runs, tmp_path, capsys):
+    shutil.copytree(runs / "sft", tmp_path / "m")
+    facts = {"stage": "x", "step": 10**400, "wall_time": float("nan"), "dirty": [float("inf")]}
+    (tmp_path / "m" / "stage.json").write_text(json.dumps(facts))
+    (tmp_path / "m" / "manifest.json").write_text("{}")
+    out = tmp_path / "out"
+    run(tmp_path / "m", "--prompt", "red", "--max_new_tokens", 2, "--output_dir", out)
+    model = json.loads((out / "compare.json").read_text())["models"]["m"]
+    assert [model[key] for key in facts] == ["x", None, None, None]
 
 
 def test_a_page_may_be_written_again(runs, tmp_path):
