@@ -27,7 +27,6 @@ from common.program.errors import Failure, InputError
 from common.program.files import (
     MANIFEST,
     check_room,
-    dump,
     verify,
     write_atomically,
     write_manifest,
@@ -114,7 +113,8 @@ def write_state(folder: Path, tensors: dict[str, dict[str, Tensor]], loop: dict[
         for file in [*(temporary / name for name in tensors), *logs]:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        write_atomically(temporary / LOOP, dump(loop))
+        # No `dump`: a metric may be infinite, the gradient norm of a step that fp16 skipped say.
+        write_atomically(temporary / LOOP, json.dumps(loop, indent=2).encode())
         write_manifest(temporary, [temporary / name for name in (*tensors, LOOP)])
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)

@@ -14,6 +14,7 @@ It lends tools and owns no loop. A stage's loop is
     run.publish(steps, Gate(passed, text), tokenizer, raw)
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -303,7 +304,8 @@ class Run:
         self.forget()
 
     def report(self, step: int, gate: Gate, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of stage.json after `step` updates."""
+        """The content of stage.json after `step` updates; null for a metric that is not finite, as
+        JSON has none such."""
         return stage_report(
             self.stage,
             self.cfg,
@@ -312,7 +314,7 @@ class Run:
             kind=self.kind,
             step=step,
             **lineage(self.cfg.parent),
-            metrics=self.logs.last,
+            metrics={k: v if math.isfinite(v) else None for k, v in self.logs.last.items()},
             processes=self.processes,
             precision=self.precision,
             skipped_batches=self.skipped,
