@@ -156,7 +156,7 @@ def refuse_nonsense(prompts: Sequence[Sequence[Message]], answers: Sequence[Answ
                 raise Failure(f"{what}, so the models cannot be compared by it")
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether a value, from a file say, is a number that means and plots can be made of."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
