@@ -76,8 +76,9 @@ def resampled(before: Counts, after: Counts) -> tuple[np.ndarray, np.ndarray]:
     count[[0, each, -1]] += UNSEEN
     prompts = len(change_P) + round(sum(UNSEEN))
     most = prompts * each
-    sums = np.fft.irfft(np.fft.rfft(count / prompts, 2 * most + 1) ** prompts, 2 * most + 1)
-    return np.arange(-most, most + 1) / most, sums
+    size = 2 ** (2 * most).bit_length()  # a fast one, with room for every sum
+    sums = np.fft.irfft(np.fft.rfft(count / prompts, size) ** prompts, size)
+    return np.arange(-most, most + 1) / most, sums[: 2 * most + 1]
 
 
 def counts_of(figures: dict[str, Any]) -> dict[str, Counts]:
