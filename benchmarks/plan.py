@@ -1,34 +1,38 @@
 """The memory that tools.plan foretells, beside what our own runs take on this machine's CPU.
 
     python -m benchmarks.plan                      # every run: half an hour on two slow cores
-    python -m benchmarks.plan sft "rl zero3"       # those whose names have one of these words
+    python -m benchmarks.plan sft "rl zero3"       # two of them
 
-Each run is a stage as anyone starts it, by itself or in two processes under DeepSpeed, of two
-updates on a random Llama whose weights are 0.3 to 0.5 GB. It grows by 1 GB or more. `grown` is the
-most that a process has held (VmHWM) less what it held when all was imported; of several processes,
-that of the one with the most.
+Each run is a stage as anyone starts it, by itself or in two processes, of two updates on random
+weights of 0.3 GB, and grows by more than 1 GB. `grown` is the most that a process has held (VmHWM)
+less what it held when all was imported; of two processes, that of the one with more. `planned` is
+tools/plan/process.py's. For Linux.
 """
 
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.memory import held_mb, peak_mb
 from benchmarks.side_by_side import ROOT, ended
 from benchmarks.workload import letters, random_llama, write_model, write_rows
+from common.config.schema import cli
 from common.model.gpt import RewardModel
 from common.model.shape import GPTConfig
 from common.text.tokenizer import Tokenizer
 from common.train.placement import has_bf16
 from tools.plan.planner import Plan
-from tools.plan.workload import memory
+from tools.plan.process import process_bytes
 
 VOCABULARY = 4096  # ids of the models
 # 88 million parameters
@@ -60,6 +64,7 @@ CASES = [
     Case("pretrain checkpointing", "pretrain", keys={"gradient_checkpointing": True}),
     Case("pretrain muon zero2", "pretrain", "zero2", {"optimizer": "muon"}),
     Case("pretrain zero3", "pretrain", "zero3"),
+    Case("pretrain gpt2", "pretrain", keys={"family": "gpt2"}),
     Case("sft", "sft"),
     Case("sft lora", "sft", keys=LORA),
     Case("sft ddp", "sft", "ddp"),
@@ -86,26 +91,20 @@ class Measured(NamedTuple):
 
 def inside(result: str, module: str, *words: str) -> None:
     """What the processes of a run do: import all, note the memory, run the stage, and write to the
-    file `result`, with the process's id at its end, by how many bytes it grew at most."""
+    file `result`, with the process's id at its end, by how many MB it grew at most."""
     stage = importlib.import_module(module)
     for library in ("peft", "transformers", "deepspeed"):  # what stages import when they need it
         importlib.import_module(library)
-    from common.config.schema import cli
-
     before = held_mb()
     sys.argv = [module, *words]
     try:
         cli(stage.Config, stage.main)
     finally:
-        import os
-
         Path(f"{result}-{os.getpid()}").write_text(str(peak_mb() - before))
 
 
 def shards(folder: Path, tokenizer: Tokenizer) -> str:
     """Random tokens as stages.pretrain.prepare would write them."""
-    import numpy as np
-
     tokenizer.save(folder)
     draw = np.random.default_rng(0)
     for split in ("train", "eval"):
@@ -163,12 +162,11 @@ def planned(case: Case, config: Path) -> float:
     """Bytes a process, as tools.plan foretells them."""
     zero = int(found[1]) if (found := re.match(r"zero(\d)", case.place or "")) else 0
     plan = Plan(config, 2 if case.place else 1, bf16=has_bf16())
-    return memory(plan.works[-1], zero, on_cpu=True).peak
+    return process_bytes(plan.works[-1], zero)
 
 
-def measure(case: Case, scratch: Path) -> Measured:
-    """Run it to its end in a new folder under `scratch`. Raises Failure when it fails."""
-    folder = Path(tempfile.mkdtemp(dir=scratch))
+def measure(case: Case, folder: Path) -> Measured:
+    """Run it to its end in `folder`. Raises RuntimeError when it fails."""
     keys = settings(case, folder) | {"output_dir": str(folder / "out")}
     config = folder / f"{case.stage}.yaml"
     config.write_text(json.dumps(keys))  # JSON is YAML
@@ -180,22 +178,24 @@ def measure(case: Case, scratch: Path) -> Measured:
     return Measured(max(grown) * 1e6, planned(case, config))
 
 
-def chosen(words: Sequence[str]) -> list[Case]:
-    """The cases whose names start with one of the words; all of them where there are none."""
-    return [case for case in CASES if not words or any(case.name == word for word in words)]
+def line(name: str, found: Measured) -> str:
+    """A line of the table."""
+    figures = f"{found.grown / 1e9:>10.2f}{found.planned / 1e9:>12.2f}"
+    return f"{name:<26}{figures}{found.planned / found.grown:>15.2f}"
 
 
-def main(argv: Sequence[str], measure: Callable[[Case, Path], Measured] = measure) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print a line for each run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", help="runs to make; all of them unless named")
-    args = parser.parse_args(argv)
+    cases = {case.name: case for case in CASES}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(cases)}; all of them unless named")
+    names = parser.parse_args(argv).names or list(cases)
+    if unknown := [name for name in names if name not in cases]:
+        parser.error(f"{unknown[0]!r} is no run; there are {', '.join(cases)}")
     print(f"{'run':<26}{'grown GB':>10}{'planned GB':>12}{'planned/grown':>15}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in chosen(args.names):
-            found = measure(case, Path(scratch))
-            figures = f"{found.grown / 1e9:>10.2f}{found.planned / 1e9:>12.2f}"
-            print(f"{case.name:<26}{figures}{found.planned / found.grown:>15.2f}", flush=True)
+    for name in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(line(name, measure(cases[name], Path(scratch))), flush=True)
 
 
 if __name__ == "__main__":

@@ -248,16 +248,6 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
     """
     held, frozen = learner_bytes(work, zero, on_cpu), frozen_bytes(work, zero, on_cpu)
     activations, logits = pass_bytes(work, on_cpu)
-    rollout, publish = rollout_bytes(work), publish_bytes(work, zero)
-    # Gradients are born while activations die, unless an earlier micro-batch has left its own.
-    early = held.gradients if work.accumulation > 1 else 0
-    phases = [
-        held.passing + max(early + activations + logits, held.gradients),
-        rollout,
-        publish,
-    ]
-    if work.stage == "rl":  # the copy is refreshed, then answers are scored
-        phases += [whole_bytes(work, work.shape, zero), gathered_bytes(work.parameters, zero)]
     stays = held.weights + held.optimizer + held.buckets + frozen
     return Memory(
         held.weights,
@@ -267,10 +257,31 @@ def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
         held.buckets + held.passing,
         activations,
         logits,
-        rollout,
-        publish,
-        peak=max(stays + max(phases), start_bytes(work, zero)),
+        rollout_bytes(work),
+        publish_bytes(work, zero),
+        peak=max(stays + max(phases(work, zero, on_cpu)), start_bytes(work, zero)),
     )
+
+
+class Phases(NamedTuple):
+    """Bytes on one GPU beyond those that stay, at different times."""
+
+    learn: float
+    rollout: float
+    publish: float
+
+
+def phases(work: Work, zero: int = 0, on_cpu: bool = False) -> Phases:
+    """The most that each of them takes."""
+    held, pass_ = learner_bytes(work, zero, on_cpu), sum(pass_bytes(work, on_cpu))
+    # Gradients are born while activations die, unless an earlier micro-batch has left its own.
+    early = held.gradients if work.accumulation > 1 else 0
+    learn = held.passing + max(early + pass_, held.gradients)
+    rollout = rollout_bytes(work)
+    if work.stage == "rl":  # before it the copy is refreshed, then answers are scored
+        refreshed = whole_bytes(work, work.shape, zero)
+        rollout = max(rollout, refreshed, gathered_bytes(work.parameters, zero))
+    return Phases(learn, rollout, publish_bytes(work, zero))
 
 
 class Learner(NamedTuple):
@@ -294,13 +305,14 @@ def learner_bytes(work: Work, zero: int, on_cpu: bool) -> Learner:
     # What is reduced is copied for the step, once more as one tensor. ZeRO-1 adds up micro-batches
     # before it reduces.
     gradients = 2 * part + (4 * learning if zero == 1 and work.accumulation > 1 else 0)
-    # A CPU's bucket takes what is written to it.
-    bucket = min(BUCKET, 4 * learning) if on_cpu else BUCKET
+    full = min(BUCKET, 4 * learning)
+    bucket = full if on_cpu else BUCKET  # a CPU's takes what is written to it
+    moments = work.moments / work.gpus
     if zero < 3:
-        return Learner(4 * total, gradients, part + work.moments / work.gpus, 0, bucket + copies)
-    gathered = gathered_bytes(total, zero)
-    split = (4 * total / work.gpus, gradients, work.moments / work.gpus)
-    return Learner(*split, bucket, gathered + copies)
+        return Learner(4 * total, gradients, part + moments, 0, bucket + copies)
+    # A full bucket is laid out anew before each process gets its part.
+    passing = gathered_bytes(total, zero) + full + copies
+    return Learner(4 * total / work.gpus, gradients, moments, bucket, passing)
 
 
 def gathered_bytes(count: float, zero: int) -> float:
