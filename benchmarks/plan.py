@@ -10,7 +10,6 @@ tools/plan/process.py's. For Linux.
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -31,9 +30,14 @@ from common.model.gpt import RewardModel
 from common.model.shape import GPTConfig
 from common.text.tokenizer import Tokenizer
 from common.train.placement import has_bf16
+from stages.pretrain import train as pretrain
+from stages.reward import train as reward
+from stages.rl import train as rl
+from stages.sft import train as sft
 from tools.plan.planner import Plan
 from tools.plan.process import process_bytes
 
+STAGES: dict[str, Any] = {"pretrain": pretrain, "sft": sft, "reward": reward, "rl": rl}
 VOCABULARY = 4096  # ids of the models
 # 88 million parameters
 SHAPE: dict[str, Any] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": 2048}
@@ -89,16 +93,17 @@ class Measured(NamedTuple):
     planned: float
 
 
-def inside(result: str, module: str, *words: str) -> None:
+def inside(result: str, stage: str, *words: str) -> None:
     """What the processes of a run do: import all, note the memory, run the stage, and write to the
     file `result`, with the process's id at its end, by how many MB it grew at most."""
-    stage = importlib.import_module(module)
-    for library in ("peft", "transformers", "deepspeed"):  # what stages import when they need it
-        importlib.import_module(library)
-    before = held_mb()
-    sys.argv = [module, *words]
+    import deepspeed  # noqa: F401 (stages import it when they need it, as the next two)
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    before, module = held_mb(), STAGES[stage]
+    sys.argv = [f"stages.{stage}.train", *words]
     try:
-        cli(stage.Config, stage.main)
+        cli(module.Config, module.main)
     finally:
         Path(f"{result}-{os.getpid()}").write_text(str(peak_mb() - before))
 
@@ -149,7 +154,7 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
 
 def command(case: Case, result: Path, config: Path) -> list[str]:
     """What starts the run."""
-    words = ["-m", "benchmarks.plan", "--inside", str(result), f"stages.{case.stage}.train"]
+    words = ["-m", "benchmarks.plan", "--inside", str(result), case.stage]
     words += ["--config", str(config)]
     if case.place is None:
         return [sys.executable, *words]
