@@ -64,11 +64,10 @@ class Numerics(NamedTuple):
     """SwiGLU's backward pass is that of cpu/kernels.py, not PyTorch's."""
 
 
-# Autocast leaves the residual stream in fp32; DeepSpeed casts the model itself.
+# Autocast leaves the residual stream in fp32.
 NUMERICS = {
     "no": Numerics(4, 4),
     "autocast": Numerics(2, 4),
-    "deepspeed": Numerics(2, 2),
     "cpu": Numerics(4, 4, own_swiglu=True),
     "cpu autocast": Numerics(2, 4, own_attention=True, own_swiglu=True),
 }

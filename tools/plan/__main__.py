@@ -9,8 +9,8 @@ Reads the configs and, where they exist, the files that they name; says what it 
 --STEP.KEY=VALUE sets a key of a step, also what only its data will tell: rows (to train on), length
 (tokens of a mean row, in collect and rl with its answer), answers (of a comparison). The formulas
 and their sources are in common/model/costs.py, the stages' loops in tools/plan/workload.py. Memory
-without ZeRO is that of our code (fp32 weights under autocast), under ZeRO 1-3 that of DeepSpeed in
-bf16. Hours rest on --mfu, money on --price: both are assumptions.
+is that of our code: fp32 weights, with DeepSpeed too. Hours rest on --mfu, money on --price: both
+are assumptions.
 """
 
 import json
@@ -76,8 +76,8 @@ def step_of(work: Work, gpu: GPU, options: Options) -> dict[str, Any]:
     fits = [zero for zero in work.zero_stages if needs[zero].peak <= gpu.memory]
     zero = fits[0] if fits else work.zero_stages[-1]
     counted = flops(work)
-    time, bound = seconds(work, gpu, options.mfu, zero) or (None, None)
-    kept, most = disk(work, zero)
+    time, bound = seconds(work, gpu, options.mfu) or (None, None)
+    kept, most = disk(work)
     tokens = work.tokens if work.stage in ("pretrain", "sft", "reward") else None
     speed = tokens / time / work.gpus if time and tokens is not None else None
     possible = [0] if work.stage == "collect" else list(needs)

@@ -84,5 +84,5 @@ def what_may_help(work: Work) -> str:
         others.append("gradient_checkpointing")
     if work.stage != "pretrain":
         others.append("lora_r")
-    whole = "Reference and reward model lie whole on every GPU. " if work.stage == "rl" else ""
-    return f"{whole}What may: {', '.join(others)}"
+    whole = "Where a model is started or published, every GPU has the whole model"
+    return f"{whole}. What may: {', '.join(others)}"

@@ -17,6 +17,7 @@ from common.model.costs import (
     block_matrices,
     forward_flops,
     kv_cache_bytes,
+    layers_of,
     lora_parameters,
     muon_flops,
     parameters,
@@ -38,7 +39,7 @@ MUON_LAUNCHES = 4 * 25
 # log-softmax, and theirs); at 1 it is 12, in bf16 10; where kernels.c does it, less.
 LOGIT_BYTES = 16
 PICK_BYTES = 20  # of a logit from which a token is sampled: five fp32 copies
-BUCKET = 1e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, 5e8 numbers of bf16
+BUCKET = 2e9  # bytes of DeepSpeed's gradient bucket: reduce_bucket_size, 5e8 numbers of fp32
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at most, by default (stage3_max_live_parameters)
 
 
@@ -108,6 +109,11 @@ class Work:
         )
 
     @property
+    def sampled_bytes(self) -> int:
+        """Bytes of a number of the model that is sampled from."""
+        return 2 if self.stage == "rl" and self.precision != "no" else 4
+
+    @property
     def zero_stages(self) -> tuple[int, ...]:
         """Those that can be chosen: one GPU has nothing to share out."""
         return (0,) if self.gpus == 1 else (0, 1, 2, 3)
@@ -173,14 +179,14 @@ def flops(work: Work) -> Flops | None:
     )
 
 
-def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str] | None:
+def seconds(work: Work, gpu: GPU, mfu: float) -> tuple[float, str] | None:
     """(wall time, what most of it is bound by); None when the number of rows is not known.
 
     Training runs at `mfu` of the peak FLOP/s (PaLM, section 4.1), recomputing as well, but no
     faster than a GPU starts its kernels. A token that is sampled for all rows of a rollout takes
     the longest of its arithmetic, reading all weights and the mean KV cache once at 70 % of the
     bandwidth (Pope 2022, section 2), and starting its kernels; rows that end early are counted in
-    full. Rollouts run in fp32, as our weights are; under DeepSpeed those are bf16.
+    full. PPO samples from a copy in the precision of training, collect in fp32.
     """
     w, c, counted, training, sampling = work, work.shape, flops(work), (0.0, ""), (0.0, "")
     if counted is None or w.rows is None:
@@ -194,7 +200,8 @@ def seconds(work: Work, gpu: GPU, mfu: float, zero: int = 0) -> tuple[float, str
         arithmetic = sum(counted) - counted.sampling
         training = max((arithmetic / rate, "arithmetic"), (launches * LAUNCH, "kernel launches"))
     if w.response:
-        rate, element = (gpu.flops * mfu, 2) if zero else (gpu.fp32_flops * mfu, 4)
+        element = w.sampled_bytes
+        rate = (gpu.flops if element == 2 else gpu.fp32_flops) * mfu
         rows, mean = w.rollout_rows, w.prompt + w.response / 2
         read = element * (block_matrices(c) + c.n_embd * c.vocab_size) + kv_cache_bytes(
             c, rows, mean, element
@@ -215,8 +222,9 @@ class Memory(NamedTuple):
 
     weights: float  # of what learns
     gradients: float
-    optimizer: float
-    # weights of what only computes: reference and reward model in rl, the sampled model in collect
+    optimizer: float  # moments, and under ZeRO-1 and -2 DeepSpeed's own copy of the weights
+    # weights of what only computes: in rl reference, reward model and the copy of the policy that
+    # is sampled from, in collect the sampled model
     frozen: float
     # autocast's bf16 copies of weights, buckets of DDP or DeepSpeed, what ZeRO-3 has gathered
     buffers: float
@@ -224,55 +232,142 @@ class Memory(NamedTuple):
     # of a few tokens at a time, and the gradient of the head's weight, which activations outlive
     logits: float
     rollout: float  # KV cache and the logits of a sampling step
+    # what publishing adds: a whole model under ZeRO-3, with LoRA its merged weights
+    publish: float
     peak: float
 
 
 def memory(work: Work, zero: int = 0, on_cpu: bool = False) -> Memory:
-    """Memory a GPU. `zero` 0 is what our code does without DeepSpeed, 1-3 is DeepSpeed's layout.
+    """Memory a GPU, or of a process `on_cpu`, as our code holds it; `zero` is DeepSpeed's stage.
 
-    Without: fp32 weights, gradients and AdamW's two moments, 4 + 4 + 8 bytes a parameter, and 2 for
-    autocast's copies, 4 for DDP's buckets. DeepSpeed in bf16: 2 + 2 + 12, where 12 are fp32 weights
-    and moments; stage 1 shares out the 12 among the GPUs, 2 also the gradients, 3 also the weights
-    (ZeRO, section 3.1 and figure 1). Reference and reward model stay whole and fp32 on every GPU,
-    at every stage, as our code keeps them.
+    Weights, gradients and AdamW's two moments are fp32 everywhere, 4 + 4 + 8 bytes a parameter, and
+    half precision is autocast's, 2 more for its copies. ZeRO-1 and -2 keep 4 more of what they
+    share out, as the optimizer has weights of its own. ZeRO-3 shares out all weights, those of
+    reference and reward model too; but where a model is started, sampled from or published, every
+    process has it whole.
     """
-    weights, gradients, optimizer, buffers, copies = learner_bytes(work, zero)
-    activations, logits = pass_bytes(work, zero, on_cpu)
-    rollout = rollout_bytes(work, zero, on_cpu)
-    frozen = 0
-    if work.stage in ("collect", "rl"):  # in rl the reference
-        frozen += 4 * parameters(work.shape)
-    if work.stage == "rl":
-        frozen += 4 * parameters(work.judge or work.shape, "scalar")
-    # What ZeRO-3 gathers once for all tokens of a rollout.
-    gathered = 2 * parameters(work.shape) if zero == 3 and work.stage == "rl" else 0
-    # Gradients are born while activations die, unless an earlier micro-batch has left its own.
-    early = gradients if work.accumulation > 1 else 0
-    learn = copies + max(early + activations + logits, gradients)
-    peak = weights + optimizer + frozen + buffers + max(learn, rollout + gathered)
+    held, frozen = learner_bytes(work, zero, on_cpu), frozen_bytes(work, zero, on_cpu)
+    activations, logits = pass_bytes(work, on_cpu)
+    stays = held.weights + held.optimizer + held.buckets + frozen
     return Memory(
-        weights, gradients, optimizer, frozen, buffers + copies, activations, logits, rollout, peak
+        held.weights,
+        held.gradients,
+        held.optimizer,
+        frozen,
+        held.buckets + held.passing,
+        activations,
+        logits,
+        rollout_bytes(work),
+        publish_bytes(work, zero),
+        peak=max(stays + max(phases(work, zero, on_cpu)), start_bytes(work, zero)),
     )
 
 
-def learner_bytes(work: Work, zero: int) -> tuple[float, float, float, float, float]:
-    """Bytes on one GPU of (weights, gradients, optimizer, buckets, copies of weights)."""
+class Phases(NamedTuple):
+    """Bytes on one GPU beyond those that stay, at different times."""
+
+    learn: float
+    rollout: float
+    publish: float
+
+
+def phases(work: Work, zero: int = 0, on_cpu: bool = False) -> Phases:
+    """The most that each of them takes."""
+    held, pass_ = learner_bytes(work, zero, on_cpu), sum(pass_bytes(work, on_cpu))
+    # Gradients are born while activations die, unless an earlier micro-batch has left its own.
+    early = held.gradients if work.accumulation > 1 else 0
+    learn = held.passing + max(early + pass_, held.gradients)
+    rollout = rollout_bytes(work)
+    if work.stage == "rl":  # before it the copy is refreshed, then answers are scored
+        refreshed = whole_bytes(work, work.shape, zero)
+        rollout = max(rollout, refreshed, gathered_bytes(work.parameters, zero))
+    return Phases(learn, rollout, publish_bytes(work, zero))
+
+
+class Learner(NamedTuple):
+    """Bytes on one GPU of what learns."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float  # that stay
+    passing: float  # buckets and copies of weights that are gone after an update
+
+
+def learner_bytes(work: Work, zero: int, on_cpu: bool) -> Learner:
+    """What the networks that learn take without activations."""
     total, learning = 0 if work.stage == "collect" else work.parameters, work.trainable
+    copies = 2 * total if work.precision != "no" else 0
     if not zero:
-        half, several = work.precision != "no", work.gpus > 1
-        buckets, copies = 4 * learning if several else 0, 2 * total if half else 0
-        return 4 * total, 4 * learning, work.moments, buckets, copies
-    weights = 2 * total / (work.gpus if zero == 3 else 1)
-    gradients = 2 * learning / (work.gpus if zero >= 2 else 1)
-    optimizer = (4 * learning + work.moments) / work.gpus
-    gathered = min(2 * total, 2 * LIVE) if zero == 3 else 0
-    return weights, gradients, optimizer, BUCKET, gathered
+        buckets = 4 * learning if work.gpus > 1 else 0
+        return Learner(4 * total, 4 * learning, work.moments, buckets, copies)
+    part = 4 * learning / work.gpus
+    # What is reduced is copied for the step, once more as one tensor. ZeRO-1 adds up micro-batches
+    # before it reduces.
+    gradients = 2 * part + (4 * learning if zero == 1 and work.accumulation > 1 else 0)
+    full = min(BUCKET, 4 * learning)
+    bucket = full if on_cpu else BUCKET  # a CPU's takes what is written to it
+    moments = work.moments / work.gpus
+    if zero < 3:
+        return Learner(4 * total, gradients, part + moments, 0, bucket + copies)
+    # A full bucket is laid out anew before each process gets its part.
+    passing = gathered_bytes(total, zero) + full + copies
+    return Learner(4 * total / work.gpus, gradients, moments, bucket, passing)
 
 
-def pass_bytes(work: Work, zero: int, on_cpu: bool) -> tuple[float, float]:
+def gathered_bytes(count: float, zero: int) -> float:
+    """What ZeRO-3 has put together of so many parameters while it computes with them."""
+    return 4 * min(count, LIVE) if zero == 3 else 0
+
+
+def judges_bytes(work: Work, zero: int) -> float:
+    """PPO's reference and reward model."""
+    if work.stage != "rl":
+        return 0.0
+    count = parameters(work.shape) + parameters(work.judge or work.shape, "scalar")
+    return 4 * count / (work.gpus if zero == 3 else 1)
+
+
+def frozen_bytes(work: Work, zero: int, on_cpu: bool) -> float:
+    """Weights of what only computes."""
+    policy = parameters(work.shape)
+    if work.stage == "collect":
+        return 4 * policy
+    copied = work.stage == "rl" and (zero == 3 or work.precision != "no")
+    copy = work.sampled_bytes * policy if copied else 0
+    # In bf16 a CPU also has its matrices as the matrix units want them.
+    packed = 2 * policy if on_cpu and copied and work.precision != "no" else 0
+    return judges_bytes(work, zero) + copy + packed
+
+
+def whole_bytes(work: Work, shape: GPTConfig, zero: int) -> float:
+    """What it takes to have all weights of a model at hand on every GPU: those that ZeRO-3 gathers,
+    and with LoRA the sums of weights and adapters."""
+    gathered = 4 * parameters(shape) if zero == 3 else 0
+    layers = layers_of(shape)
+    targets = sum(layers[name][0] * layers[name][1] for name in work.lora_targets)
+    return gathered + (4 * shape.n_layer * targets if work.lora_r else 0)
+
+
+def publish_bytes(work: Work, zero: int) -> float:
+    """What publishing adds for the largest model, and under ZeRO-3 the samples for the log, which
+    come from a whole copy."""
+    if work.stage == "collect":
+        return 0.0
+    size = max(whole_bytes(work, shape, zero) for shape, _ in work.networks)
+    sampled = zero == 3 and work.stage in ("pretrain", "sft")
+    return size + (4 * parameters(work.shape) if sampled else 0)
+
+
+def start_bytes(work: Work, zero: int) -> float:
+    """What there is before DeepSpeed splits it: ZeRO-3 first takes all that learns to the GPU."""
+    return 4 * work.parameters + judges_bytes(work, zero) if zero == 3 else 0.0
+
+
+def pass_bytes(work: Work, on_cpu: bool) -> tuple[float, float]:
     """Bytes on one GPU of (activations, logits) of a forward and backward pass."""
     kind = ("cpu " * on_cpu + "autocast" * (work.precision != "no")).strip() or "no"
-    numerics = NUMERICS["deepspeed" if zero else kind]
+    numerics = NUMERICS[kind]
     rows = work.micro * work.answers
     part = work.ptx_tokens / work.accumulation  # ptx is split over an update's micro-batches
     passes = [(shape, rows, work.length, work.masked) for shape, _ in work.networks]
@@ -296,32 +391,27 @@ def pass_bytes(work: Work, zero: int, on_cpu: bool) -> tuple[float, float]:
     return activations, work.shape.vocab_size * (LOGIT_BYTES * alive + gradient)
 
 
-def rollout_bytes(work: Work, zero: int, on_cpu: bool) -> float:
-    """Bytes on one GPU while answers are sampled: caches, logits, PPO's copy of the policy."""
+def rollout_bytes(work: Work) -> float:
+    """Bytes on one GPU while answers are sampled: caches and logits."""
     if not work.response:
         return 0.0
-    size = 0.0
-    if work.stage == "rl" and work.precision != "no":
-        # PPO's half copy of the policy, and on a CPU its matrices as the matrix units want them.
-        size = 2 * parameters(work.shape) * (1 + on_cpu)
     # A batch that shrinks is copied: the old cache and at most 80 % of it.
-    element = 2 if zero and work.stage == "rl" else 4
     tokens = work.prompt + work.response
-    size += 1.8 * kv_cache_bytes(work.shape, work.rollout_rows, tokens, element)
+    size = 1.8 * kv_cache_bytes(work.shape, work.rollout_rows, tokens, work.sampled_bytes)
     return size + PICK_BYTES * work.rollout_rows * work.shape.vocab_size
 
 
-def disk(work: Work, zero: int = 0) -> tuple[float, float]:
+def disk(work: Work) -> tuple[float, float]:
     """(bytes that stay, most bytes at any time): published fp32 weights, token shards, and states,
     which go at the end.
 
-    A state is weights and optimizer, 4 + 8 bytes a parameter (DeepSpeed: 2 + 12); one more is
-    written before the oldest goes.
+    A state is what trains and its moments, 4 + 8 bytes a parameter, with DeepSpeed or without; one
+    more is written before the oldest goes.
     """
     w = work
     if w.stage == "collect":
         return 0, 0
     kept = 4 * w.parameters + (w.corpus or 0) * (2 if w.shape.vocab_size <= 1 << 16 else 4)
-    state = (2 * w.parameters + 4 * w.trainable if zero else 4 * w.parameters) + w.moments
+    state = 4 * w.trainable + w.moments
     saves = (w.steps - 1) // w.save_steps if w.steps and w.save_steps else 0
     return kept, kept + state * min(w.save_total_limit + 1, saves)

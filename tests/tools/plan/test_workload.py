@@ -18,12 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.handoff.publish import publish
+from common.model.costs import parameters
 from common.model.cpu import compile as native
 from common.model.gpt import GPT, RewardModel
 from common.model.logprobs import linear_logprobs
+from common.model.lora import add_lora, merged_state
 from common.model.shape import GPTConfig
 from common.text.chat import prompt_ids
 from common.train.muon import muon
+from common.train.placement import DTYPES, accelerator, sampler
 from stages.pretrain import train
 from stages.rl.experience import Experience
 from stages.rl.learn import MicroBatch, Texts, losses
@@ -33,7 +36,7 @@ from stages.rl.train import Config
 from stages.sft import train as sft
 from tests.conftest import SENTENCES, shape
 from tools.plan.planner import Plan
-from tools.plan.workload import Work, flops, memory
+from tools.plan.workload import Work, flops, memory, phases
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -193,6 +196,39 @@ def test_logits_take_no_more_than_planned(temperature, dtype, language, monkeypa
     )
     found = max(forward, backward) / memory(work, on_cpu=True).logits
     assert found < 1.02 and (language == "C" or found > 0.6)
+
+
+@pytest.mark.heavy
+def test_publishing_merges_a_sum_of_every_target(peft):
+    """Beside the model: so many bytes as LoRA has targets."""
+    work = demo("sft", lora_r=4, lora_targets=("qkv", "down"))
+    model, kept = GPT(work.shape), []
+    assert phases(work).publish == phases(work, zero=2).publish
+    add_lora(model, work.lora_r, 8, work.lora_targets)
+    found = allocated(lambda: kept.append(merged_state(model)))
+    # One adapter's product at a time is alive as well.
+    assert phases(work).publish == pytest.approx(found, rel=0.2)
+    assert phases(demo("sft")).publish == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_ppo_keeps_the_copy_that_it_samples_from(precision, fresh_accelerate):
+    work = demo("rl", precision=precision)
+    policy, judge, made = GPT(work.shape), RewardModel(work.shape), accelerator("no", 1, 1.0)
+    copy = sampler(made, policy, DTYPES[precision])
+    models = [policy, judge] + ([] if copy is policy else [copy])  # the reference is as the policy
+    assert memory(work).frozen == sum(p.nbytes for model in models for p in model.parameters())
+
+
+def test_zero_3_splits_what_does_not_learn_too_and_gathers_in_fp32():
+    """configs/accelerate/zero3.yaml: all weights are fp32, and split; PPO's copy is whole."""
+    work = demo("rl", gpus=4, precision="no")
+    two, three = memory(work, 2), memory(work, 3)
+    policy = 4 * parameters(work.shape)
+    assert three.weights == two.weights / 4 == work.parameters
+    assert three.frozen == pytest.approx(two.frozen / 4 + policy)
+    assert three.publish == policy and two.publish == 0
+    assert three.buffers - two.buffers >= 4 * work.parameters  # gathered while they compute
 
 
 # Peak memory of the real stages, in a process of its own
