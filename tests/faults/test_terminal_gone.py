@@ -5,6 +5,7 @@ command ends as if nothing had been. FAULTS=1 runs all 40 cases."""
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ def prepare(way: str, where: tuple[Any, str], number: int) -> None:
         on_call(*where, number, full_disk)
         later(signal.SIGTERM)
     elif way == "dead launcher":
-        on_call(*where, number, to_launcher(signal.SIGKILL))
+        kill = to_launcher(signal.SIGKILL)
+        on_call(*where, number, lambda: [kill(), time.sleep(1.5)])  # so small a run is soon done
 
 
 def launch(processes: int, work: Callable[[], None]) -> Ended:
