@@ -21,6 +21,7 @@ def main():
     for _ in range(3000):
         print("caf\\u00e9 \\u2192 \\U0001f98a", flush=True)
         print("caf\\u00e9 \\u2192 \\U0001f98a", file=sys.stderr)
+        sys.stderr.isatty()
     warnings.warn("a warning")
     with pathlib.Path(sys.argv[1]).open("w") as file:
         file.write("done")
