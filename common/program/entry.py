@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,8 @@ def leave(code: int, at_once: bool) -> None:
     `at_once`, where other processes may wait for this one: an orderly end would wait for them.
     """
     if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1
-        Path(path).write_text(str(code))
+        with suppress(OSError):
+            Path(path).write_text(str(code))
     sys.stdout.flush()
     sys.stderr.flush()
     if at_once:

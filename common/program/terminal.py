@@ -58,10 +58,12 @@ class SteadyStream:
 
     def give_up(self, error: Exception) -> None:
         """Lead the stream into /dev/null, for C code and for child processes too."""
-        is_first, self.error = self.error is None, self.error or error
+        if self.error:
+            return
+        self.error = error
         with suppress(OSError, ValueError):  # it is no file, in tests say
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        if is_first and self is sys.stdout and not is_unread(error):
+        if self is sys.stdout and not is_unread(error):
             print(f"stdout: {error}; what follows is not shown", file=sys.stderr)
 
 

@@ -70,6 +70,7 @@ def test_a_folder_that_cannot_be(tmp_path):
         pass
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("module", ["data.adder.prepare", "stages.pretrain.prepare"])
 def test_every_program_takes_it(module, tmp_path):
     text = tmp_path / "a.txt"

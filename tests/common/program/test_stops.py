@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
 ROOT = Path(__file__).resolve().parents[3]
 STAGE = "interrupted: not begun; the same command starts it\n"
 TORCH = """
