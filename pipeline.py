@@ -14,7 +14,6 @@ when --output_dir moves the run.
 import argparse
 import contextlib
 import difflib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -45,6 +44,9 @@ from common.config.strict_yaml import load_yaml, read_yaml
 from common.program.entry import guard
 from common.program.errors import Failure, InputError
 from common.program.files import dump, write_atomically
+from common.program.lock import refuse_held, take
+from common.program.signals import STOPS, catch_signals
+from common.program.terminal import printable
 
 ROOT = Path(__file__).resolve().parent
 RECIPE = "pipeline.yaml"
@@ -742,6 +744,7 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # a large model is not saved in 30 s
         **os.environ,
         "PYTHONPATH": path,
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -750,18 +753,22 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
     code_file.unlink(missing_ok=True)
     # In a session of its own Ctrl-C reaches the stage once, from here. It holds the lock too,
     # should it outlive the pipeline.
-    child = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=[lock])
+    child: subprocess.Popen | None = None
     stops: list[int] = []
 
     def forward(number: int, _: Any) -> None:
         """Hands a signal on to the stage."""
         stops.append(number)
-        child.send_signal(number)
+        if child:
+            child.send_signal(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(kind, forward) for kind in kinds]
+    before = {kind: signal.getsignal(kind) for kind in STOPS}
+    catch_signals(forward)
+    child = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=[lock])
+    if stops:  # came before there was a stage
+        child.send_signal(stops[0])
     code = child.wait()
-    for kind, handler in zip(kinds, before, strict=True):
+    for kind, handler in before.items():
         signal.signal(kind, handler)
     with contextlib.suppress(OSError, ValueError):
         code = int(code_file.read_text()) if code else 0
@@ -770,23 +777,13 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Only one pipeline at a time writes to `folder`; gives the file descriptor of the lock.
-
-    The kernel drops the lock when its holders are gone, however they end.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise InputError(f"output_dir {folder}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            who = "another pipeline, or a stage that it left"
-            raise InputError(f"output_dir {folder}: {who}, is running there") from None
-        yield file.fileno()
+def locked(folder: Path, jobs: Jobs) -> Iterator[int]:
+    """Only one pipeline at a time writes to `folder`, and only when nobody writes where its steps
+    do; gives the file descriptor of the lock."""
+    with take(folder / ".pipeline.lock", "another pipeline, or a stage that it left,") as lock:
+        for job in jobs.values():
+            refuse_held(job.folder)
+        yield lock.fileno()
 
 
 def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[str, Any]]:
@@ -794,6 +791,7 @@ def execute(job: Job, key: str, request: Request, lock: int) -> tuple[int, dict[
 
     When it ends well, the note has its fingerprint, the files that it made, and its own verdict.
     """
+    refuse_held(job.folder)  # a stage that was started by hand meanwhile
     verdict_file, clock = job.folder / "stage.json", time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
     old = {file.name: facts_of(file) for file in visible(job.folder)}
@@ -837,7 +835,7 @@ def gate_of(verdict_file: Path) -> str:
     """The gate in a stage.json in one line; empty where it has none."""
     with contextlib.suppress(KeyError, TypeError):
         gate = read_json(verdict_file)["gate"]
-        return f"{'PASS' if gate['passed'] else 'FAIL'}  {gate['text']}"
+        return printable(f"{'PASS' if gate['passed'] else 'FAIL'}  {gate['text']}")
     return ""
 
 
@@ -922,7 +920,7 @@ def main(argv: Sequence[str]) -> int:
     jobs = plan(request)
     if request.dry_run:
         return run_steps(jobs, request, -1, argv)
-    with locked(Path(request.output_dir)) as lock:
+    with locked(Path(request.output_dir), jobs) as lock:
         code = run_steps(jobs, request, lock, argv)
     whole = request.last == len(request.recipe.steps) - 1
     if code == 0 and whole and request.recipe.afterwards:

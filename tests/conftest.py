@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 
 import json
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,9 @@ from common.text.tokenizer import Tokenizer
 from stages.pretrain import prepare
 
 torch.set_num_threads(1)
+# A shell that starts the tests with `&` or nohup ignores these two, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 FAMILIES = ("gpt2", "llama")
 # Folders whose tests start programs or run whole stages, and fixtures that say the same of a test.

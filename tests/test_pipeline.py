@@ -13,6 +13,7 @@ import pytest
 
 import pipeline
 from common.program.errors import InputError
+from common.program.lock import held
 
 # Notes its name and its arguments, writes a model and a verdict, fails or waits when told to by a
 # file.
@@ -32,7 +33,9 @@ if (here / f"wait_{name}").exists():
         (out / "state" / "saved").write_text("x")
         sys.exit(75)
 
-    signal.signal(signal.SIGTERM, save)
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(kind) is not signal.SIG_IGN:
+            signal.signal(kind, save)
     (here / "waiting").write_text("x")
     time.sleep(30)
 out.mkdir(parents=True, exist_ok=True)
@@ -408,6 +411,46 @@ def test_signals_are_forwarded_and_a_second_pipeline_is_refused(project):
     (project.root / "wait_sft").unlink()
     assert project.run() == 0 and project.ran() == ["sft", "compare"]  # and the lock is gone
     assert saved.exists()  # the same step goes on from it
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed(project, nohup):
+    """The stage is told, and waited for; with nohup it goes on."""
+    (project.root / "wait_sft").write_text("")
+    words = [sys.executable, pipeline.__file__, str(project.recipe)]
+    started = subprocess.Popen(
+        ["nohup", *words] if nohup else words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until = time.time() + 20
+        while not (project.root / "waiting").exists() and time.time() < until:
+            time.sleep(0.02)
+        started.stdout.close()  # nobody reads its output any more
+        started.send_signal(signal.SIGHUP)
+        if nohup:
+            time.sleep(0.2)
+            assert not Path(project.base, "sft", "state").exists()
+            started.send_signal(signal.SIGTERM)
+        assert started.wait(timeout=20) == 75
+    finally:
+        started.kill()
+    assert Path(project.base, "sft", "state", "saved").exists()
+
+
+def test_a_program_that_writes_where_a_step_does_is_not_disturbed(project):
+    """A stage that was started by hand, or processes that a dead launcher left."""
+    with (
+        held(Path(project.base, "compare")),  # the last step's folder is another one
+        held(Path(project.base, "sft")),
+        pytest.raises(InputError, match="runs/demo/sft: another program is running there"),
+    ):
+        project.run()
+    assert project.ran() == []
+    assert project.run() == 0
 
 
 def test_a_saved_state_goes_when_its_step_has_changed(project):

@@ -36,6 +36,7 @@ from common.config.strict_yaml import read_yaml
 from common.program.allocator import keep_freed_memory
 from common.program.entry import guard
 from common.program.errors import InputError
+from common.program.lock import held
 
 T = TypeVar("T")
 
@@ -156,7 +157,8 @@ def cli(
     argv: Sequence[str] | None = None,
     words: str | None = None,
 ) -> None:
-    """Run main(config from the command line) as a program, as `guard` does.
+    """Run main(config from the command line) as a program, as `guard` does; it alone writes to the
+    config's output_dir.
 
     `words` is the key that takes what stands before the first option.
     """
@@ -166,6 +168,8 @@ def cli(
         keep_freed_memory()
         given = list(sys.argv[1:] if argv is None else argv)
         named = [f"--{words}"] if words and given and not given[0].startswith("-") else []
-        main(load(cls, [*named, *given]))
+        cfg = load(cls, [*named, *given])
+        with held(getattr(cfg, "output_dir", None)):
+            main(cfg)
 
     guard(program)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from common.config.schema import to_dict
 from common.program.files import dump, write_atomically, write_manifest
+from common.program.terminal import printable
 
 STAGE = "stage.json"
 LIBRARIES = (
@@ -33,7 +34,7 @@ class Gate(NamedTuple):
 
     def line(self, stage: str) -> str:
         """The line that ends a stage on the terminal."""
-        return f"gate {stage}: {'PASS' if self.passed else 'FAIL'}  {self.text}"
+        return printable(f"gate {stage}: {'PASS' if self.passed else 'FAIL'}  {self.text}")
 
 
 def stage_report(stage: str, cfg: Any, gate: Gate, seconds: float, **facts: Any) -> dict[str, Any]:

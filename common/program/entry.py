@@ -1,19 +1,18 @@
 """How every program starts and ends: its name, one line for each kind of failure, its exit code."""
 
 import errno
-import io
 import os
-import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from common.program.errors import INTERRUPTED, Failure, InputError, Interrupted
-from common.program.terminal import one_line
+from common.program.terminal import one_line, printable, steady_streams
 
-PIPE_CLOSED = 141  # nobody reads stdout any more, as in `| head`: 128 + SIGPIPE, as shells say
 UNUSABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -64,54 +63,27 @@ def ending_of(error: BaseException) -> Ending:
     return Ending(1, line, is_bug=True)
 
 
+def who() -> str:
+    """Which of several processes speaks; empty where there is one."""
+    rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    return f"process {rank} of {processes}: " if processes != "1" else ""
+
+
 def guard(main: Callable[[], int | None]) -> None:
     """Run main() as a program: exit with the int that it returns, or as `ending_of` says."""
-    rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    who = f"process {rank} of {processes}: " if processes != "1" else ""
-    speak_any_language()
+    steady_streams()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while tools are imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main() or 0
-        if sys.stdout is not None:  # as where it was closed: `>&-`
-            sys.stdout.flush()
-    except SystemExit:  # --help and --version end so
-        is_unread()
-        raise
     except (Exception, KeyboardInterrupt) as error:
         code, line, is_bug = ending_of(error)
-        if isinstance(error, BrokenPipeError) and is_unread():
-            code, line, is_bug = PIPE_CLOSED, None, False
         if is_bug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         if line:
-            print(f"{who}{line}", file=sys.stderr)
+            print(printable(f"{who()}{line}"), file=sys.stderr)
     if code:
-        leave(code, at_once=bool(who))
-
-
-def speak_any_language() -> None:
-    """Where the terminal's encoding lacks a character, an escape is printed; it is no error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def is_unread() -> bool:
-    """Whether the reader of stdout has gone. What is still to be printed then goes nowhere."""
-    if sys.stdout is None:
-        return False
-    try:
-        sys.stdout.flush()
-        # Where nothing is held back to be flushed, the pipe itself must be asked.
-        asked = select.poll()
-        asked.register(sys.stdout.fileno(), 0)
-        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
-    except BrokenPipeError:
-        gone = True
-    except (OSError, ValueError):  # stdout is no file, in tests say
-        return False
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
+        leave(code, at_once=bool(who()))
 
 
 def leave(code: int, at_once: bool) -> None:
@@ -120,8 +92,9 @@ def leave(code: int, at_once: bool) -> None:
     `at_once`, where other processes may wait for this one: an orderly end would wait for them.
     """
     if path := os.environ.get("EXIT_CODE_FILE"):  # accelerate turns every code into 1
-        Path(path).write_text(str(code))
-    is_unread()  # flushes
+        with suppress(OSError):
+            Path(path).write_text(str(code))
+    sys.stdout.flush()
     sys.stderr.flush()
     if at_once:
         os._exit(code)

@@ -1,19 +1,22 @@
 """A signal that asks a run to stop: it goes on to a place where it can save, and ends there."""
 
 import os
+import signal
 import time
 from typing import Any
 
+from common.program.entry import who
 from common.program.errors import Interrupted
-from common.program.signals import catch_signals, release_signals
+from common.program.signals import catch_signals, release_signals, stop_with_parent
 
 TOGETHER = 2.0  # seconds within which two signals are one and the same request
 
 
 class Interruption:
-    """Whether SIGTERM or SIGINT asked this process to stop; made first of all in a run.
+    """Whether SIGTERM, SIGINT or SIGHUP asked this process to stop; made first of all in a run.
 
-    The first signal asks, a second one ends the process at once. Before anything `has_begun` there
+    The first signal asks, a second SIGTERM or SIGINT ends the process at once. One of several
+    processes is asked, too, when their launcher is gone. Before anything `has_begun` there
     is nothing to save, and the first one raises Interrupted where the process is.
     """
 
@@ -22,6 +25,8 @@ class Interruption:
         self.has_begun = False
         self.asked_at: float | None = None  # time of the first signal; None: nobody asked
         catch_signals(self.handle)
+        if who():
+            stop_with_parent()
 
     @property
     def is_asked(self) -> bool:
@@ -39,6 +44,6 @@ class Interruption:
             self.asked_at = now
             if not self.has_begun:
                 raise Interrupted(f"{self.stage}, not begun; the same command starts it")
-        elif now - self.asked_at > TOGETHER or os.environ.get("WORLD_SIZE", "1") == "1":
+        elif number != signal.SIGHUP and (now - self.asked_at > TOGETHER or not who()):
             release_signals()
             os.kill(os.getpid(), number)

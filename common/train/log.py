@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.program.files import writing
+from common.program.terminal import printable
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -90,7 +91,7 @@ class Log:
     def say(self, line: Any) -> None:
         """One line on the terminal, above the progress bar."""
         if self.main:
-            tqdm.write(str(line), file=sys.stdout)
+            tqdm.write(printable(str(line)), file=sys.stdout)
             sys.stdout.flush()
 
     def log(

@@ -18,6 +18,7 @@ from common.config.schema import OutputDir, cli, stage_config
 from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
 from common.program.files import write_jsonl
+from common.program.terminal import one_line
 from common.rows.sources import read_rows
 from common.text.chat import rows_to_messages
 
@@ -99,7 +100,7 @@ def main(cfg: Config) -> None:
     for name, rows in splits.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     for line in found.left_out[:5]:
-        print(f"  left out: {line}")
+        print(one_line(f"left out: {line}"))
     counts = {name: len(rows) for name, rows in splits.items()}
     read_in = f"{found.rows} rows, {len(found.left_out)} left out, {len(found.by_prompt)} prompts"
     gate = Gate(True, f"{read_in}: {', '.join(f'{name} {n}' for name, n in counts.items())}")

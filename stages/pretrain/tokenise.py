@@ -78,7 +78,8 @@ def start_worker(tokenizer: Tokenizer) -> None:
     """What each of the processes does first."""
     global worker_tokenizer
     worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for kind in (signal.SIGINT, signal.SIGHUP):  # the terminal's, which the parent handles
+        signal.signal(kind, signal.SIG_IGN)
 
     def end_with_parent() -> None:
         """A parent may be killed without a chance to say so."""

@@ -63,6 +63,7 @@ class Child:
             # As in a new process, whatever the one before it left.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             signal.alarm(100)  # one that hangs ends
             for number, (_, end) in enumerate(self.pipes, 1):
                 os.dup2(end, number)

@@ -1,5 +1,5 @@
-"""Two real processes under `accelerate launch`: one is killed. All end, the same command goes on,
-and so does one process."""
+"""Two real processes under `accelerate launch`: one is killed, or the launcher is. All end, the
+same command goes on, and so does one process."""
 
 import os
 import shutil
@@ -28,6 +28,56 @@ def worker(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+def wait_for_lines(file: Path, number: int, job: subprocess.Popen) -> None:
+    until = time.monotonic() + 200
+    while not file.exists() or len(file.read_text().splitlines()) < number:
+        assert job.poll() is None and time.monotonic() < until
+        time.sleep(0.002)
+
+
+def child_of(parent: int) -> int:
+    """Process id of its only child."""
+    (found,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return int(found)
+
+
+def test_the_launcher_is_killed(setting, tmp_path):
+    """Its processes save and end; until they have, nobody else may write there."""
+    recipe, out = tmp_path / "recipe", tmp_path / "out"
+    recipe.mkdir()
+    keys = setting("sft", max_steps=40, save_steps=None, eval_steps=None)
+    step = {"module": "stages.sft.train", "launch": True}
+    launch = yaml.safe_load((ROOT / "configs/accelerate/ddp.yaml").read_text())
+    for name, content in {
+        "pipeline": {"output_dir": str(out), "steps": {"sft": step}},
+        "sft": keys,
+        "launch": {**launch, "main_process_port": 0},  # one that is free
+    }.items():
+        (recipe / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "pipeline.py", str(recipe), "--num_processes", "2"]
+    command += ["--launch", str(recipe / "launch.yaml")]
+    more = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    job = subprocess.Popen(command, **more, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_lines(out / "sft" / "metrics.jsonl", 6, job)
+    launcher = child_of(job.pid)
+    ranks = [worker(launcher, rank) for rank in (0, 1)]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # as if they took long to save
+    os.kill(launcher, signal.SIGKILL)
+    assert job.wait(timeout=60) == 137
+    refused = subprocess.run(command, **more, capture_output=True)
+    assert refused.returncode == 2 and "out/sft: another program is running" in refused.stderr
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    (saved,) = (out / "sft" / "state").iterdir()
+    again = subprocess.run(command, **more, capture_output=True)
+    assert again.returncode == 0 and f"going on from {saved}" in again.stdout, again
+
+
 def test_one_dies(setting, tmp_path):
     keys = setting(
         "sft",
@@ -51,10 +101,7 @@ def test_one_dies(setting, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    metrics, until = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 200
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
-        assert job.poll() is None and time.monotonic() < until
-        time.sleep(0.002)
+    wait_for_lines(tmp_path / "two" / "metrics.jsonl", 6, job)
     os.kill(worker(job.pid, 1), signal.SIGKILL)
     killed = time.monotonic()
     err = job.communicate(timeout=60)[1]

@@ -10,7 +10,6 @@ it writes a report, greedy answers beside sampled ones, and, where a ground trut
 each stage has kept its promise (gate).
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from common.handoff.publish import load_config, load_model
 from common.handoff.report import stage_report, write_stage_report
 from common.program.errors import InputError
 from common.program.files import dump, write_atomically
-from common.program.terminal import printable
+from common.program.terminal import print_json, printable
 from common.text.chat import Message, prompt_ids
 from tools.compare import report
 from tools.compare.afterwards import COMMAND, about, lines
@@ -254,7 +253,7 @@ def main(cfg: Config) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(report.comparison(result, {}, file.parent), encoding="utf-8")
     if cfg.json:
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        print_json(result)
     else:
         families = len(set(findings.kinds or []))
         show(Console(highlight=False), result, max(3, families) if cfg.output_dir else 20)

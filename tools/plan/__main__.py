@@ -13,7 +13,6 @@ is that of our code: fp32 weights, with DeepSpeed too. Hours rest on --mfu, mone
 are assumptions.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from common.config.overrides import Overrides, split_overrides
 from common.config.schema import load, stage_config
 from common.model.costs import GPU, GPUS, MFU
 from common.program.entry import guard
+from common.program.terminal import print_json
 from tools.plan.advice import advice
 from tools.plan.planner import Plan
 from tools.plan.recipe import MODULES
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     options, overrides = parse(argv)
     report = report_of(options, overrides)
     if options.json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
         return
     width = None if sys.stdout.isatty() else TABLE_WIDTH
     show(report, Console(highlight=False, markup=False, width=width))
