@@ -97,7 +97,7 @@ def print_json(value: Any) -> None:
 
     Raises Failure when it does not arrive (a full disk); a reader that has gone wants no more.
     """
-    text = json.dumps(value, ensure_ascii=False, indent=2)
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
     print(
         "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text),
         flush=True,
