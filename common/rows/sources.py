@@ -21,7 +21,16 @@ from tqdm import tqdm
 from common.program.errors import InputError
 from common.program.files import refuse_irregular
 from common.program.terminal import one_line
-from common.rows.unpack import PACKED, bytes_of, check_utf8, drain, lines_of, open_text, text_of
+from common.rows.unpack import (
+    PACKED,
+    TOO_LARGE,
+    bytes_of,
+    check_utf8,
+    drain,
+    lines_of,
+    open_text,
+    text_of,
+)
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")  # each also packed: x.jsonl.zst
 BLOCK = 1 << 20  # characters of a .txt file that make one row, where it is read in pieces
@@ -183,9 +192,9 @@ def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
             yield from list_rows(path)
         else:
             yield from line_rows(path, bad)
-    except InputError:
+    except InputError as error:
         # What looks like broken text may come of damage to the packed bytes: then say that.
-        if path.suffix in PACKED:
+        if path.suffix in PACKED and error.reason != TOO_LARGE:
             drain(path)
         raise
 

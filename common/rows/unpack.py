@@ -14,6 +14,7 @@ from common.program.errors import InputError
 PACKED = {".gz": 1 << 16, ".zst": 1 << 12}
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 27  # characters of a line
+TOO_LARGE = "too large"  # the reason of an InputError
 LARGEST = 1 << 30  # characters or bytes of what is held as a whole
 
 
@@ -95,7 +96,8 @@ def lines_of(path: Path) -> Iterator[str]:
     text = open_text(path)
     for number, line in enumerate(iter(lambda: text.readline(LONGEST), ""), 1):
         if len(line) == LONGEST:
-            raise InputError(f"{path}:{number}: a line of {LONGEST:,} characters or more: split it")
+            long = f"a line of {LONGEST:,} characters or more: split it"
+            raise InputError(f"{path}:{number}: {long}", TOO_LARGE)
         yield line
 
 
@@ -103,7 +105,8 @@ def text_of(path: Path) -> str:
     """All text of a file. Raises InputError where that is more than LARGEST."""
     text = open_text(path).read(LARGEST + 1)
     if len(text) > LARGEST:
-        raise InputError(f"more than {LARGEST:,} characters at once: split it, or make it .jsonl")
+        long = f"more than {LARGEST:,} characters at once: split it, or make it .jsonl"
+        raise InputError(long, TOO_LARGE)
     return text
 
 
@@ -114,7 +117,8 @@ def bytes_of(path: Path) -> bytes:
         found.append(block)
         size += len(block)
         if size > LARGEST:
-            raise InputError(f"{path}: unpacks to more than {LARGEST:,} bytes: unpack it first")
+            long = f"unpacks to more than {LARGEST:,} bytes: unpack it first"
+            raise InputError(f"{path}: {long}", TOO_LARGE)
     return b"".join(found)
 
 
