@@ -37,7 +37,7 @@ COMPILE = ("-O3", "-march=native", *FAST, "-fopenmp", "-fPIC", "-w", "-c")
 # OpenMP must be the one that torch has loaded: two would fight for the cores.
 LINK = ("-shared", "-nostdlib")
 OPENMP = re.compile(r"/.*/lib(?:gomp|iomp5|omp)[^/]*$", re.MULTILINE)
-PATIENCE = 120  # seconds for a compiler, which takes a few
+PATIENCE = 300  # seconds for a compiler, which takes a few, and on a busy machine many
 DECLARATION = re.compile(r"^(void|int) (\w+)\(([^)]*)\)", re.MULTILINE)
 
 
