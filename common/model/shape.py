@@ -16,7 +16,7 @@ MOST = {
     "n_inner": 10_000_000,
     "window": 10_000_000,
 }
-OPTIONAL = ("n_kv_head", "n_inner", "window")  # 0 or None is filled in, or not needed
+MAY_BE_0 = ("n_layer", "n_kv_head", "n_inner", "window")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class GPTConfig:
     def _check_numbers(self) -> None:
         """Sizes are whole numbers up to MOST, others are finite; a word or a truth is no number."""
         for name, most in MOST.items():
-            value, least = getattr(self, name) or 0, 0 if name in OPTIONAL else 1
+            value, least = getattr(self, name), 0 if name in MAY_BE_0 else 1
+            if name == "window" and value is None:
+                continue
             if type(value) is not int or not least <= value <= most:
                 wanted = f"a whole number from {least} to {most:,} is wanted"
                 raise InputError(f"{name} {value!r:.40} describes no model: {wanted}")
