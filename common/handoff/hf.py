@@ -243,13 +243,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_size(config: GPTConfig, folder: Path) -> None:
-    """Raise InputError where the model has more parameters than its files have bytes, before any
-    memory is taken for it."""
-    size, held = parameters(config, "scalar"), sum(f.stat().st_size for f in _weight_files(folder))
-    if size > held:
+def check_size(config: GPTConfig, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise InputError where the model has far more parameters than its tensors have elements,
+    before any memory is taken for it. What exactly is missing, `import_weights` tells."""
+    size, held = parameters(config, "scalar"), sum(each.numel() for each in tensors.values())
+    if size > 2 * held + 10**6:
         what = f"config.json describes a model of {size:,} parameters"
-        raise InputError(f"{folder}: {what}, and its weights have {held:,} bytes only")
+        raise InputError(f"{origin}: {what}, and its weights are {held:,} numbers")
 
 
 def _weight_files(folder: Path) -> list[Path]:

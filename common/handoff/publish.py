@@ -95,9 +95,10 @@ def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | Rewa
     is an InputError."""
     folder = locate(path)
     config = replace(load_config(path, kind), dropout=dropout)
-    check_size(config, folder)
+    tensors = read_weights(folder)
+    check_size(config, tensors, str(folder))
     model = GPT(config) if kind == "lm" else RewardModel(config)
-    import_weights(model, read_weights(folder), str(folder))
+    import_weights(model, tensors, str(folder))
     if isinstance(model, RewardModel):
         model.shift.fill_(import_shift(read_config(folder), str(folder)))
     return model.eval()
