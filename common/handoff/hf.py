@@ -6,6 +6,7 @@ hold what most families store as separate matrices; concatenation and splitting 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from common.handoff.locate import UNREAD
-from common.model.costs import layers_of
+from common.model.costs import layers_of, parameters
 from common.model.families import FAMILIES, family_of
 from common.model.families.family import Family
 from common.model.gpt import GPT, RewardModel
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
+from common.program.files import refuse_irregular
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 BLOCK = re.compile(r"(?<=blocks\.)\d+")  # its number, in the name of a module of ours
@@ -197,6 +199,14 @@ def import_config(raw: dict[str, Any], origin: str) -> GPTConfig:
         raise InputError(f"{origin}: config.json describes no model ({error})") from None
 
 
+def import_shift(raw: dict[str, Any], origin: str) -> float:
+    """What a reward model's scores are shifted by, from config.json; 0 where it does not say."""
+    shift = raw.get("score_shift", 0.0)
+    if type(shift) not in (int, float) or not math.isfinite(shift):
+        raise InputError(f"{origin}: score_shift {shift!r:.40} in config.json: must be a number")
+    return shift
+
+
 # Files
 
 
@@ -206,11 +216,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise InputError(f"{folder}: no config.json there, so it is not a model directory")
+    refuse_irregular(file)
     try:
         config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: broken JSON ({error.msg})") from None
-    except ValueError as error:  # no UTF-8
+    except (ValueError, RecursionError) as error:  # no UTF-8, [[[[...
         raise InputError(f"{file}: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(config).__name__}")
@@ -224,12 +235,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
-    for name in _weight_files(folder):
-        file = folder / name
-        if not file.exists():
-            pickles = [other.name for other in sorted(folder.iterdir()) if other.suffix in PICKLES]
-            only = f", only {pickles[0]}" if pickles else ""
-            raise InputError(f"{folder}: no {name}{only}; {UNREAD}")
+    for file in _weight_files(folder):
         try:
             tensors |= load_file(file)
         except SafetensorError as error:
@@ -237,16 +243,41 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files with weights: those in the index of shards, or the one."""
+def check_size(config: GPTConfig, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise InputError where the model has far more parameters than its tensors have elements,
+    before any memory is taken for it. What exactly is missing, `import_weights` tells."""
+    size, held = parameters(config, "scalar"), sum(each.numel() for each in tensors.values())
+    if size > 2 * held + 10**6:
+        what = f"config.json describes a model of {size:,} parameters"
+        raise InputError(f"{origin}: {what}, and its weights are {held:,} numbers")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with weights: those in the index of shards, or the one. Raises InputError for one
+    that is missing, or no file."""
+    files = [folder / name for name in _names_of_weights(folder)]
+    for file in files:
+        if not file.exists():
+            pickles = [other.name for other in sorted(folder.iterdir()) if other.suffix in PICKLES]
+            only = f", only {pickles[0]}" if pickles else ""
+            raise InputError(f"{folder}: no {file.name}{only}; {UNREAD}")
+        refuse_irregular(file)
+    return files
+
+
+def _names_of_weights(folder: Path) -> list[str]:
+    """The names in the index of shards, or the one."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return ["model.safetensors"]
+    refuse_irregular(index)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{index}: damaged; fetch or save the model again") from None
     for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"{index}: names {name!r:.40}, which is no file; fetch it again")
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{index}: names {name}; {UNREAD}")
     return names

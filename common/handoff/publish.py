@@ -11,9 +11,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from common.handoff.hf import (
+    check_size,
     export_config,
     export_weights,
     import_config,
+    import_shift,
     import_weights,
     read_config,
     read_weights,
@@ -93,8 +95,10 @@ def load_model(path: str, kind: Kind = "lm", dropout: float = 0.0) -> GPT | Rewa
     is an InputError."""
     folder = locate(path)
     config = replace(load_config(path, kind), dropout=dropout)
+    tensors = read_weights(folder)
+    check_size(config, tensors, str(folder))
     model = GPT(config) if kind == "lm" else RewardModel(config)
-    import_weights(model, read_weights(folder), str(folder))
+    import_weights(model, tensors, str(folder))
     if isinstance(model, RewardModel):
-        model.shift.fill_(read_config(folder).get("score_shift", 0.0))
+        model.shift.fill_(import_shift(read_config(folder), str(folder)))
     return model.eval()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+COLDEST = 1e-37  # the lowest temperature whose inverse fp32 holds; below, all is the same argmax
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang 2019)."""
@@ -67,12 +69,21 @@ def gradient_at_targets(logprobs: Tensor, g: Tensor) -> Tensor:
     return -g * logprobs.expm1()
 
 
+def sharpened(logits: Tensor, temperature: float) -> Tensor:
+    """(logits - the row's largest) / temperature (B, V), in fp32: the same softmax as without the
+    difference, but no number overflows however small the temperature is."""
+    logits = logits.float()
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
+
+
 def pick_ids(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Ids (B) drawn from softmax(logits / temperature) (B, V), and their log-probs (B).
+    """Ids (B) drawn from softmax(logits / temperature) (B, V), and their log-probs (B), which are
+    NaN where the logits are not finite.
 
     The id is the first whose cumulative probability exceeds the row's uniform (B) in [0, 1).
     """
-    probabilities = (logits.float() / temperature).softmax(-1)
+    scaled = logits.float() if temperature == 1 else sharpened(logits, temperature)
+    probabilities = scaled.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     # right=True lands on the first id whose cumulative mass exceeds the draw, so an id of
     # probability 0 is never met; the last cumulative value stands in for 1, which rounding may

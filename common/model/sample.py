@@ -7,6 +7,7 @@ generation_config: what is not an argument here does not happen (RLHF: a sampler
 the trained policy shows as negative KL). Shape legend: B rows, T positions, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from common.model.cache import KVCache
 from common.model.cpu.packed import packed
 from common.model.dispatch import operations
 from common.model.gpt import GPT
+from common.model.layers import sharpened
 from common.model.ops import token_logprobs
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 from common.rows.batches import pad
 
 Prompts = Sequence[Sequence[int]]  # each a list of ids
@@ -42,7 +44,8 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raise InputError for settings that make no distribution."""
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        warm = 0 <= self.temperature < math.inf
+        if not warm or self.top_k < 0 or not 0 < self.top_p <= 1:
             given = f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}"
             raise InputError(f"{given}: need >= 0, >= 0, 0 < top_p <= 1")
 
@@ -77,7 +80,8 @@ def sample(
     `settings` are the fields of Sampling: max_new_tokens, temperature, top_k, top_p, seed,
     stop_ids. `progress` is called with the number of rows just finished. part (r, n): these are
     every n-th of more prompts, from the r-th on; they get the answers that they would get among
-    all. Raises InputError for an empty prompt or one that fills the model's context.
+    all. Raises InputError for an empty prompt or one that fills the model's context, Failure for
+    logits that are not finite.
     """
     how = Sampling(**settings)
     check_prompts(model, prompts)
@@ -173,10 +177,13 @@ class _Batch:
         return staying
 
     def samples(self) -> list[Sample]:
-        """What all rows have said."""
+        """What all rows have said. Raises Failure for logits that were not finite."""
         columns = (self.ids.t(), self.logprobs.t(), self.ends, self.stopped)
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [Sample(ids[:end], logprobs[:end], stopped) for ids, logprobs, end, stopped in rows]
+        found = [Sample(ids[:end], logprobs[:end], stopped) for ids, logprobs, end, stopped in rows]
+        for answer in found:
+            refuse_nan(answer.logprobs)
+        return found
 
 
 def stream(model: GPT, prompt: Sequence[int], **settings: Any) -> Iterator[int]:
@@ -193,7 +200,8 @@ def stream(model: GPT, prompt: Sequence[int], **settings: Any) -> Iterator[int]:
     for step in range(steps):
         with torch.inference_mode():
             logits = model.head(model.trunk(ids, cache)[:, -1])
-            token, _ = pick(logits, uniforms[:, step], how)
+            token, logprob = pick(logits, uniforms[:, step], how)
+        refuse_nan(logprob.tolist(), step)
         if int(token) in how.stop_ids:
             return
         yield int(token)
@@ -212,15 +220,24 @@ def check_prompts(model: GPT, prompts: Prompts) -> None:
             raise InputError(f"prompt {row} has {size} tokens, the model's context is {context}")
 
 
+def refuse_nan(logprobs: Sequence[float], start: int = 0) -> None:
+    """Raise Failure for a NaN among the log-probs of a response's ids from `start` on: that is what
+    `pick` gives for logits that are not finite."""
+    for step, logprob in enumerate(logprobs, start):
+        if math.isnan(logprob):
+            where = f"at token {step + 1} of an answer"
+            raise Failure(f"the model's logits are not finite {where}: its weights are of no use")
+
+
 def pick(logits: Tensor, uniforms: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     """Ids (B) drawn from logits (B, V), and their log-probs (B), by inverting the cumulative
-    distribution at uniforms (B)."""
+    distribution at uniforms (B). With NaN or +inf among the logits the log-prob is NaN."""
     if how.temperature == 0:
         ids = logits.argmax(-1)
         return ids, token_logprobs(logits, ids)
     temperature = how.temperature
     if how.top_k or how.top_p < 1:
-        logits = truncate(logits.float() / temperature, how.top_k, how.top_p)
+        logits = truncate(sharpened(logits, temperature), how.top_k, how.top_p)
         temperature = 1.0
     return operations(logits).pick_ids(logits, uniforms, temperature)
 
@@ -234,6 +251,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
+        beyond = before >= top_p
+        beyond[:, 0] = False  # one is left, however small top_p is
+        outside = torch.zeros_like(beyond).scatter(1, index, beyond)
         logits = logits.masked_fill(outside, float("-inf"))
     return logits

@@ -5,6 +5,19 @@ from dataclasses import dataclass
 
 from common.program.errors import InputError
 
+# The most of each that a shape may have: several times more than any real model has.
+MOST = {
+    "vocab_size": 10_000_000,
+    "max_length": 10_000_000,
+    "n_layer": 10_000,
+    "n_head": 10_000,
+    "n_embd": 1_000_000,
+    "n_kv_head": 10_000,
+    "n_inner": 10_000_000,
+    "window": 10_000_000,
+}
+MAY_BE_0 = ("n_layer", "n_kv_head", "n_inner", "window")
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -51,11 +64,30 @@ class GPTConfig:
         """Check what the defaults are made from, fill them in, check the rest."""
         if self.family not in ("gpt2", "llama"):
             raise InputError(f"family {self.family!r}: must be gpt2 or llama")
+        self._check_numbers()
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         self._fill_in()
         self._check_heads()
         self._check_layers()
+
+    def _check_numbers(self) -> None:
+        """Sizes are whole numbers up to MOST, others are finite; a word or a truth is no number."""
+        for name, most in MOST.items():
+            value, least = getattr(self, name), 0 if name in MAY_BE_0 else 1
+            if name == "window" and value is None:
+                continue
+            if type(value) is not int or not least <= value <= most:
+                wanted = f"a whole number from {least} to {most:,} is wanted"
+                raise InputError(f"{name} {value!r:.40} describes no model: {wanted}")
+        for name in ("rope_theta", "norm_eps", "dropout"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                wanted = "a number from 0 on is wanted"
+                raise InputError(f"{name} {value!r:.40} describes no model: {wanted}")
+        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(value := getattr(self, name), bool | None):
+                raise InputError(f"{name} {value!r:.40}: must be true or false")
 
     def _fill_in(self) -> None:
         """The defaults."""

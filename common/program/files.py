@@ -120,3 +120,11 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # A lone surrogate becomes JSON's own escape.
     write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise InputError for a path that is no file: to read a FIFO or a device could take for ever.
+    One that is not there passes."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a FIFO, a socket or a device"
+        raise InputError(f"{path}: is {kind}, and a file is wanted")

@@ -1,11 +1,13 @@
 """Scores and log-probs of rows that are already there: batched by length, without gradients."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from common.model.gpt import GPT, RewardModel
 from common.model.ops import response_mask
+from common.program.errors import Failure
 from common.rows.batches import pad
 
 
@@ -21,13 +23,15 @@ def reward_scores(
     model: RewardModel, rows: Sequence[Sequence[int]], batch_size: int = 64
 ) -> list[float]:
     """The score at the last token of each row (prompt, answer and its stop token as ids), in the
-    rows' order."""
+    rows' order. Raises Failure for one that is not finite."""
     device = next(model.parameters()).device
     scores = [0.0] * len(rows)
     for batch in by_length([len(row) for row in rows], batch_size):
         lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
         found = model(pad([rows[i] for i in batch], 0).to(device), lengths).tolist()
         for i, score in zip(batch, found, strict=True):
+            if not math.isfinite(score):
+                raise Failure(f"the reward model's score of answer {i + 1} is {score}, no number")
             scores[i] = score
     return scores
 

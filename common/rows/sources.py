@@ -19,8 +19,18 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common.program.errors import InputError
+from common.program.files import refuse_irregular
 from common.program.terminal import one_line
-from common.rows.unpack import PACKED, blocks, check_utf8, open_text
+from common.rows.unpack import (
+    PACKED,
+    TOO_LARGE,
+    bytes_of,
+    check_utf8,
+    drain,
+    lines_of,
+    open_text,
+    text_of,
+)
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")  # each also packed: x.jsonl.zst
 BLOCK = 1 << 20  # characters of a .txt file that make one row, where it is read in pieces
@@ -138,7 +148,8 @@ def suffix_of(path: Path) -> str:
 
 def files_in(folder: Path) -> list[Path]:
     """The files of a folder, and of those in it, that can be read, in the order of their names."""
-    return sorted(file for file in folder.rglob("*") if suffix_of(file) in FORMATS)
+    found = (file for file in folder.rglob("*") if suffix_of(file) in FORMATS)
+    return sorted(file for file in found if not file.is_dir())
 
 
 def content_of(source: str) -> str | None:
@@ -152,6 +163,7 @@ def content_of(source: str) -> str | None:
         ]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     if path.exists():
+        refuse_irregular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     from huggingface_hub import HfApi
@@ -167,29 +179,30 @@ def content_of(source: str) -> str | None:
 
 def file_rows(path: Path, bad: BadRows, pieces: bool = False) -> Iterator[Row]:
     """The rows of a file of any format; what has no suffix is read as .jsonl."""
+    refuse_irregular(path)
     kind = suffix_of(path)
     if kind and kind not in FORMATS:
         raise InputError(f"{path}: a {kind} file is not read; the formats are {', '.join(FORMATS)}")
     try:
         if kind == ".parquet":
-            yield from parquet_rows(path)
+            yield from parquet_rows(path, bad)
         elif kind == ".txt":
             yield from text_pieces(path) if pieces else text_row(path)
         elif kind == ".json":
             yield from list_rows(path)
         else:
             yield from line_rows(path, bad)
-    except InputError:
+    except InputError as error:
         # What looks like broken text may come of damage to the packed bytes: then say that.
-        if path.suffix in PACKED:
-            collections.deque(blocks(path), 0)
+        if path.suffix in PACKED and error.reason != TOO_LARGE:
+            drain(path)
         raise
 
 
 def line_rows(path: Path, bad: BadRows) -> Iterator[Row]:
     """The rows of a .jsonl file. Its lines end at line ends alone, and not at U+2028 and its like,
     as those of splitlines() do."""
-    for n, line in enumerate(open_text(path), 1):
+    for n, line in enumerate(lines_of(path), 1):
         if line.strip():
             try:
                 data = parse_json(check_utf8(line.rstrip()), dict)
@@ -202,7 +215,7 @@ def line_rows(path: Path, bad: BadRows) -> Iterator[Row]:
 def list_rows(path: Path) -> Iterator[Row]:
     """The rows of a .json file, which is one list."""
     with BadRows().row(str(path)):
-        rows = parse_json(check_utf8(open_text(path).read()), list)
+        rows = parse_json(check_utf8(text_of(path)), list)
     for n, data in enumerate(rows, 1):
         yield Row(data, f"{path}:row {n}")
 
@@ -210,7 +223,7 @@ def list_rows(path: Path) -> Iterator[Row]:
 def text_row(path: Path) -> Iterator[Row]:
     """A .txt file as one row."""
     with BadRows().row(str(path)):
-        text = check_utf8(open_text(path).read())
+        text = check_utf8(text_of(path))
     yield Row({"text": text}, str(path))
 
 
@@ -260,20 +273,38 @@ def parse_json(text: str, kind: type) -> Any:
     return value
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .parquet file."""
+def parquet_rows(path: Path, bad: BadRows) -> Iterator[Row]:
+    """The rows of a .parquet file; what Python has no value for (text that is no UTF-8, a time
+    before the year 1) is a bad row."""
     import pyarrow.parquet  # 1 s to import: only who needs it pays
 
     n = 0
     try:
-        content = io.BytesIO(b"".join(blocks(path))) if path.suffix in PACKED else path
+        content = io.BytesIO(bytes_of(path)) if path.suffix in PACKED else path
         for batch in pyarrow.parquet.ParquetFile(content).iter_batches(1000):
-            for data in batch.to_pylist():
+            for data in values_of(batch):
                 n += 1
-                yield Row(data, f"{path}:{n}")
+                if isinstance(data, InputError):
+                    bad.refuse(f"{path}:{n}", data)
+                else:
+                    yield Row(data, f"{path}:{n}")
     except (pyarrow.ArrowException, OSError) as error:
         reason, behind = str(error).split("\n")[0][:160], f" behind row {n}" if n else ""
         raise InputError(f"{path}: not readable as Parquet{behind} ({reason})") from None
+
+
+def values_of(batch: Any) -> Iterator[dict[str, Any] | InputError]:
+    """The rows of an Arrow batch as Python's values, or why one has none."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):  # one of them: which?
+        for n in range(batch.num_rows):
+            try:
+                data = batch.slice(n, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield InputError(f"a value cannot be read: {one_line(error)[:160]}", "not readable")
+            else:
+                yield data
 
 
 # The Hub

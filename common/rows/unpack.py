@@ -1,5 +1,6 @@
 """The bytes and the text of a file, unpacked if it is .gz or .zst, one block after another."""
 
+import collections
 import io
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,9 +9,13 @@ from typing import Any
 
 from common.program.errors import InputError
 
-PACKED = (".gz", ".zst")
+# Packed bytes read at once: few, as a byte of .gz can be a thousand, and one of .zst 32 thousand;
+# and so that the byte in a message is near the damage.
+PACKED = {".gz": 1 << 16, ".zst": 1 << 12}
 BLOCK = 1 << 20  # bytes read at once
-PACKED_BLOCK = 1 << 16  # small, so that the byte in the message is near the damage
+LONGEST = 1 << 27  # characters of a line
+TOO_LARGE = "too large"  # the reason of an InputError
+LARGEST = 1 << 30  # characters or bytes of what is held as a whole
 
 
 def blocks(path: Path) -> Iterator[bytes]:
@@ -27,7 +32,7 @@ def _unpacked(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
     """`blocks` of a packed file; pieces packed one by one may follow each other in it."""
     begin, failure = _unpacker(path.suffix)
     unpacker = None
-    while data := file.read(PACKED_BLOCK):
+    while data := file.read(PACKED[path.suffix]):
         while data:
             unpacker = unpacker or begin()
             try:
@@ -81,6 +86,45 @@ def open_text(path: Path) -> io.TextIOWrapper:
     line and not the file: see `check_utf8`."""
     file = io.BufferedReader(Unpacked(path), BLOCK)
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+
+
+# A few packed bytes can be gigabytes: what is held at once has a limit
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file. Raises InputError naming one that is longer than LONGEST."""
+    text = open_text(path)
+    for number, line in enumerate(iter(lambda: text.readline(LONGEST), ""), 1):
+        if len(line) == LONGEST:
+            long = f"a line of {LONGEST:,} characters or more: split it"
+            raise InputError(f"{path}:{number}: {long}", TOO_LARGE)
+        yield line
+
+
+def text_of(path: Path) -> str:
+    """All text of a file. Raises InputError where that is more than LARGEST."""
+    text = open_text(path).read(LARGEST + 1)
+    if len(text) > LARGEST:
+        long = f"more than {LARGEST:,} characters at once: split it, or make it .jsonl"
+        raise InputError(long, TOO_LARGE)
+    return text
+
+
+def bytes_of(path: Path) -> bytes:
+    """All bytes of a file, likewise."""
+    found, size = [], 0
+    for block in blocks(path):
+        found.append(block)
+        size += len(block)
+        if size > LARGEST:
+            long = f"unpacks to more than {LARGEST:,} bytes: unpack it first"
+            raise InputError(f"{path}: {long}", TOO_LARGE)
+    return b"".join(found)
+
+
+def drain(path: Path) -> None:
+    """Read a file to its end, for the InputError that its damage would raise."""
+    collections.deque(blocks(path), 0)
 
 
 def check_utf8(text: str, line: int = 0, column: int = 0) -> str:

@@ -10,6 +10,7 @@ transformers' own: it tokenizes the joined text, so there an "<|endoftext|>" typ
 become the control id. Untrusted text goes through `render` and `prompt_ids`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,18 +130,30 @@ def rows_to_prompt(row: Mapping) -> list[Message]:
 
 def comparison_prompt(row: Mapping) -> list[Message]:
     """Messages of a comparison's prompt: `prompt` (text or messages), `conversations`, or `chosen`
-    less its last message.
+    (messages or a transcript) less its last message.
 
     Raises InputError naming the columns found when there is none of these.
     """
     prompt = row["prompt"] if row.get("prompt") is not None else row.get("conversations")
-    if prompt is None and isinstance(row.get("chosen"), list):
-        prompt = row["chosen"][:-1]
+    if prompt is None and isinstance(chosen := transcript(row.get("chosen")), list):
+        prompt = chosen[:-1]
     if prompt is None or prompt == []:
         found = ", ".join(sorted(map(str, row))) or "none"
         needed = "a comparison needs prompt (or conversations), and answers or chosen"
         raise InputError(f"columns found: {found}; {needed}", "columns")
     return _checked([_sharegpt(turn) for turn in _side(prompt, "user")])
+
+
+def transcript(value: Any) -> Any:
+    """A conversation as HH-RLHF writes it (Bai 2022), "\\n\\nHuman: ...\\n\\nAssistant: ...", as
+    messages; what is none stays as it is."""
+    if not isinstance(value, str) or not value.startswith("\n\nHuman:"):
+        return value
+    said = re.split(r"\n\n(Human|Assistant):", value)[1:]
+    return [
+        {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
+        for who, text in zip(said[::2], said[1::2], strict=True)
+    ]
 
 
 def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:

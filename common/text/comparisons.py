@@ -1,7 +1,7 @@
 """A row of comparisons as ids.
 
 Its columns are `prompt`, `answers` and `ranks` (K answers ranked), or `prompt`, `chosen` and
-`rejected`.
+`rejected`; of these two each may be the whole conversation, and `prompt` absent.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from common.program.errors import InputError
-from common.text.chat import comparison_prompt, prompt_ids
+from common.text.chat import comparison_prompt, prompt_ids, transcript
 from common.text.tokenizer import Tokenizer
 
 
@@ -70,4 +70,8 @@ def _pair(row: Mapping[str, Any]) -> list[Any]:
         if row.get(name) is None:
             needed = "need answers + ranks or chosen + rejected"
             raise InputError(f"no column {name!r}; {needed}", "columns")
-    return [row["chosen"], row["rejected"]]
+    chosen, rejected = transcript(row["chosen"]), transcript(row["rejected"])
+    if chosen is not row["chosen"] and chosen[:-1] != rejected[:-1]:
+        differ = "chosen and rejected are conversations that differ before their last answer"
+        raise InputError(differ, "prompts differ")
+    return [chosen, rejected]

@@ -274,7 +274,7 @@ class Tokenizer:
             return cls(*parts, CHAT_TEMPLATE if ours else None, control)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"no readable tokenizer ({type(error).__name__}: {error})"
             raise InputError(f"{directory}: {what}") from error
 

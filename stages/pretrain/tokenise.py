@@ -26,10 +26,12 @@ from tqdm import tqdm
 from common.program.errors import InputError
 from common.program.files import dump, sha256, write_atomically
 from common.text.chat import stop_ids
-from common.text.tokenizer import Tokenizer
+from common.text.tokenizer import GAPS, Tokenizer
 from stages.pretrain.shards import ShardWriter
 
 CHUNK = 1 << 18  # characters that a process is given at once
+GAPLESS = 1 << 20  # characters in which a gap is looked for; more than CHUNK
+LOOKAHEAD = 512  # characters, more than a match of a tokenizer's pattern looks beyond its end
 SAVE_SECONDS = 5.0  # between two entries in the journal
 SMALL = 100_000_000  # bytes; less is tokenised before other processes have started
 JOURNAL = "progress.json"
@@ -121,16 +123,39 @@ def encode_all(
 
 
 def between_words(texts: Iterable[str], gap: re.Pattern) -> Iterator[str]:
-    """The same text in pieces of CHUNK characters, or as many more as there are to the next gap."""
-    held = ""
+    """The same text in pieces of CHUNK characters, or as many more as there are to the next gap;
+    where none comes in GAPLESS characters, as many as `whole_words` has of them."""
+    held, seen = "", 0  # so much of what is held has no gap behind its first CHUNK characters
     for text in texts:
         held, start = held + text, 0
-        while found := gap.search(held, start + CHUNK):
-            yield held[start : found.end()]
-            start = found.end()
+        while True:
+            found = gap.search(held, start + max(CHUNK, seen - 1), start + GAPLESS)
+            if found:
+                end = found.end()
+            elif len(held) - start >= GAPLESS:
+                end = start + whole_words(held[start : start + GAPLESS], gap)
+            else:
+                break
+            yield held[start:end]
+            start, seen = end, 0
         held = held[start:]
+        seen = len(held)
     if held:
         yield held
+
+
+def whole_words(text: str, gap: re.Pattern) -> int:
+    """How many characters of a text that goes on, and has no gap, the tokenizer's own pattern cuts
+    into words, so that their ids are those of the whole text. All of them, if it is in the midst of
+    one word (DNA)."""
+    import regex  # tiktoken's own: its pattern has classes that `re` does not know
+
+    pattern, end = next(pattern for pattern, known in GAPS.items() if known == gap.pattern), 0
+    for word in regex.finditer(pattern, text):
+        if word.end() > len(text) - LOOKAHEAD:
+            break
+        end = word.end()
+    return end or len(text)
 
 
 def sides(texts: Iterable[str], train: int) -> Iterator[tuple[str, str]]:

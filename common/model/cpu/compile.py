@@ -7,21 +7,27 @@ the same with PyTorch's operations. They take a tensor as its address and whethe
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from shutil import which
 
 import torch
 from torch import Tensor
+
+from common.program.files import sha256
+from common.program.terminal import one_line
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.[ch]"))
@@ -31,31 +37,40 @@ COMPILE = ("-O3", "-march=native", *FAST, "-fopenmp", "-fPIC", "-w", "-c")
 # OpenMP must be the one that torch has loaded: two would fight for the cores.
 LINK = ("-shared", "-nostdlib")
 OPENMP = re.compile(r"/.*/lib(?:gomp|iomp5|omp)[^/]*$", re.MULTILINE)
+PATIENCE = 300  # seconds for a compiler, which takes a few, and on a busy machine many
 DECLARATION = re.compile(r"^(void|int) (\w+)\(([^)]*)\)", re.MULTILINE)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions, declared; None where there are none. A compiler that fails is a warning."""
-    if os.environ.get("STATE_OF_GPT_NATIVE") == "0":
+    """The functions, declared; None where there are none. That is a warning, unless there is no
+    compiler or nobody wants them."""
+    if os.environ.get("STATE_OF_GPT_NATIVE") == "0" or not (os.environ.get("CC") or which("cc")):
         return None
     try:
         loaded = OPENMP.findall(Path("/proc/self/maps").read_text())
         of_torch = max(loaded, key=lambda path: re.search(r"torch[./]lib", path) is not None)
         ctypes.CDLL(of_torch, ctypes.RTLD_GLOBAL)
-        functions = ctypes.CDLL(str(compiled()))
     except (OSError, ValueError):
         return None
+    try:
+        return declared(ctypes.CDLL(str(compiled())))
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip()
-        failed = f"{error.cmd[0]} could not compile the kernels"
-        warnings.warn(f"{failed}, PyTorch's are used, which are slower: {said}", stacklevel=2)
-        return None
+        ended = f"it ended with {error.returncode}"
+        why = f"{error.cmd[0]} could not compile the kernels: {one_line(error.stderr) or ended}"
+    except (OSError, ValueError, AttributeError) as error:
+        why = f"the kernels could not be compiled: {one_line(error)}"
+    warnings.warn(f"{why[:400]}; PyTorch's are used, which are slower", stacklevel=2)
+    return None
+
+
+def declared(functions: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, its functions with the types that the sources declare."""
     text = "".join(source.read_text() for source in SOURCES)
     for result, name, arguments in DECLARATION.findall(text):
-        function, declared = getattr(functions, name), arguments.split(",")
+        function, each = getattr(functions, name), arguments.split(",")
         function.restype = ctypes.c_int if result == "int" else None
-        function.argtypes = [] if arguments == "void" else [c_type(each) for each in declared]
+        function.argtypes = [] if arguments == "void" else [c_type(one) for one in each]
     return functions
 
 
@@ -67,34 +82,88 @@ def c_type(declaration: str) -> type:
 
 
 def compiled() -> Path:
-    """The shared library for this machine, made when there is none. Raises OSError without a
-    compiler or a place to write to, CalledProcessError where the compiler fails."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if not compiler or not shutil.which(compiler[0]):
-        raise OSError("no C compiler")
+    """The shared library for this machine, made when there is none that can be trusted.
+
+    Raises OSError without a compiler or a place to write to, ValueError where CC is no command,
+    CalledProcessError where the compiler fails, TimeoutError where it hangs.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if not compiler or not which(compiler[0]):
+        raise OSError(f"CC {compiler} is no program here")
+    folder = FOLDER / "__pycache__" / "native"
+    folder.mkdir(0o755, parents=True, exist_ok=True)
+    if not is_ours(folder):
+        raise OSError(f"others could have written what is in {folder}; delete it")
     processor = re.search(r"^(flags|Features).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     recipe = [source.read_text() for source in SOURCES]
     recipe += [processor.group() if processor else platform.processor()]
     recipe += [*compiler, *COMPILE, *LINK]
-    digest = hashlib.sha256("".join(recipe).encode()).hexdigest()[:16]
-    target = FOLDER / "__pycache__" / f"kernels-{digest}.so"
-    if not target.exists():
-        build(compiler, target)
-    return target
+    name = f"kernels-{hashlib.sha256(''.join(recipe).encode()).hexdigest()[:16]}"
+    if found := built(folder, name):
+        return found
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
+        return built(folder, name) or build(compiler, folder, name)
+    finally:
+        os.close(lock)
 
 
-def build(compiler: Sequence[str], target: Path) -> None:
-    """Compile and link; the file is whole or not there, however many processes start at once."""
+def is_ours(path: Path) -> bool:
+    """Whether nobody can have written this file or folder but us, root, and whose code this is."""
+    found = path.lstat()
+    return found.st_uid in (os.geteuid(), 0, FOLDER.stat().st_uid) and not found.st_mode & 0o022
+
+
+def built(folder: Path, name: str) -> Path | None:
+    """The library of this name, if it is what was built: it has its hash in its name."""
+    for file in folder.glob(f"{name}-*.so"):
+        if is_ours(file) and file.is_file() and file.stem == f"{name}-{sha256(file)[:16]}":
+            return file
+    return None
+
+
+def build(compiler: Sequence[str], folder: Path, name: str) -> Path:
+    """Compile and link; the file is whole or not there. Who calls it holds the folder's lock."""
+    for left in folder.glob("tmp*"):  # by a process that was killed
+        shutil.rmtree(left)
+    for spoilt in folder.glob(f"{name}-*.so"):
+        warnings.warn(f"{one_line(spoilt)} is not what was built there: built again", stacklevel=2)
     sources = [source for source in SOURCES if source.suffix == ".c"]
     objects = [f"{source.stem}.o" for source in sources]
-    target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch, target.name)
-        compiling = [*compiler, *COMPILE, *map(str, sources)]
-        linking = [*compiler, *LINK, *objects, "-o", str(made)]
-        for command in (compiling, linking):
-            subprocess.run(command, cwd=scratch, check=True, capture_output=True)
-        made.replace(target)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch, "made.so")
+        run([*compiler, *COMPILE, *map(str, sources)], scratch)
+        run([*compiler, *LINK, *objects, "-o", made.name], scratch)
+        made.chmod(0o755)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        return made.replace(folder / f"{name}-{sha256(made)[:16]}.so")
+
+
+def run(command: Sequence[str], folder: str) -> None:
+    """Run a compiler. Raises CalledProcessError when it fails; one that takes PATIENCE is killed,
+    with all that it started, and TimeoutError raised."""
+    quiet, caught = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=quiet,
+        stdout=quiet,
+        stderr=caught,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{command[0]} is not done after {PATIENCE} s") from None
+        finally:
+            if process.returncode is None:  # also after Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
 
 
 def functions_for(*tensors: Tensor) -> ctypes.CDLL | None:

@@ -151,7 +151,8 @@ void logprobs_at_backward(void *logits, int half, const int64_t *targets, float 
 }
 
 // ids (rows) drawn from softmax(logits * sharpness): the first whose cumulative probability exceeds
-// uniforms (rows) in [0, 1). logprobs (rows): theirs. A logit may be -inf: its id is never drawn.
+// uniforms (rows) in [0, 1). logprobs (rows): theirs. A logit may be -inf: its id is never drawn;
+// with NaN or +inf in the row its log-prob is NaN.
 void pick_ids(const void *logits, int half, const float *uniforms, float sharpness, int64_t *ids,
               float *logprobs, long rows, long width) {
 #pragma omp parallel for schedule(static) WORTH_THREADS(rows *width)

@@ -237,12 +237,13 @@ def logprobs_gradient(
 
 def pick_ids(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Ids (B) from softmax(logits / temperature) (B, V) where its cumulative sum exceeds uniforms
-    (B); their log-probs (B)."""
+    (B); their log-probs (B), NaN where the logits are not finite."""
     functions = functions_for(logits, uniforms)
     if functions is None or uniforms.dtype != torch.float32:
         return layers.pick_ids(logits, uniforms, temperature)
     ids = torch.empty(len(logits), dtype=torch.long)
     logprobs = torch.empty(len(logits), dtype=torch.float32)
-    addresses = (uniforms.data_ptr(), 1 / temperature, ids.data_ptr(), logprobs.data_ptr())
+    sharpness = 1 / max(temperature, layers.COLDEST)
+    addresses = (uniforms.data_ptr(), sharpness, ids.data_ptr(), logprobs.data_ptr())
     functions.pick_ids(*tensor(logits), *addresses, *logits.shape)
     return ids, logprobs

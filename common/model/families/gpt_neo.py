@@ -8,7 +8,7 @@ from typing import Any
 
 from common.model.families import gpt2
 from common.model.families.family import Family, Names, refuse
-from common.model.shape import GPTConfig
+from common.model.shape import MOST, GPTConfig
 
 NAMES: Names = {
     **gpt2.NAMES,
@@ -29,7 +29,8 @@ def import_config(raw: dict[str, Any]) -> GPTConfig:
     """
     refuse(raw, activation_function=("gelu_new",))
     refuse({"attention_bias": raw.get("attention_bias")}, attention_bias=(False,))
-    kinds = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
+    most = MOST["n_layer"]
+    kinds = [k for pattern, times in raw["attention_types"] for k in pattern * min(times, most)]
     return GPTConfig(
         family="gpt2",
         vocab_size=raw["vocab_size"],

@@ -10,7 +10,7 @@ KINDS = {"full": "full_attention", "local": "sliding_attention"}  # of layers, o
 
 def import_config(raw: dict[str, Any]) -> GPTConfig:
     """Our shape from Ministral's config.json."""
-    kinds = raw.get("layer_types") or [KINDS["local"]] * raw["num_hidden_layers"]
+    kinds = raw.get("layer_types") or [KINDS["local"]]  # repeated to all layers
     pattern = tuple("local" if kind == KINDS["local"] else "full" for kind in kinds)
     return llama.import_config(raw, attention_pattern=pattern, window=raw["sliding_window"])
 

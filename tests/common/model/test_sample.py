@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from common.model.cpu import compile
 from common.model.sample import Sampling, pick, sample, stream
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 
 SHAPES = {
     "gpt2": {"family": "gpt2"},
@@ -298,6 +299,8 @@ def test_no_prompts_no_answers(tiny_gpt):
     [
         ([], {}, "prompt 0 is empty"),
         ([1], {"temperature": -0.1}, "temperature -0.1"),
+        ([1], {"temperature": math.nan}, "temperature nan"),
+        ([1], {"temperature": math.inf}, "temperature inf"),
         ([1], {"top_k": -1}, "top_k -1"),
         ([1], {"top_p": 0.0}, "top_p 0.0"),
         ([1], {"top_p": 1.5}, "top_p 1.5"),
@@ -331,3 +334,52 @@ def test_progress_counts_every_row_and_the_mode_comes_back(tiny_gpt):
     assert [answer.ids for answer in got] == [answer.ids for answer in expected]  # dropout was off
     assert done == [3, 3, 2]
     assert model.training and model.trunk.blocks[0].training
+
+
+# What is not finite, and what overflows
+
+
+LIMITS = ({}, {"top_k": 3}, {"top_p": 0.9})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_logits_that_are_not_finite_are_no_token(tiny_gpt, number, options):
+    """From the third token on, in one row of many."""
+    model, calls = tiny_gpt("llama"), []
+
+    def spoil(module, inputs, logits):
+        calls.append(1)
+        if len(calls) >= 3:
+            logits[-1, 7] = number
+        return logits
+
+    model.head.register_forward_hook(spoil)
+    with pytest.raises(Failure, match="logits are not finite at token 3 of an answer"):
+        sample(model, prompts(), max_new_tokens=6, **options)
+    calls.clear()
+    with pytest.raises(Failure, match="logits are not finite at token 3 of an answer"):
+        list(stream(model, prompts()[0], max_new_tokens=6, **options))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            {"temperature": cold, **more}
+            for cold in (1e-6, 1e-37, 1e-45, 1e-320)
+            for more in LIMITS
+        ),
+        *({"top_p": small} for small in (1e-30, 1e-46, 1e-300)),
+    ],
+    ids=str,
+)
+def test_an_extreme_temperature_or_top_p_gives_the_likeliest_id(options, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(compile, "library", lambda: None)
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(2)) * 30
+    for draw in (0.0, 0.5, 1 - 2**-24):
+        ids, logprobs = pick(logits, torch.full((7,), draw), Sampling(1, **options))
+        assert ids.tolist() == logits.argmax(-1).tolist()
+        assert logprobs.tolist() == [0.0] * 7

@@ -4,13 +4,16 @@ and where it is."""
 import gzip
 import itertools
 import json
+import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from common.program.errors import InputError
-from common.rows.sources import content_of, iter_rows, read_rows
+from common.rows import unpack
+from common.rows.sources import BadRows, content_of, iter_rows, read_rows
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -226,9 +229,8 @@ def test_damage_to_a_packed_file_is_named(tmp_path, suffix):
     )
     assert 100_000 < int(place[1]) <= len(whole)  # gzip may notice at its checksum alone
     path = write(tmp_path / f"none.jsonl{suffix}", content)
-    with pytest.raises(
-        InputError, match=rf"{re.escape(path)}: damaged {suffix} data before byte 65536"
-    ):
+    place = f"damaged {suffix} data before byte {unpack.PACKED[suffix]}"
+    with pytest.raises(InputError, match=rf"{re.escape(path)}: {place}"):
         read_rows(path)
 
 
@@ -255,6 +257,68 @@ def test_a_broken_line_of_a_packed_file_is_named(tmp_path):
     for missing in ("gone.jsonl.zst", "gone.txt.gz", "gone.gz"):
         with pytest.raises(InputError, match=f"{missing}: no such file"):
             read_rows(missing)
+
+
+# What is too much, or no file
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("format", [".jsonl", ".json", ".txt", ".parquet"])
+def test_a_bomb_is_refused_before_it_is_held(tmp_path, monkeypatch, format, suffix):
+    """100 MB of blanks, in some thousand bytes."""
+    import zstandard
+
+    compress = gzip.compress if suffix == ".gz" else zstandard.compress
+    bomb = compress(b"\n" + b" " * 10**8)
+    path = write(tmp_path / f"x{format}{suffix}", bomb)
+    monkeypatch.setattr(unpack, "LONGEST", 10**6)
+    monkeypatch.setattr(unpack, "LARGEST", 10**6)
+    monkeypatch.setattr(unpack, "PACKED", {".gz": 1 << 10, ".zst": 1 << 7})
+    tracemalloc.start()
+    with pytest.raises(InputError, match=re.escape(path) + ".*1,000,000 (characters|bytes)"):
+        read_rows(path)
+    assert tracemalloc.get_traced_memory()[1] < 3 * 10**7
+    tracemalloc.stop()
+
+
+def test_a_line_that_is_too_long_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpack, "LONGEST", 20)
+    path = write(tmp_path / "x.jsonl", '{"a": 1}\n\n{"a": "123456789"}\n{"a": 2}')
+    assert len(read_rows(path)) == 3
+    path = write(tmp_path / "x.jsonl", '{"a": 1}\n\n{"a": "1234567890"}\n{"a": 2}')
+    for kind in ("error", "skip"):
+        with pytest.raises(InputError, match=rf"{path}:3: a line of 20 characters or more"):
+            read_rows(path, bad=BadRows(kind))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.zst", "x.txt", "x.json", "x.parquet", "x"])
+def test_a_fifo_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "folder.txt").mkdir()  # is only walked through
+    for source in (tmp_path / name, tmp_path) if Path(name).suffix else (tmp_path / name,):
+        for reading in (read_rows, content_of):
+            with pytest.raises(InputError, match=f"/{name}: is a FIFO, a socket or a device, and"):
+                reading(str(source))
+    with pytest.raises(InputError, match="/dev/null: is a FIFO, a socket or a device"):
+        read_rows("/dev/null")
+
+
+def test_what_python_has_no_value_for_is_a_bad_row(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    broken = pyarrow.array([b"one", b"\xff", b"three"]).view("string")
+    times = pyarrow.array([0, 1, 10**18]).view("timestamp[us]")
+    ok = ["a", "b", "c"]
+    for column, row in ((broken, 2), (times, 3)):
+        path = str(tmp_path / "x.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"text": ok, "unused": column}), path)
+        with pytest.raises(InputError, match=f"{path}:{row}: a value cannot be read: "):
+            read_rows(path)
+        bad = BadRows("skip")
+        kept = read_rows(path, bad=bad)
+        assert [r.data["text"] for r in kept] == [t for n, t in enumerate(ok, 1) if n != row]
+        assert bad.counts == {"not readable": 1}
 
 
 # Streams

@@ -14,7 +14,7 @@ import pytest
 
 from common.program.errors import InputError
 from common.rows import sources
-from common.text.tokenizer import _NO_REGEX, GPT2_PATTERN, PATTERN, Tokenizer, _split
+from common.text.tokenizer import _NO_REGEX, GAPS, GPT2_PATTERN, PATTERN, Tokenizer, _split
 from stages.pretrain import tokenise
 from stages.pretrain.prepare import Config, main
 from stages.pretrain.shards import ShardWriter
@@ -323,6 +323,54 @@ def test_a_long_text_has_the_ids_of_its_pieces(tokenizer, monkeypatch, pattern):
             assert [i for piece in pieces for i in own.encode(piece)] == own.encode(text)
             cuts += len(pieces) - 1
     assert cuts > 5000
+
+
+GAPLESS = {
+    "base64": "QUJD1RE+Vk/h0dXY3eHl6MTIz",
+    "Chinese": "的一是不了人我在有他这中大来上国。、，４５",
+    "blank": "\n\u3000\t",
+    "symbols": "x1_'s!é²٣",
+}
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN])
+@pytest.mark.parametrize("letters", GAPLESS)
+def test_a_text_without_gaps_has_the_ids_of_its_pieces(tokenizer, monkeypatch, pattern, letters):
+    """However it comes in blocks."""
+    monkeypatch.setattr(tokenise, "CHUNK", 300)
+    monkeypatch.setattr(tokenise, "GAPLESS", 2000)
+    parts = {"type": "Sequence", "pretokenizers": [_split(pattern), _NO_REGEX]}
+    own = Tokenizer(tokenizer._model, parts, tuple(tokenizer._special))
+    text = "".join(np.random.default_rng(0).choice([*GAPLESS[letters]], 30_000))
+    text = text + "and now. " * 100 + text[:700]
+    pieces = list(tokenise.between_words([text], own.gap))
+    for size in (17, 1999, 5000):
+        blocks = [text[i : i + size] for i in range(0, len(text), size)]
+        assert list(tokenise.between_words(blocks, own.gap)) == pieces
+    assert "".join(pieces) == text and len(pieces) > 15
+    assert [i for piece in pieces for i in own.encode(piece)] == own.encode(text)
+
+
+def test_a_text_without_gaps_takes_time_as_long_as_it_is(monkeypatch):
+    """What is looked at, in characters: by searches for a gap, and by adding up blocks."""
+    monkeypatch.setattr(tokenise, "CHUNK", 1000)
+    monkeypatch.setattr(tokenise, "GAPLESS", 4000)
+    seen, gap = [], re.compile(GAPS[PATTERN])
+
+    class Counting:
+        """A gap that counts how far it is searched."""
+
+        pattern = gap.pattern
+
+        def search(self, held: str, start: int, end: int | None = None):
+            seen.append(min(len(held), end or len(held)) - start)
+            return gap.search(held, start, end or len(held))
+
+    for blocks in (["ACGT" * 500] * 200, ["ACGT" * 100_000]):
+        seen.clear()
+        pieces = list(tokenise.between_words(blocks, Counting()))
+        assert [len(piece) for piece in pieces] == [4000] * 100
+        assert sum(seen) < 2 * 400_000
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])

@@ -43,10 +43,46 @@ def test_it_is_compiled_once_and_again_when_a_source_changes(folder):
     assert native.compiled() == first and first.stat().st_mtime_ns == made
     (folder / "native.h").write_text((folder / "native.h").read_text() + "// changed\n")
     assert native.compiled() != first
-    assert sorted(p.suffix for p in (folder / "__pycache__").iterdir()) == [
-        ".so",
-        ".so",
-    ]  # nothing else is left behind
+    made = (folder / "__pycache__" / "native").iterdir()
+    assert sorted(p.suffix for p in made) == [".so", ".so"]  # nothing else is left behind
+
+
+DAMAGE = {
+    "truncated": lambda file, other: os.truncate(file, 3000),
+    "empty": lambda file, other: os.truncate(file, 0),
+    "flipped": lambda file, other: file.write_bytes(file.read_bytes()[::-1]),
+    "another library": lambda file, other: file.write_bytes(b"\x7fELF"),
+    "a dangling link": lambda file, other: (file.unlink(), file.symlink_to("nowhere")),
+    "a link": lambda file, other: (file.unlink(), file.symlink_to(other)),
+    "writable by all": lambda file, other: file.chmod(0o666),
+    "of another user": lambda file, other: os.chown(file, 65534, 65534),
+}
+
+
+def test_only_what_was_built_is_loaded(folder, monkeypatch, recwarn):
+    """Otherwise it is built again, with one line."""
+    other = folder / "other.so"
+    other.write_bytes(bytes(range(256)) * 20)
+
+    def compiler(command: list[str], place: str) -> None:
+        shutil.copy(other, Path(place, "made.so"))
+
+    monkeypatch.setattr(native, "run", compiler)
+    monkeypatch.setenv("CC", "true")
+    made = native.compiled()
+    assert native.compiled() == made and not recwarn
+    (made.parent / "tmpleft").mkdir()  # of a compile that was killed
+    (made.parent / "tmpleft" / "kernels.o").write_text("")
+    for name, damage in DAMAGE.items():
+        if name == "of another user" and os.geteuid():
+            continue
+        damage(made, other)
+        with pytest.warns(UserWarning) as told:
+            found = native.compiled()
+        assert found.read_bytes() == other.read_bytes() and native.is_ours(found), name
+        lines = [str(warning.message) for warning in told]
+        assert lines == [f"{made} is not what was built there: built again"], name
+        assert sorted(made.parent.iterdir()) == [made], name
 
 
 @needs_compiler
@@ -56,25 +92,63 @@ def test_processes_that_start_at_once_all_get_a_whole_library(folder):
         assert len(set(pool.map(lambda _: native.compiled(), range(4)))) == 1
 
 
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        (None, r"CC \['no-such-compiler'\] is no program here"),
+        ('cc "', "No closing quotation"),
+        ("#!/bin/sh\nkill -9 $$", "bad-cc could not compile the kernels: it ended with -9"),
+        ("#!/bin/sh\nsleep 60; true", "bad-cc is not done after 0.3 s"),
+        ("#!/bin/sh\nprintf '\\033[31mred\\n two' >&2; exit 1", r"kernels: \\x1b\[31mred two"),
+        ("no program", "Exec format error"),
+        ("#!/bin/sh", "No such file or directory.*made.so"),
+    ],
+)
+def test_a_compiler_of_no_use_is_one_line(script, words, folder, monkeypatch):
+    monkeypatch.setenv("CC", script or "no-such-compiler")
+    if script and "cc" not in script:
+        (folder / "bad-cc").write_text(script + "\n")
+        (folder / "bad-cc").chmod(0o755)
+        monkeypatch.setenv("CC", str(folder / "bad-cc"))
+    monkeypatch.setattr(native, "PATIENCE", 0.3)
+    with pytest.warns(
+        UserWarning, match=f"{words}.*; PyTorch's are used, which are slower$"
+    ) as told:
+        assert native.library.__wrapped__() is None
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert not list(folder.glob("__pycache__/native/*"))
+
+
+def test_nothing_is_loaded_from_a_folder_that_others_can_write_to(folder):
+    made = folder / "__pycache__" / "native"
+    made.mkdir(parents=True)
+    made.chmod(0o777)
+    with pytest.warns(UserWarning, match="others could have written what is in .*native; delete"):
+        assert native.library.__wrapped__() is None
+
+
 @pytest.mark.parametrize("why", ["no compiler", "it fails", "not wanted", "no place to write to"])
 @pytest.mark.heavy
 def test_without_them_pytorch_computes_the_same(why, folder, monkeypatch, tiny_gpt):
     model, prompts = tiny_gpt("llama"), [[5, 9, 100], [7]]
     wanted = [s.ids for s in sample(model, prompts, max_new_tokens=8, temperature=0)]
+    monkeypatch.delenv("CC", raising=False)
     if why == "no compiler":
-        monkeypatch.setenv("CC", "no-such-compiler")
+        monkeypatch.setenv("PATH", str(folder))
     elif why == "it fails":
         (folder / "kernels.c").write_text("int broken(")
     elif why == "not wanted":
         monkeypatch.setenv("STATE_OF_GPT_NATIVE", "0")
     else:
         monkeypatch.setattr(native, "FOLDER", folder / "kernels.c")
+    told = {
+        "it fails": "cc could not compile.*kernels.c:1",
+        "no place to write to": "Not a directory: .*kernels.c/__pycache__/native",
+    }
     native.library.cache_clear()
     try:
         with (
-            pytest.warns(UserWarning, match="cc could not compile.*kernels.c:1")
-            if why == "it fails"
-            else contextlib.nullcontext()
+            pytest.warns(UserWarning, match=told[why]) if why in told else contextlib.nullcontext()
         ):
             assert native.library() is None
         assert [s.ids for s in sample(model, prompts, max_new_tokens=8, temperature=0)] == wanted
