@@ -275,19 +275,27 @@ class GPT(nn.Module):
         hidden = self.trunk(ids, documents=documents, keep=keep)
         return self.head(hidden, targets, temperature, entropies)
 
-    def resize_vocabulary(self, size: int) -> None:
-        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new
-        rows are the mean of the old ones."""
+    def resize_vocabulary(self, size: int, seed: int = 0) -> range:
+        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens);
+        returns the new ids.
+
+        New rows are drawn from the normal distribution that has the mean and the covariance of the
+        old ones (Hewitt 2021): likely rows, of which no two are alike.
+        """
         old = self.config.vocab_size
         if size <= old:
-            return
+            return range(0)
         self.config = self.trunk.config = replace(self.config, vocab_size=size)
+        generator = torch.Generator().manual_seed(seed)
         for module in (self.trunk.wte, self.head):
             weight = module.weight.data
-            added = weight.mean(0, keepdim=True).expand(size - old, -1)
+            draws = torch.randn(size - old, old, generator=generator) / math.sqrt(old)
+            mean = weight.mean(0, keepdim=True)
+            added = mean + draws @ weight - draws.sum(1, keepdim=True) * mean
             module.weight = nn.Parameter(torch.cat([weight, added]))
         if self.config.tie_embeddings:
             self.head.weight = self.trunk.wte.weight
+        return range(old, size)
 
 
 class RewardModel(nn.Module):

@@ -187,6 +187,7 @@ class Tokenizer:
         self.template = template
         self.vocab_size = len(vocab)
         self.has_control = control
+        self._appended = frozenset(missing)
         self._prepare_encoding()
 
     def _prepare_encoding(self) -> None:
@@ -312,6 +313,14 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """The ids that are no text: those of CONTROL, and other special tokens of its maker."""
         return frozenset(self._special.values())
+
+    @property
+    def untaught_ids(self) -> list[int]:
+        """The control ids that a model with this tokenizer has not learned: none where it was
+        taught the chat format, else all but that of an <|endoftext|> which it had itself."""
+        known = CONTROL if self.chat else CONTROL[:1]
+        names = [name for name in CONTROL if name not in known or name in self._appended]
+        return [self._special[name] for name in names if name in self._special]
 
     @property
     def chat(self) -> bool:

@@ -151,8 +151,8 @@ def evaluate(
 
 
 def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
-    """(model, tokenizer) to start from: the parent's, or a new model with the tokenizer of the
-    config. Raises InputError when there is neither."""
+    """(model, tokenizer) to start from: the parent's, with adapters where the config asks for LoRA,
+    or a new model with the tokenizer of the config. Raises InputError when there is neither."""
     source = cfg.parent or cfg.tokenizer
     if source is None:
         raise InputError(
@@ -160,12 +160,20 @@ def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
             "or a parent"
         )
     if cfg.parent is None:
+        if cfg.lora_r:
+            why = "a new model has no weights worth freezing"
+            raise InputError(f"lora_r {cfg.lora_r}: {why}; leave it out, or name a parent")
         tokenizer = load_tokenizer(source).with_chat()
         return new_model(cfg, tokenizer.vocab_size, cfg.max_length), tokenizer
     check_context(cfg.parent, "lm", cfg.max_length, "max_length")
     raw = load_model(cfg.parent, "lm", dropout=cfg.dropout)
-    tokenizer = load_tokenizer(cfg.parent).with_chat()
-    raw.resize_vocabulary(tokenizer.vocab_size)
+    known = load_tokenizer(cfg.parent)
+    tokenizer = known.with_chat()
+    new = raw.resize_vocabulary(tokenizer.vocab_size, cfg.seed)
+    if cfg.lora_r:
+        # Frozen, what no text has taught would stay as it is: never said, roles hardly told apart.
+        learned = sorted({*known.untaught_ids, *new})
+        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, learned)
     return raw, tokenizer
 
 
@@ -263,8 +271,6 @@ def main(cfg: Config) -> None:
     preview(run, tokenizer, examples[0])
     run.say(f"training rows: {counts}; held out: {heldout_counts}")
 
-    if cfg.lora_r:
-        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model, optimizer = run.prepare(raw, adamw_for(cfg, raw))
     micro, pad_id = cfg.per_device_train_batch_size, tokenizer.pad_id
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), run.global_batch)
