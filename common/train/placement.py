@@ -47,6 +47,11 @@ def chosen_precision(asked: str) -> str:
 
 def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: Any) -> Accelerator:
     """The Accelerator of a stage. Raises InputError for what the placement cannot do."""
+    for name in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            instead = "models are split by DeepSpeed ZeRO-3"
+            fix = "accelerate launch --config_file configs/accelerate/zero3.yaml"
+            raise InputError(f"accelerate asks for {name}: not supported, {instead}: {fix}")
     gpu = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if precision == "fp16" and not gpu:
