@@ -109,9 +109,8 @@ def rows_to_messages(row: Mapping) -> list[Message]:
     """
     messages = _read_columns(row, with_answer=True)
     if row.get("label") is False:
-        raise InputError(
-            "label false: people call this answer bad, it is none to learn", "label false"
-        )
+        bad = "label false: people call this answer bad, so it is none to learn"
+        raise InputError(bad, "label false")
     last = messages[-1]["role"]
     if last != "assistant":
         found = f"the last message is the {last}'s"

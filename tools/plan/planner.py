@@ -99,9 +99,9 @@ class Plan:
             if not path.is_dir() and step.name == path.stem:
                 self.keep_only(step.name)
                 break
-        if model and not self.model_used:
-            known = "every step's model is here, or made by an earlier step of the recipe"
-            raise InputError(f"--model {model}: {known}; leave it out, or change the step's parent")
+        if model and not self.model_used and not path.is_dir():
+            known = "its models are here, or made by earlier steps of the recipe"
+            raise InputError(f"--model {model}: {path} has no use for it, {known}; leave it out")
 
     def keep_only(self, name: str) -> None:
         """Forget the steps before, which were looked at for what they hand on."""
