@@ -183,7 +183,6 @@ def test_long_prompts_are_counted_and_max_prompts_holds(setting, hooks):
     assert "1 prompts too long" in stage["gate"]["text"]
 
 
-@pytest.mark.parametrize("name", ["own_hooks:nothing", "no_such_module:rank", "own_hooks"])
 def test_the_model_samples_on_the_gpu(setting, monkeypatch):
     class Moved(Exception):
         """The place that the model was moved to."""
@@ -197,6 +196,7 @@ def test_the_model_samples_on_the_gpu(setting, monkeypatch):
         main(setting())
 
 
+@pytest.mark.parametrize("name", ["own_hooks:nothing", "no_such_module:rank", "own_hooks"])
 def test_a_wrong_hook_is_named(setting, hooks, name):
     with pytest.raises(InputError, match=name):
         main(setting(labeller=name))
