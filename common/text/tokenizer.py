@@ -45,7 +45,10 @@ ANY_CHARACTER = r"[\s\S]"
 # stay the same.
 GAPS = {PATTERN: r"\S(?= )|\n(?=\S)", GPT2_PATTERN: r"\S(?=[ \n])", ANY_CHARACTER: ANY_CHARACTER}
 # One character or more of each kind that a pattern may tell apart.
-PROBE = "".join(map(chr, range(0x250))) + "й中あא١½²Ⅷ\u0301\u200b\u2028\u3000€→\ue000\ufffd🙂"
+PROBE = (
+    "".join(map(chr, [*range(0x21, 0x250), *range(0x21)]))
+    + "й中あא١½²Ⅷ\u0301\u200b\u2028\u3000€→\ue000\ufffd🙂"
+)
 _NO_REGEX = {
     "type": "ByteLevel",
     "add_prefix_space": False,
