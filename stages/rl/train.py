@@ -359,9 +359,8 @@ def main(cfg: Config) -> None:
             run.log(step + 1, metrics, shown=SHOWN)
             samples = episode_samples(rollout, tokenizer, cfg.samples)
             run.log_samples(step + 1, samples, shown=int((step + 1) % 10 == 0))
-    gate = judge(kept["history"], steps)
     facts = {"episodes": steps * episodes, "data": {"skipped": skipped}}
-    run.publish(steps, gate, tokenizer, raw.policy, raw.critic, **facts)
+    run.publish(steps, judge(kept["history"], steps), tokenizer, raw.policy, raw.critic, **facts)
 
 
 if __name__ == "__main__":
