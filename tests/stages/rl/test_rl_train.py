@@ -662,9 +662,10 @@ def test_rollout_batch_size_is_memory_alone(setting, tmp_path, monkeypatch):
 
     monkeypatch.setattr("stages.rl.rollout.sample", noted)
     for size in (3, 256):
-        cfg = setting(rollout_batch_size=size, max_steps=1, output_dir=str(tmp_path / str(size)))
+        folder = tmp_path / str(size)
+        cfg = setting(rollout_batch_size=size, max_steps=1, samples=8, output_dir=str(folder))
         main(cfg)
-        said.append((tmp_path / str(size) / "samples.jsonl").read_text())
+        said.append((folder / "samples.jsonl").read_text())
     assert sizes == [3, 256] and Config.__pydantic_fields__["rollout_batch_size"].default == 256
     answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in said]
     assert len(answers[0]) == 8 and answers[0] == answers[1]
