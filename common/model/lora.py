@@ -86,7 +86,9 @@ def merged_state(model: GPT | RewardModel) -> dict[str, Tensor]:
 
     for name, module in model.named_modules():
         if is_parametrized(module):
-            state[f"{name}.weight"] = module.weight.detach()
+            frozen, rows = module.parametrizations.weight.original, learned_rows(module)[""]
+            # Not module.weight, for which ZeRO-3 would gather again, and wait for all processes.
+            state[f"{name}.weight"] = rows.forward(frozen).detach()
         if isinstance(module, LoraLayer):
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)
