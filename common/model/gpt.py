@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.model.attention import Context, additive, document_mask, rotary_tables, window_mask
@@ -234,13 +235,24 @@ class Head(nn.Linear):
         With targets (...) -> their log-probs (...) at `temperature` instead of logits, which then
         are never all in memory; with `entropies`, (log-probs, entropies of the distributions).
         """
-        if targets is None:
-            return super().forward(hidden)
-        logprobs, entropy = linear_logprobs(
-            hidden.flatten(0, -2), self.weight, targets.flatten(), temperature, entropies
-        )
-        logprobs = logprobs.view_as(targets)
-        return logprobs if entropy is None else (logprobs, entropy.view_as(targets))
+        return predict(hidden, self.weight, targets, temperature, entropies)
+
+
+def predict(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    temperature: float = 1.0,
+    entropies: bool = False,
+) -> Any:
+    """What a Head of this weight (V, C) gives."""
+    if targets is None:
+        return F.linear(hidden, weight)
+    logprobs, entropy = linear_logprobs(
+        hidden.flatten(0, -2), weight, targets.flatten(), temperature, entropies
+    )
+    logprobs = logprobs.view_as(targets)
+    return logprobs if entropy is None else (logprobs, entropy.view_as(targets))
 
 
 class GPT(nn.Module):

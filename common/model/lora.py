@@ -1,28 +1,47 @@
 """LoRA (Hu 2021) through peft: inject adapters into a model, merge them into its weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.nn import functional as F
 
-from common.model.gpt import GPT, RewardModel
+from common.model.gpt import GPT, RewardModel, predict
 from common.program.errors import InputError
 
 
 class LearnedRows(nn.Module):
-    """Rows of an embedding or a head that train while its others are frozen: a parametrization of
-    torch's, which stands for the whole weight."""
+    """A weight (V, C) that is frozen but for the rows of some ids, in place of a module of GPT.
 
-    def __init__(self, weight: Tensor, ids: Sequence[int]) -> None:
-        """Rows `ids` of weight (V, C) are where they start."""
+    Both are parameters of this module, as ZeRO-3 gathers those of the module that runs.
+    """
+
+    def __init__(self, weight: nn.Parameter, ids: Sequence[int], rows: nn.Parameter) -> None:
+        """rows: those of `ids`, perhaps shared by two modules as the weight is."""
         super().__init__()
+        self.weight, self.rows = weight, rows
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
-        self.rows = nn.Parameter(weight.detach()[ids].clone())
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The frozen weight (V, C) with the rows as they are now."""
-        return weight.index_copy(0, self.ids, self.rows)
+    def whole(self) -> Tensor:
+        """The weight (V, C) with its rows as they are now."""
+        return self.weight.index_copy(0, self.ids, self.rows)
+
+
+class LearnedEmbedding(LearnedRows):
+    """In place of an nn.Embedding."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., C)."""
+        return F.embedding(ids, self.whole())
+
+
+class LearnedHead(LearnedRows):
+    """In place of a Head."""
+
+    def forward(self, hidden: Tensor, *how: Any, **named: Any) -> Any:
+        """See Head."""
+        return predict(hidden, self.whole(), *how, **named)
 
 
 def add_lora(
@@ -51,44 +70,42 @@ def add_lora(
     if learned:
         learn_rows(model, learned)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or name.startswith("score.")
-    for rows in learned_rows(model).values():
-        rows.rows.requires_grad = True
+        parameter.requires_grad = "lora_" in name or name.endswith((".rows", "score.weight"))
 
 
 def learn_rows(model: GPT | RewardModel, ids: Sequence[int]) -> None:
     """Let these rows of the embedding learn, and of the head: the same ones where it is tied."""
-    shared = LearnedRows(model.trunk.wte.weight, ids)
-    register_parametrization(model.trunk.wte, "weight", shared)
+
+    def rows_of(weight: Tensor) -> nn.Parameter:
+        """A copy of them."""
+        return nn.Parameter(weight.detach()[ids].clone())
+
+    weight = model.trunk.wte.weight
+    rows = rows_of(weight)
+    model.trunk.wte = LearnedEmbedding(weight, ids, rows)
     if isinstance(model, GPT):
-        tied = model.config.tie_embeddings
-        own = shared if tied else LearnedRows(model.head.weight, ids)
-        register_parametrization(model.head, "weight", own)
+        own = rows if model.config.tie_embeddings else rows_of(model.head.weight)
+        model.head = LearnedHead(model.head.weight, ids, own)
 
 
 def learned_rows(model: nn.Module) -> dict[str, LearnedRows]:
-    """{name of a module: the rows of its weight that learn}; tied modules have the same ones."""
-    return {
-        name: module.parametrizations.weight[0]
-        for name, module in model.named_modules()
-        if is_parametrized(module)
-    }
+    """{name: module} of those of whose weights some rows learn."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LearnedRows)}
 
 
 def merged_state(model: GPT | RewardModel) -> dict[str, Tensor]:
     """The model's weights under their plain names, adapters added in: what `publish` writes."""
-    full, added = model.state_dict(), ("lora_", ".parametrizations.")
-    plain = {name: w for name, w in full.items() if not any(word in name for word in added)}
+    full = model.state_dict()
+    names = [name for name in full if "lora_" not in name and not name.endswith(".rows")]
+    plain = {name: full[name] for name in names}
     state = {name.replace(".base_layer", ""): tensor for name, tensor in plain.items()}
     if len(state) == len(full):
         return state
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
-        if is_parametrized(module):
-            frozen, rows = module.parametrizations.weight.original, learned_rows(module)[""]
-            # Not module.weight, for which ZeRO-3 would gather again, and wait for all processes.
-            state[f"{name}.weight"] = rows.forward(frozen).detach()
+        if isinstance(module, LearnedRows):
+            state[f"{name}.weight"] = module.whole().detach()
         if isinstance(module, LoraLayer):
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight + module.get_delta_weight("default").to(weight.dtype)

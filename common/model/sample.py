@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import cached
 
 from common.model.cache import KVCache
 from common.model.cpu.packed import packed
@@ -88,7 +87,7 @@ def sample(
     # Neighbours of like length share a batch: little padding in the prefill.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     results: dict[int, Sample] = {}  # by row
-    with packed(model), cached():  # rows that LoRA learns are put in once, not at every token
+    with packed(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = sample_batch(model, [prompts[row] for row in rows], uniforms[rows], how)
