@@ -1,7 +1,8 @@
 """The keys that stages share: what each is called, what it may be, what it means."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,17 @@ def refuse_overwriting(cfg: Any) -> None:
                 f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; "
                 "name another directory"
             )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError for a tracker whose package is not installed: accelerate would go on without."""
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            raise ValueError(
+                f"report_to {name}: the package is not installed; pip install {name}"
+            ) from None
 
 
 @stage_config
@@ -123,6 +135,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         refuse_overwriting(self)
+        check_trackers(self.report_to)
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps and num_train_epochs are both null: give one of the two")
 

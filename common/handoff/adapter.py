@@ -7,17 +7,36 @@ from torch import Tensor
 from common.handoff.hf import split, theirs
 from common.model.families import family_of
 from common.model.gpt import GPT, RewardModel
+from common.model.lora import learned_rows
 from common.program.files import dump, write_atomically, writing
+from common.text.tokenizer import Tokenizer
 
 
 def save_adapter(
-    model: GPT | RewardModel, folder: Path, parent: str | None, r: int, alpha: float
+    model: GPT | RewardModel,
+    folder: Path,
+    parent: str | None,
+    r: int,
+    alpha: float,
+    tokenizer: Tokenizer,
 ) -> None:
     """Write `folder`/adapter_model.safetensors and adapter_config.json, which peft opens over the
-    parent's directory. Raises Failure when they cannot be written."""
+    parent's directory. Raises Failure when they cannot be written.
+
+    Rows that were learned are peft's trainable tokens. The parent may lack them, so the tokenizer
+    goes with them: from it peft's AutoPeftModel classes see how many rows the parent must have.
+    Over a parent that was opened by hand, `parent.resize_token_embeddings(len(tokenizer))` comes
+    before `PeftModel.from_pretrained`, which else ends with an IndexError.
+    """
     from safetensors.torch import save
 
     tensors, modules = adapter_weights(model)
+    rows = {theirs(name, model.config)[0][0]: of for name, of in learned_rows(model).items()}
+    if isinstance(model, GPT) and model.config.tie_embeddings:
+        rows.pop("lm_head", None)  # peft ties it to the embedding as transformers does
+    for name, of_one in rows.items():
+        key = f"base_model.model.{name}.token_adapter.trainable_tokens_delta"
+        tensors[key] = of_one.rows.detach().cpu().clone()
     if parent and Path(parent).exists():
         parent = str(Path(parent).resolve())
     config = {
@@ -30,6 +49,10 @@ def save_adapter(
         "target_modules": sorted(modules),
         "modules_to_save": ["score"] if isinstance(model, RewardModel) else None,
         "fan_in_fan_out": bool(family_of(model.config).transposed),
+        "trainable_token_indices": {
+            name.rsplit(".", 1)[-1]: of_one.ids.tolist() for name, of_one in rows.items()
+        }
+        or None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -37,6 +60,8 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_atomically(folder / "adapter_config.json", dump(config))
+    if rows:
+        tokenizer.save(folder, model.config.max_length)
 
 
 def adapter_weights(model: GPT | RewardModel) -> tuple[dict[str, Tensor], set[str]]:

@@ -139,7 +139,7 @@ def _take(
     name: str, shape: tuple[int, ...], tensors: dict[str, Tensor], config: GPTConfig, origin: str
 ) -> Tensor:
     """Our tensor of this name and shape, out of theirs, which are taken away. Raises InputError for
-    one that is missing or of another shape."""
+    one that is missing, of another shape, or quantised."""
     family = family_of(config)
     module, kind = name.rsplit(".", 1)
     names = [f"{their}.{kind}" for their in theirs(module, config)[0]]
@@ -147,6 +147,13 @@ def _take(
         has_one = f"a {family.model_type} directory has one"
         raise InputError(f"{origin}: no tensor {missing[0]} in the weights; {has_one}")
     parts = [tensors.pop(their) for their in names]
+    for their, part in zip(names, parts, strict=True):
+        if not part.is_floating_point():
+            kind = str(part.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{origin}: {their} holds {kind} numbers, which are no weights as they are; "
+                "fetch or save the model in fp32, bf16 or fp16"
+            )
     if is_transposed(module, kind, family):
         parts = [part.t() for part in parts]
     tensor = join(module, parts, config)

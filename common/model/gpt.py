@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.model.attention import Context, additive, document_mask, rotary_tables, window_mask
@@ -234,13 +235,24 @@ class Head(nn.Linear):
         With targets (...) -> their log-probs (...) at `temperature` instead of logits, which then
         are never all in memory; with `entropies`, (log-probs, entropies of the distributions).
         """
-        if targets is None:
-            return super().forward(hidden)
-        logprobs, entropy = linear_logprobs(
-            hidden.flatten(0, -2), self.weight, targets.flatten(), temperature, entropies
-        )
-        logprobs = logprobs.view_as(targets)
-        return logprobs if entropy is None else (logprobs, entropy.view_as(targets))
+        return predict(hidden, self.weight, targets, temperature, entropies)
+
+
+def predict(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    temperature: float = 1.0,
+    entropies: bool = False,
+) -> Any:
+    """What a Head of this weight (V, C) gives."""
+    if targets is None:
+        return F.linear(hidden, weight)
+    logprobs, entropy = linear_logprobs(
+        hidden.flatten(0, -2), weight, targets.flatten(), temperature, entropies
+    )
+    logprobs = logprobs.view_as(targets)
+    return logprobs if entropy is None else (logprobs, entropy.view_as(targets))
 
 
 class GPT(nn.Module):
@@ -275,19 +287,27 @@ class GPT(nn.Module):
         hidden = self.trunk(ids, documents=documents, keep=keep)
         return self.head(hidden, targets, temperature, entropies)
 
-    def resize_vocabulary(self, size: int) -> None:
-        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens); new
-        rows are the mean of the old ones."""
+    def resize_vocabulary(self, size: int, seed: int = 0) -> range:
+        """Grow the embeddings to at least `size` ids (a parent that lacks our control tokens);
+        returns the new ids.
+
+        New rows are drawn from the normal distribution that has the mean and the covariance of the
+        old ones (Hewitt 2021): likely rows, of which no two are alike.
+        """
         old = self.config.vocab_size
         if size <= old:
-            return
+            return range(0)
         self.config = self.trunk.config = replace(self.config, vocab_size=size)
+        generator = torch.Generator().manual_seed(seed)
         for module in (self.trunk.wte, self.head):
             weight = module.weight.data
-            added = weight.mean(0, keepdim=True).expand(size - old, -1)
+            draws = torch.randn(size - old, old, generator=generator) / math.sqrt(old)
+            mean = weight.mean(0, keepdim=True)
+            added = mean + draws @ weight - draws.sum(1, keepdim=True) * mean
             module.weight = nn.Parameter(torch.cat([weight, added]))
         if self.config.tie_embeddings:
             self.head.weight = self.trunk.wte.weight
+        return range(old, size)
 
 
 class RewardModel(nn.Module):

@@ -50,7 +50,8 @@ class GPTConfig:
     tie_embeddings: bool = True
     """Input and output embedding are one matrix."""
     attention_bias: bool | None = None
-    """Biases of qkv and out; None = gpt2 has them (unless it has local layers), llama not."""
+    """Biases of qkv and out; None = gpt2 has them (unless it has local layers), llama not. A gpt2
+    with local layers has one of out alone, as GPT-Neo."""
     mlp_bias: bool | None = None
     """Biases of the MLP; None = gpt2 has them, llama not."""
     attention_pattern: tuple[str, ...] = ("full",)
@@ -124,12 +125,10 @@ class GPTConfig:
         if not self.window:
             need = "give the window, in positions, that they see"
             raise InputError(f"attention_pattern has local layers: {need}")
-        gpt2 = self.family == "gpt2"
-        if self.attention_bias or (self.mlp_bias and not gpt2):
-            wanted = "attention_bias: false" + ("" if gpt2 else " and mlp_bias: false")
+        if self.family == "llama" and (self.attention_bias or self.mlp_bias):
             raise InputError(
                 "local layers with such biases exist in no family of transformers, "
-                f"to hand them on to: set {wanted}"
+                "to hand them on to: set attention_bias: false and mlp_bias: false"
             )
 
     @property
@@ -140,7 +139,8 @@ class GPTConfig:
     @property
     def biased(self) -> tuple[str, ...]:
         """Which matrices of a block have a bias: of qkv, out, up and down."""
-        of_attention = ("qkv", "out") if self.attention_bias else ()
+        neo = self.family == "gpt2" and self.has_local_layers
+        of_attention = (("out",) if neo else ("qkv", "out")) if self.attention_bias else ()
         return of_attention + (("up", "down") if self.mlp_bias else ())
 
     @property

@@ -106,9 +106,12 @@ def rows_to_messages(row: Mapping) -> list[Message]:
 
     `messages` | `prompt` + `completion`, each text or messages | Alpaca `instruction`, `input`,
     `output` | ShareGPT `conversations` of `from`, `value`. Raises InputError naming the columns
-    found when they are none of these.
+    found when they are none of these, and for an answer that its `label` (of KTO) calls bad.
     """
     messages = _read_columns(row, with_answer=True)
+    if row.get("label") is False:
+        bad = "label false: people call this answer bad, so it is none to learn"
+        raise InputError(bad, "label false")
     last = messages[-1]["role"]
     if last != "assistant":
         found = f"the last message is the {last}'s"

@@ -44,6 +44,11 @@ ANY_CHARACTER = r"[\s\S]"
 # Where a long text may be cut, as no match of the pattern reaches across, nor looks there: the ids
 # stay the same.
 GAPS = {PATTERN: r"\S(?= )|\n(?=\S)", GPT2_PATTERN: r"\S(?=[ \n])", ANY_CHARACTER: ANY_CHARACTER}
+# One character or more of each kind that a pattern may tell apart.
+PROBE = (
+    "".join(map(chr, [*range(0x21, 0x250), *range(0x21)]))
+    + "й中あא١½²Ⅷ\u0301\u200b\u2028\u3000€→\ue000\ufffd🙂"
+)
 _NO_REGEX = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -148,6 +153,21 @@ def _bpe_parts(model: dict, pre_tokenizer: dict, added: dict[str, int]) -> _Part
     return _Parts(model, pre_tokenizer, sorted(special, key=vocab.get))
 
 
+def _chat_template(directory: Path) -> str | None:
+    """Our chat template where the directory has it, in either of the places where transformers
+    keeps one; None without, and (one warning) where it is another maker's."""
+    file, settings = directory / TEMPLATE, directory / CONFIG
+    found = None
+    if file.is_file():
+        found = file.read_text(encoding="utf-8")
+    elif settings.is_file():
+        file, found = settings, json.loads(settings.read_bytes()).get("chat_template")
+    if found not in (None, CHAT_TEMPLATE):
+        warnings.warn(f"{file}: not this project's chat format, left out", stacklevel=3)
+        return None
+    return found
+
+
 def check_text(text: str) -> str:
     """The text. Raises InputError, telling the place, when it has a lone surrogate and so no
     UTF-8."""
@@ -187,6 +207,7 @@ class Tokenizer:
         self.template = template
         self.vocab_size = len(vocab)
         self.has_control = control
+        self._appended = frozenset(missing)
         self._prepare_encoding()
 
     def _prepare_encoding(self) -> None:
@@ -265,18 +286,25 @@ class Tokenizer:
         directory = Path(directory)
         try:
             parts = _read_parts(directory)
-            template = directory / TEMPLATE
-            ours = template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
-            if template.is_file() and not ours:
-                warnings.warn(f"{template}: not this project's chat format, left out", stacklevel=2)
             # Characters are our own kind: where they have no control tokens, none are wanted.
             control = parts.model["type"] != "WordLevel" or bool(parts.special)
-            return cls(*parts, CHAT_TEMPLATE if ours else None, control)
+            made = cls(*parts, _chat_template(directory), control)
+            made.check_covers()
+            return made
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"no readable tokenizer ({type(error).__name__}: {error})"
             raise InputError(f"{directory}: {what}") from error
+
+    def check_covers(self) -> None:
+        """Raise InputError where the pattern of its maker leaves out characters, which transformers
+        would encode all the same."""
+        for char in "" if self.gap else PROBE:
+            text = f"a{char} {char}\n{char}1{char}"
+            if self.decode(self.encode(text)) != text:
+                lost = f"its pattern leaves out characters such as {char!r} (U+{ord(char):04X})"
+                raise InputError(f"{lost}, which would be lost")
 
     def with_chat(self) -> "Tokenizer":
         """The same ids, with the chat template stored beside them. Raises InputError where there
@@ -312,6 +340,14 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """The ids that are no text: those of CONTROL, and other special tokens of its maker."""
         return frozenset(self._special.values())
+
+    @property
+    def untaught_ids(self) -> list[int]:
+        """The control ids that a model with this tokenizer has not learned: none where it was
+        taught the chat format, else all but that of an <|endoftext|> which it had itself."""
+        known = CONTROL if self.chat else CONTROL[:1]
+        names = [name for name in CONTROL if name not in known or name in self._appended]
+        return [self._special[name] for name in names if name in self._special]
 
     @property
     def chat(self) -> bool:

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from common.model.gpt import GPT, RewardModel
-from common.model.lora import merged_state
+from common.model.lora import learned_rows, merged_state
 from common.program.errors import InputError
 from common.train.zero import put_zero_moments, zero_moments, zero_stage
 
@@ -47,6 +47,11 @@ def chosen_precision(asked: str) -> str:
 
 def accelerator(precision: str, micro_batch: int, max_grad_norm: float, **more: Any) -> Accelerator:
     """The Accelerator of a stage. Raises InputError for what the placement cannot do."""
+    for name in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            instead = "models are split by DeepSpeed ZeRO-3"
+            fix = "accelerate launch --config_file configs/accelerate/zero3.yaml"
+            raise InputError(f"accelerate asks for {name}: not supported, {instead}: {fix}")
     gpu = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if precision == "fp16" and not gpu:
@@ -101,10 +106,12 @@ def sampler(
 ) -> GPT:
     """A GPT to sample from in `dtype`, with the weights of `module` as they are now.
 
-    It is `module` itself, or where that is in another precision, or split over processes by ZeRO-3,
-    a copy: the one that the last call returned, if given, else a new one.
+    It is `module` itself, or where that is in another precision, split over processes by ZeRO-3, or
+    has rows that LoRA learns, a copy: the one that the last call returned, if given, else a new
+    one.
     """
-    if zero_stage(made) < 3 and dtype == next(module.parameters()).dtype:
+    as_it_is = dtype == next(module.parameters()).dtype and not learned_rows(module)
+    if zero_stage(made) < 3 and as_it_is:
         return module
     with torch.random.fork_rng(), whole(made, module):
         copy = copy or GPT(module.config).to(made.device, dtype).requires_grad_(False).eval()

@@ -39,6 +39,7 @@ LOOP = "loop.json"
 # processes is compared.
 FREE = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to"}
 FREE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+FREE |= {"rollout_batch_size"}
 
 
 class Saved(NamedTuple):

@@ -299,7 +299,8 @@ class Run:
             if self.main:
                 if self.cfg.lora_r:
                     r, alpha = self.cfg.lora_r, self.cfg.lora_alpha
-                    save_adapter(model, self.folder / "adapter", self.cfg.parent, r, alpha)
+                    folder = self.folder / "adapter"
+                    save_adapter(model, folder, self.cfg.parent, r, alpha, tokenizer)
                 publish(self.folder, model, tokenizer, report, merged_state(model))
         self.forget()
 

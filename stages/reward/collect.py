@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import Field
 from tqdm import tqdm
 
@@ -140,7 +141,8 @@ def parse(tokenizer: Tokenizer, needs_answer: bool, row: dict[str, Any]) -> Prom
 
 def sampled(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iterator[list[Entry]]:
     """For each prompt answers_per_prompt answers of the SFT model."""
-    model, each = load_model(cfg.parent, "lm"), cfg.answers_per_prompt
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, each = load_model(cfg.parent, "lm").to(device), cfg.answers_per_prompt
     repeated = [prompt.ids for prompt in prompts for _ in range(each)]
     words = {"unit": "answer", "desc": "collect", "mininterval": 1, "disable": None}
     with tqdm(total=len(repeated), **words) as bar:

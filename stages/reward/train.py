@@ -207,8 +207,12 @@ def new_reward_model(cfg: Config) -> tuple[RewardModel, Tokenizer]:
     check_context(cfg.parent, "lm", cfg.max_length, "max_length")
     parent = load_model(cfg.parent, "lm")
     tokenizer = load_tokenizer(cfg.parent)
-    parent.resize_vocabulary(tokenizer.vocab_size)
-    return RewardModel(parent.config, parent.trunk), tokenizer
+    new = parent.resize_vocabulary(tokenizer.vocab_size, cfg.seed)
+    model = RewardModel(parent.config, parent.trunk)
+    if cfg.lora_r:
+        learned = sorted({*tokenizer.untaught_ids, *new})  # nothing when the parent is of sft
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, learned)
+    return model, tokenizer
 
 
 def say_calibration(run: Run, gaps: Tensor) -> None:
@@ -245,8 +249,6 @@ def main(cfg: Config) -> None:
     heldout, heldout_counts = paired(heldout_rows, cfg.max_length)
     run.say(f"training: {counts}; held out: {heldout_counts}")
 
-    if cfg.lora_r:
-        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model, optimizer = run.prepare(raw, adamw_for(cfg, raw))
     micro, pad_id = cfg.per_device_train_batch_size, tokenizer.pad_id
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(comparisons), run.global_batch)

@@ -19,7 +19,7 @@ from common.train.log import Laps
 from common.train.run import Run
 from stages.rl.models import Models
 
-ROLLOUT_ROWS = 256  # at most so many answers are sampled at once on one process
+ROLLOUT_ROWS = 256  # answers sampled at once on one process, where the config does not say
 
 
 class Sampling(NamedTuple):

@@ -50,7 +50,7 @@ from stages.rl.experience import Experience, describe, episode_samples, rewards
 from stages.rl.learn import LearnConfig, Texts, learn
 from stages.rl.maths import next_kl_coef
 from stages.rl.models import ActorCritic, Models
-from stages.rl.rollout import Sampling, roll_out_together
+from stages.rl.rollout import ROLLOUT_ROWS, Sampling, roll_out_together
 
 # What a line on the terminal shows of a rollout; metrics.jsonl has every figure.
 SHOWN = ("score", "kl", "stop_rate", "length", "rollout_entropy", "explained_variance")
@@ -74,6 +74,9 @@ class Config(ReadsRows, LearnConfig):
     """Longer prompts are left out, and counted."""
     max_new_tokens: Positive = 80
     """Longest answer."""
+    rollout_batch_size: Positive = ROLLOUT_ROWS
+    """Answers sampled at once on one process, at most: fewer need less memory. What is sampled does
+    not depend on it."""
     max_steps: Positive | None = None
     """Number of rollouts; wins over num_train_epochs. Without either 40. Schedule and warm-up count
     rollouts too."""
@@ -317,6 +320,7 @@ def main(cfg: Config) -> None:
         stop_ids=[tokenizer.eot_id],
         pad_id=tokenizer.pad_id,
         evaluated_rows=cfg.per_device_train_batch_size,
+        sampled_rows=cfg.rollout_batch_size,
     )
     data = data_hash(cfg, prompts, shards)
     first_step, kept = run.start_or_resume(raw, optimizer, data, kl_coef=cfg.kl_coef, history=[])
@@ -355,9 +359,8 @@ def main(cfg: Config) -> None:
             run.log(step + 1, metrics, shown=SHOWN)
             samples = episode_samples(rollout, tokenizer, cfg.samples)
             run.log_samples(step + 1, samples, shown=int((step + 1) % 10 == 0))
-    gate = judge(kept["history"], steps)
     facts = {"episodes": steps * episodes, "data": {"skipped": skipped}}
-    run.publish(steps, gate, tokenizer, raw.policy, raw.critic, **facts)
+    run.publish(steps, judge(kept["history"], steps), tokenizer, raw.policy, raw.critic, **facts)
 
 
 if __name__ == "__main__":

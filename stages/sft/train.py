@@ -48,6 +48,10 @@ from common.train.optimizers import adamw_for, follow_schedule, is_due, steps_fo
 from common.train.placement import sampler
 from common.train.run import Run
 
+# Where answers end the end token must be at least so likely, or the gate fails. A model that cannot
+# tell the five control tokens apart reaches a fifth at most.
+STOPS = 0.25
+
 
 @stage_config
 class Config(ArchitectureConfig, RowsConfig):
@@ -114,14 +118,30 @@ def cut(rows: Sequence[Row], max_length: int) -> tuple[list[Example], dict[str, 
     }
 
 
+class Heldout(NamedTuple):
+    """How well held-out answers are predicted."""
+
+    loss: float  # mean, in nats a supervised token
+    stop: float  # mean probability of the end token where an answer ends; 0 where none does
+
+
+def answer_logprobs(
+    model: torch.nn.Module, examples: Sequence[Example], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(log-probs of the supervised tokens, those tokens), each (N)."""
+    ids = pad([example.ids for example in examples], pad_id).to(device)
+    mask = pad([example.mask for example in examples], 0).to(device).bool()
+    keep = mask[:, 1:]  # the head only runs where something is learned
+    targets = ids[:, 1:][keep]
+    return model(ids[:, :-1], keep, targets=targets), targets
+
+
 def loss(
     model: torch.nn.Module, examples: Sequence[Example], pad_id: int, device: torch.device
 ) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of the supervised tokens, and how many they are."""
-    ids = pad([example.ids for example in examples], pad_id).to(device)
-    mask = pad([example.mask for example in examples], 0).to(device).bool()
-    keep = mask[:, 1:]  # the head only runs where something is learned
-    return -model(ids[:, :-1], keep, targets=ids[:, 1:][keep]).sum(), int(keep.sum())
+    logprobs, targets = answer_logprobs(model, examples, pad_id, device)
+    return -logprobs.sum(), len(targets)
 
 
 def supervised_tokens(examples: Sequence[Example]) -> int:
@@ -136,23 +156,29 @@ def blank(example: Example) -> Example:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, model: torch.nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int
-) -> float:
-    """Mean loss in nats a supervised token over `examples`."""
+    run: Run,
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    tokenizer: Tokenizer,
+) -> Heldout:
+    """How well the answers of `examples` are predicted."""
     model.eval()
-    total = torch.zeros(2, device=run.device)
+    total = torch.zeros(4, device=run.device)
     for rows in share(examples, run.rank, run.processes, batch_size, blank):
         run.poll()
-        summed, count = loss(model, rows, pad_id, run.device)
-        total += torch.stack([summed, torch.tensor(float(count), device=run.device)])
+        logprobs, targets = answer_logprobs(model, rows, tokenizer.pad_id, run.device)
+        ends = targets == tokenizer.eot_id
+        counts = total.new_tensor([len(targets), int(ends.sum())])
+        total += torch.stack([-logprobs.sum(), logprobs[ends].exp().sum(), *counts])
     model.train()
-    summed, count = run.accelerator.reduce(total, "sum").tolist()
-    return summed / count
+    summed, stops, count, ends = run.accelerator.reduce(total, "sum").tolist()
+    return Heldout(summed / count, stops / max(1, ends))
 
 
 def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
-    """(model, tokenizer) to start from: the parent's, or a new model with the tokenizer of the
-    config. Raises InputError when there is neither."""
+    """(model, tokenizer) to start from: the parent's, with adapters where the config asks for LoRA,
+    or a new model with the tokenizer of the config. Raises InputError when there is neither."""
     source = cfg.parent or cfg.tokenizer
     if source is None:
         raise InputError(
@@ -160,12 +186,20 @@ def new_or_parent(cfg: Config) -> tuple[GPT, Tokenizer]:
             "or a parent"
         )
     if cfg.parent is None:
+        if cfg.lora_r:
+            why = "a new model has no weights worth freezing"
+            raise InputError(f"lora_r {cfg.lora_r}: {why}; leave it out, or name a parent")
         tokenizer = load_tokenizer(source).with_chat()
         return new_model(cfg, tokenizer.vocab_size, cfg.max_length), tokenizer
     check_context(cfg.parent, "lm", cfg.max_length, "max_length")
     raw = load_model(cfg.parent, "lm", dropout=cfg.dropout)
-    tokenizer = load_tokenizer(cfg.parent).with_chat()
-    raw.resize_vocabulary(tokenizer.vocab_size)
+    known = load_tokenizer(cfg.parent)
+    tokenizer = known.with_chat()
+    new = raw.resize_vocabulary(tokenizer.vocab_size, cfg.seed)
+    if cfg.lora_r:
+        # Frozen, what no text has taught would stay as it is: never said, roles hardly told apart.
+        learned = sorted({*known.untaught_ids, *new})
+        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, learned)
     return raw, tokenizer
 
 
@@ -243,14 +277,17 @@ def list_mistakes(run: Run, match: Match, rows: int) -> None:
 
 
 def gate_of(
-    initial: float, final: float, truncated: int, match: Match | None, heldout: int
+    initial: float, final: Heldout, truncated: int, match: Match | None, heldout: int
 ) -> Gate:
-    """Whether the held-out loss fell."""
-    text = f"held-out loss on answers {initial:.2f} -> {final:.3f} nats a token"
+    """Whether the held-out loss fell, and the end token was learned."""
+    text = f"held-out loss on answers {initial:.2f} -> {final.loss:.3f} nats a token"
+    text += f"; end token {final.stop:.0%} likely where they end"
+    if final.stop < STOPS:
+        text += f", below {STOPS:.0%}: it was not learned"
     text += f"; {truncated} rows truncated"
     if match:
         text += f"; {match.share:.2%} of {heldout} held-out answers exact"
-    return Gate(final < initial, text)
+    return Gate(final.loss < initial and final.stop >= STOPS, text)
 
 
 def main(cfg: Config) -> None:
@@ -263,8 +300,6 @@ def main(cfg: Config) -> None:
     preview(run, tokenizer, examples[0])
     run.say(f"training rows: {counts}; held out: {heldout_counts}")
 
-    if cfg.lora_r:
-        add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model, optimizer = run.prepare(raw, adamw_for(cfg, raw))
     micro, pad_id = cfg.per_device_train_batch_size, tokenizer.pad_id
     steps = steps_for(cfg.max_steps, cfg.num_train_epochs, len(examples), run.global_batch)
@@ -280,9 +315,9 @@ def main(cfg: Config) -> None:
     for step in range(first_step, steps + 1):
         run.checkpoint(step, kept)
         if step == 0 or is_due(step, cfg.eval_steps, steps):
-            eval_loss = evaluate(run, model, heldout, micro, pad_id)
-            kept.setdefault("initial", eval_loss)
-            run.log(step, {"eval_loss": eval_loss})
+            found = evaluate(run, model, heldout, micro, tokenizer)
+            kept.setdefault("initial", found.loss)
+            run.log(step, {"eval_loss": found.loss, "eval_stop": found.stop})
             if step:
                 match = log_answers(cfg, run, raw, tokenizer, heldout_rows, step)
             speed.restart()
@@ -303,8 +338,7 @@ def main(cfg: Config) -> None:
 
     if match:
         list_mistakes(run, match, len(heldout_rows))
-    losses = kept["initial"], eval_loss
-    gate = gate_of(*losses, counts["truncated"], match, len(heldout_rows))
+    gate = gate_of(kept["initial"], found, counts["truncated"], match, len(heldout_rows))
     data = {"train": counts, "eval": heldout_counts, "skipped": skipped}
     run.publish(steps, gate, tokenizer, raw, tokens_seen=kept["tokens_seen"], data=data)
 

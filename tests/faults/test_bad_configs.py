@@ -73,6 +73,7 @@ KEYS = [
     ("sft", "mixed_precision: fp8", ["mixed_precision = fp8", "auto | no | bf16 | fp16"]),
     ("sft", "lr_scheduler_type: linaer", ["lr_scheduler_type = linaer", "linear"]),
     ("sft", "on_bad_row: ignore", ["on_bad_row = ignore", "error | skip"]),
+    ("rl", "report_to: [trackio]", ["report_to trackio", "pip install trackio"]),
     ("sft", "report_to: [mlflow]", ["report_to.0 = mlflow", "tensorboard"]),
     ("sft", "lora_targets: [q_proj]", ["lora_targets.0 = q_proj", "qkv"]),
     ("sft", "lora_targets: []", ["lora_targets = []", "length >= 1"]),

@@ -22,9 +22,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.program.errors import Interrupted
+from common.text.tokenizer import Tokenizer
 from common.train import placement
 from common.train.run import Run
 from stages.rl import train as rl
+from tests.conftest import SENTENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 5, 8  # of each run, in rows over all processes
@@ -84,7 +86,7 @@ def job(settings: str, out: str, micro: str, accumulation: str, stop_before: str
 
 
 @pytest.fixture(scope="session")
-def settings(setting, tmp_path_factory) -> Path:
+def settings(setting, tmp_path_factory, tiny_gpt, stage_dir) -> Path:
     """Ragged rows, no dropout (its draws are each process's own), a gradient that is clipped, saves
     on the way; the last batch of an epoch has fewer rows than the others."""
     file, runs = tmp_path_factory.mktemp("placement") / "settings.json", {}
@@ -96,7 +98,9 @@ def settings(setting, tmp_path_factory) -> Path:
         runs[name] |= (
             {"optimizer": "muon" if "muon" in name else "adamw"} if stage == "pretrain" else {}
         )
-        runs[name] |= {"lora_r": 2} if "lora" in name else {}
+        if "lora" in name:  # over a parent without the chat format: rows learn too
+            foreign = Tokenizer.train_bpe(SENTENCES * 3, 300)
+            runs[name] |= {"lora_r": 2, "parent": stage_dir(tiny_gpt("llama", seed=1), foreign)}
         runs[name] |= {"gradient_checkpointing": stage == "reward"}
     file.write_text(json.dumps(runs))
     return file

@@ -84,6 +84,7 @@ class Plan:
     ) -> None:
         """Read the recipe and plan its steps. Raises InputError for what a stage would refuse."""
         self.gpus, self.bf16, self.vocab_size, self.model = gpus, bf16, vocab_size, model
+        self.model_used = False
         self.works: list[Work] = []
         self.assumed: list[str] = []
         self.problems: list[str] = []
@@ -98,6 +99,9 @@ class Plan:
             if not path.is_dir() and step.name == path.stem:
                 self.keep_only(step.name)
                 break
+        if model and not self.model_used and not path.is_dir():
+            known = "its models are here, or made by earlier steps of the recipe"
+            raise InputError(f"--model {model}: {path} has no use for it, {known}; leave it out")
 
     def keep_only(self, name: str) -> None:
         """Forget the steps before, which were looked at for what they hand on."""
@@ -139,6 +143,7 @@ class Plan:
             return self.shapes[parent]
         here = parent if parent and (Path(parent) / "config.json").exists() else None
         source = here or self.model or parent or ""
+        self.model_used |= source == self.model
         if (Path(source) / "config.json").exists():
             shape = load_config(source)
         elif source in PRESETS:

@@ -1,4 +1,5 @@
-"""GPT-Neo (Black 2021): our gpt2 family with local layers and no biases in attention.
+"""GPT-Neo (Black 2021): our gpt2 family with local layers, and in attention a bias of the output
+alone, or none.
 
 It does not divide scores by sqrt(D), so its queries are stored divided.
 """
@@ -22,13 +23,8 @@ NAMES: Names = {
 
 
 def import_config(raw: dict[str, Any]) -> GPTConfig:
-    """Our shape from GPT-Neo's config.json.
-
-    Its models have a bias in attention's output that none of ours with local layers has: what does
-    not say attention_bias false, which is a key of ours, is refused.
-    """
-    refuse(raw, activation_function=("gelu_new",))
-    refuse({"attention_bias": raw.get("attention_bias")}, attention_bias=(False,))
+    """Our shape from GPT-Neo's config.json."""
+    refuse(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"))
     most = MOST["n_layer"]
     kinds = [k for pattern, times in raw["attention_types"] for k in pattern * min(times, most)]
     return GPTConfig(
@@ -41,7 +37,7 @@ def import_config(raw: dict[str, Any]) -> GPTConfig:
         n_inner=raw.get("intermediate_size") or 0,
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=raw.get("tie_word_embeddings", True),
-        attention_bias=False,
+        attention_bias=raw.get("attention_bias", True),
         mlp_bias=raw.get("mlp_bias", True),
         attention_pattern=tuple("local" if kind == "local" else "full" for kind in kinds),
         window=raw["window_size"],

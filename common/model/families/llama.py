@@ -29,6 +29,8 @@ def import_config(raw: dict[str, Any], **more: Any) -> GPTConfig:
     heads, kind = raw["num_attention_heads"], rope.get("rope_type", rope.get("type", "default"))
     refuse(raw, hidden_act=("silu",), head_dim=(raw["hidden_size"] // heads, None))
     refuse({"rope_type": kind}, rope_type=("default",))
+    for place in (raw, rope):
+        refuse(place, partial_rotary_factor=(1.0, None))
     shape = {
         "family": "llama",
         "vocab_size": raw["vocab_size"],

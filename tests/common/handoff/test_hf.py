@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from common.handoff.hf import export_weights, import_weights
 from common.handoff.publish import load_model, publish
 from common.model.gpt import GPT, RewardModel
 from common.program.errors import InputError
@@ -239,6 +240,12 @@ def test_damaged_weights_of_theirs(tmp_path, damage):
         ("llama", {"model_type": "qwen2"}, ["model_type", "qwen2"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ("llama", {"head_dim": 16}, ["head_dim", "16"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            ["partial_rotary_factor 0.25"],
+        ),
         ("llama", {"num_attention_heads": "four"}, ["describes no model"]),
         ("gpt2", {"n_head": 0}, ["describes no model"]),
         (
@@ -280,6 +287,30 @@ def test_configs_of_older_transformers(tmp_path):
     assert (load_model(str(tmp_path))(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_gpt_neo_as_on_the_hub(tmp_path):
+    """Its config.json has no keys of ours; attention's output has a bias, queries are not scaled,
+    and the files hold causal masks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 64}
+    kinds = {"attention_types": [[["global", "local"], 2]], "window_size": 8, "vocab_size": 60}
+    config = transformers.GPTNeoConfig(**sizes, **kinds, bos_token_id=1, eos_token_id=1)
+    theirs = transformers.GPTNeoForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    mask = {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 64, 64).bool()}
+    save_file(tensors | mask, tmp_path / "model.safetensors")
+    model = load_model(str(tmp_path))
+    ids = torch.randint(60, (2, 40))
+    expected = theirs(ids).logits
+    assert (model(ids) - expected).abs().max() < 1e-4 * expected.abs().max()
+    again = GPT(model.config)
+    import_weights(again, export_weights(model), "again")
+    assert torch.equal(again(ids), model(ids))
+
+
 @families
 def test_weights_that_do_not_fit_are_named(tmp_path, family):
     random_parent(tmp_path, family)
@@ -293,6 +324,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path, family):
         ({name: tensor for name, tensor in tensors.items() if name != norm}, [f"no tensor {norm}"]),
         (tensors | {"visual.proj": torch.zeros(2)}, ["visual.proj", "no place"]),
         (tensors | {norm: torch.zeros(31)}, [norm, "(31,)", "(32,)"]),
+        (tensors | {norm: torch.ones(32).to(torch.int8)}, [norm, "int8", "fp32"]),
+        (tensors | {norm: torch.ones(32).bool()}, [norm, "bool"]),
+        (tensors | {norm: torch.ones(32, dtype=torch.complex64)}, [norm, "complex64"]),
     ]:
         save_file(changed, file)
         with pytest.raises(InputError) as error:

@@ -10,8 +10,9 @@ import transformers
 from common.handoff.adapter import save_adapter
 from common.handoff.hf import theirs
 from common.handoff.publish import load_model, publish
-from common.model.lora import add_lora, merged_state
+from common.model.lora import add_lora, learned_rows, merged_state
 from common.program.errors import InputError
+from common.text.tokenizer import Tokenizer
 
 ALL = ["qkv", "out", "up", "down"]
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -113,11 +114,11 @@ def test_no_target_is_refused(tiny_gpt):
 @pytest.mark.parametrize("targets", [ALL, ["qkv"], ["out"], ["up", "down"]], ids=str)
 @torch.no_grad()
 def test_peft_opens_the_adapter_over_transformers_parent(
-    peft, tiny_gpt, stage_dir, tmp_path, family, targets
+    peft, tiny_gpt, tokenizer, stage_dir, tmp_path, family, targets
 ):
     parent = stage_dir(tiny_gpt(family))
     model = with_adapters(load_model(parent), targets, r=4, alpha=6.0)
-    save_adapter(model, tmp_path / "adapter", parent, 4, 6.0)
+    save_adapter(model, tmp_path / "adapter", parent, 4, 6.0, tokenizer)
     base = transformers.AutoModelForCausalLM.from_pretrained(parent)
     assert (base(IDS).logits - model(IDS)).abs().max() > 0.1
     opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -130,11 +131,13 @@ def test_peft_opens_the_adapter_over_transformers_parent(
 
 @families
 @torch.no_grad()
-def test_peft_opens_a_reward_model_s_adapter(peft, tiny_reward, stage_dir, tmp_path, family):
+def test_peft_opens_a_reward_model_s_adapter(
+    peft, tiny_reward, tokenizer, stage_dir, tmp_path, family
+):
     parent = stage_dir(tiny_reward(family, shift=0.25))
     model = with_adapters(load_model(parent, "reward"), ALL)
     model.score.weight.mul_(-1.5)  # the head was trained too
-    save_adapter(model, tmp_path / "adapter", parent, 3, 12.0)
+    save_adapter(model, tmp_path / "adapter", parent, 3, 12.0, tokenizer)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(parent)
     opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = IDS.clone()
@@ -142,6 +145,61 @@ def test_peft_opens_a_reward_model_s_adapter(peft, tiny_reward, stage_dir, tmp_p
         ids[row, length:] = 296  # <|pad|>
     expected = opened(ids).logits[:, 0] - 0.25
     assert (model(ids, LENGTHS) - expected).abs().max() < 1e-3
+
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_peft_opens_learned_rows_over_a_parent_without_them(
+    peft, tiny_gpt, tokenizer, stage_dir, tmp_path, family, tied
+):
+    """The parent has 297 ids, the tokenizer 300; one of the rows that learn is the parent's."""
+    foreign = Tokenizer.characters(["abc"], control=False)
+    parent = stage_dir(tiny_gpt(family, vocab_size=297, tie_embeddings=tied), foreign)
+    model = load_model(parent)
+    new = model.resize_vocabulary(300)
+    learned = [295, *new]
+    add_lora(model, 4, 6.0, ALL, learned)
+    before = model(IDS)
+    for rows in learned_rows(model).values():
+        rows.rows.add_(torch.randn(rows.rows.shape))
+    ids = torch.cat([IDS, torch.tensor([learned] * 3)], dim=1)
+    expected = model(ids)
+    assert (model(IDS)[..., 295:] - before[..., 295:]).abs().max() > 0.1
+    save_adapter(model, tmp_path / "adapter", parent, 4, 6.0, tokenizer)
+    plain = tiny_gpt(family, seed=7, tie_embeddings=tied)
+    plain.load_state_dict(merged_state(model))
+    assert torch.equal(plain(ids), expected)
+
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(parent)
+    with pytest.raises(IndexError):  # forgotten, it does not pass unnoticed
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids)
+    base = transformers.AutoModelForCausalLM.from_pretrained(parent)
+    base.resize_token_embeddings(300)
+    by_hand = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    for one in (opened, by_hand, by_hand.merge_and_unload()):
+        assert (one(ids).logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_the_rows_named_learn(tiny_gpt, family, tied):
+    model = tiny_gpt(family, tie_embeddings=tied)
+    before = {name: weight.clone() for name, weight in merged_state(model).items()}
+    add_lora(model, 2, 4.0, ["qkv"], [3, 299])
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = {name for name in learning if "lora_" not in name}
+    assert len(others) == (1 if tied else 2) and all(name.endswith(".rows") for name in others)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 0.1)
+    model(IDS, targets=IDS).sum().backward()
+    optimizer.step()
+    after = merged_state(model)
+    for name in ("trunk.wte.weight", "head.weight"):
+        changed = (after[name] != before[name]).any(1).nonzero().flatten().tolist()
+        assert changed == [3, 299] or (name == "trunk.wte.weight" and changed == [3])
+    tied_now = torch.equal(after["trunk.wte.weight"], after["head.weight"])
+    assert tied_now == tied
 
 
 @families

@@ -12,7 +12,8 @@ import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
 from common.program.errors import InputError
-from common.text.tokenizer import CONTROL, PATTERN, Tokenizer
+from common.text.template import CHAT_TEMPLATE
+from common.text.tokenizer import CONFIG, CONTROL, PATTERN, Tokenizer
 
 STORY = (
     "The cat's hat: 17 and 2024 hats! It isn't 3.14, we'll see.\r\n\n"
@@ -271,6 +272,52 @@ def test_foreign_chat_template_is_not_taken_over(tmp_path):
     (source / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.warns(UserWarning, match=r"chat_template\.jinja: not this project's chat format"):
         assert not Tokenizer.load(source).chat
+
+
+def test_foreign_chat_template_inside_the_settings(bpe, tmp_path):
+    """Where transformers before 2025 kept it; ours may stand there too."""
+    bpe.save(tmp_path)
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    for template in ("{{ messages }}", [{"name": "default", "template": "x"}]):
+        (tmp_path / CONFIG).write_text(json.dumps(settings | {"chat_template": template}))
+        with pytest.warns(UserWarning, match=r"tokenizer_config\.json: not this project's chat"):
+            assert not Tokenizer.load(tmp_path).chat
+    (tmp_path / CONFIG).write_text(json.dumps(settings | {"chat_template": CHAT_TEMPLATE}))
+    assert Tokenizer.load(tmp_path).chat
+
+
+def test_a_pattern_that_leaves_characters_out_is_refused(bpe, tmp_path):
+    """transformers keeps what no match covers as pieces of their own; tiktoken drops it."""
+    bpe.save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    content = json.loads(text)
+    for pattern, lost in ((r"\p{L}+|\s+|\p{N}", r"'!' \(U\+0021\)"), (r"[^\p{Lo}]+", "'ª'")):
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"leaves out characters such as {lost}"):
+            Tokenizer.load(tmp_path)
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\P{L}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path).decode([64]) == "a"
+
+
+def test_untaught_ids(bpe, tmp_path):
+    """A model of a directory without the chat format knows its own <|endoftext|> at most."""
+    for tokenizer, untaught in (
+        (bpe, [416, 417, 418, 419]),
+        (bpe.with_chat(), []),
+        (Tokenizer.load(gpt2_directory(tmp_path / "gpt2", "vocab.json")), [261, 262, 263, 264]),
+    ):
+        if tokenizer is not bpe:
+            assert tokenizer.untaught_ids == untaught
+        tokenizer.save(tmp_path / "saved")
+        again = Tokenizer.load(tmp_path / "saved")
+        assert again.untaught_ids == untaught
+    foreign = gpt2_directory(tmp_path / "bare", "vocab.json")
+    vocab = json.loads((foreign / "vocab.json").read_text())
+    del vocab["<|endoftext|>"]
+    (foreign / "vocab.json").write_text(json.dumps(vocab))
+    assert Tokenizer.load(foreign).untaught_ids == [260, 261, 262, 263, 264]
 
 
 def test_a_million_spaces(bpe, tmp_path):

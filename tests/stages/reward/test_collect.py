@@ -183,6 +183,19 @@ def test_long_prompts_are_counted_and_max_prompts_holds(setting, hooks):
     assert "1 prompts too long" in stage["gate"]["text"]
 
 
+def test_the_model_samples_on_the_gpu(setting, monkeypatch):
+    class Moved(Exception):
+        """The place that the model was moved to."""
+
+    def to(model, device):
+        raise Moved(device.type)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("common.model.gpt.GPT.to", to)
+    with pytest.raises(Moved, match="cuda"):
+        main(setting())
+
+
 @pytest.mark.parametrize("name", ["own_hooks:nothing", "no_such_module:rank", "own_hooks"])
 def test_a_wrong_hook_is_named(setting, hooks, name):
     with pytest.raises(InputError, match=name):

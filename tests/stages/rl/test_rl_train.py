@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common.config.schema import load
 from common.handoff.publish import load_model
+from common.model.sample import sample
 from common.program.errors import InputError
 from common.rows.shards import Shards
 from common.rows.sources import Row
@@ -650,6 +651,24 @@ def test_lora_trains_adapters_and_publishes_the_sum(setting):
     low = (adapter[f"base_model.model.{key}.lora_{side}.weight"] for side in "BA")
     delta = (16 / 2) * torch.mm(*low)  # lora_alpha / lora_r
     torch.testing.assert_close(b[f"{key}.weight"] - a[f"{key}.weight"], delta, atol=1e-5, rtol=1e-4)
+
+
+def test_rollout_batch_size_is_memory_alone(setting, tmp_path, monkeypatch):
+    sizes, said = [], []
+
+    def noted(*words, batch_size, **settings):
+        sizes.append(batch_size)
+        return sample(*words, batch_size=batch_size, **settings)
+
+    monkeypatch.setattr("stages.rl.rollout.sample", noted)
+    for size in (3, 256):
+        folder = tmp_path / str(size)
+        cfg = setting(rollout_batch_size=size, max_steps=1, samples=8, output_dir=str(folder))
+        main(cfg)
+        said.append((folder / "samples.jsonl").read_text())
+    assert sizes == [3, 256] and Config.__pydantic_fields__["rollout_batch_size"].default == 256
+    answers = [[json.loads(line)["answer"] for line in text.splitlines()] for text in said]
+    assert len(answers[0]) == 8 and answers[0] == answers[1]
 
 
 def test_long_prompts_are_counted(tokenizer):

@@ -12,10 +12,21 @@ from common.handoff.locate import load_tokenizer
 from common.handoff.publish import load_model
 from common.model.sample import sample
 from common.program.errors import InputError
-from common.rows.sources import Row, read_rows
-from common.text.chat import prompt_ids
+from common.rows.sources import BadRows, Row, read_rows
+from common.text.chat import prompt_ids, render, rows_to_messages
+from common.text.tokenizer import _BYTE_OF, Tokenizer
 from common.train.run import Run
-from stages.sft.train import Config, Example, cut, evaluate, loss, main, parse
+from stages.sft.train import (
+    Config,
+    Example,
+    Heldout,
+    cut,
+    evaluate,
+    gate_of,
+    loss,
+    main,
+    parse,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -136,6 +147,16 @@ def test_a_bad_row_is_named_by_file_and_line(tokenizer, tmp_path):
         read_rows(str(file), partial(parse, tokenizer))
 
 
+def test_answers_that_people_call_bad_are_not_imitated(tokenizer, tmp_path):
+    rows = [{"prompt": "Hi", "completion": "Yes", "label": label} for label in (True, False, None)]
+    (tmp_path / "kto.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, bad = str(tmp_path / "kto.jsonl"), BadRows("skip")
+    assert len(read_rows(source, partial(parse, tokenizer), bad)) == 2
+    assert bad.counts == {"label false": 1}
+    with pytest.raises(InputError, match=r"kto\.jsonl:2: label false"):
+        read_rows(source, partial(parse, tokenizer))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_loss_equals_brute_force_on_ragged_rows(family, tokenizer, tiny_gpt):
     model = tiny_gpt(family)
@@ -169,7 +190,7 @@ def test_evaluation_is_a_mean_over_tokens_whatever_the_batch(tokenizer, tiny_gpt
     ]
     cfg = setting()
     run = Run(cfg, "sft", "lm")
-    found = [evaluate(run, model, examples, size, tokenizer.pad_id) for size in (1, 2, 5)]
+    found = [evaluate(run, model, examples, size, tokenizer).loss for size in (1, 2, 5)]
     summed, count = loss(model, examples, tokenizer.pad_id, torch.device("cpu"))
     assert found == pytest.approx([float(summed.detach()) / count] * 3, rel=1e-5)
 
@@ -260,6 +281,44 @@ def test_lora_is_published_merged_with_the_adapter_beside(setting):
         2,
         32,
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_learns_the_rows_that_a_foreign_base_lacks(tied, setting, tiny_gpt, stage_dir):
+    """A base of bytes alone: all five control tokens are new."""
+    model = {"type": "BPE", "vocab": {char: i for i, char in enumerate(_BYTE_OF)}, "merges": []}
+    own_regex = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    foreign = Tokenizer(model, own_regex, control=False)
+    base = stage_dir(tiny_gpt("gpt2", vocab_size=256, tie_embeddings=tied), foreign)
+    cfg = setting(parent=base, lora_r=8, max_steps=80, learning_rate=3e-2, max_grad_norm=10.0)
+    main(cfg)
+    tokenizer, trained = load_tokenizer(cfg.output_dir), load_model(cfg.output_dir)
+    parent = load_model(base)
+    for ours, theirs in ((trained.trunk.wte, parent.trunk.wte), (trained.head, parent.head)):
+        assert torch.equal(ours.weight[:256], theirs.weight)  # the others are frozen
+        assert len(ours.weight[256:].unique(dim=0)) == 5
+    rows = [render(tokenizer, rows_to_messages({"prompt": p, "completion": c})) for p, c in PAIRS]
+    with torch.no_grad():
+        logits = [trained(torch.tensor([ids[:-1]]))[0, -1] for ids, _ in rows]
+    stops = [float(at_end.softmax(-1)[tokenizer.eot_id]) for at_end in logits]
+    assert sum(stops) / len(stops) > 0.5
+    stage = json.loads(open(f"{cfg.output_dir}/stage.json").read())  # noqa: PTH123, SIM115
+    assert stage["gate"]["passed"]
+    assert stage["metrics"]["eval_stop"] == pytest.approx(sum(stops) / len(stops), abs=1e-3)
+
+
+def test_the_gate_fails_where_the_end_was_not_learned():
+    learned, unlearned = Heldout(1.0, 0.3), Heldout(1.0, 0.2)
+    assert gate_of(2.0, learned, 0, None, 9).passed
+    assert not gate_of(1.0, learned, 0, None, 9).passed
+    gate = gate_of(2.0, unlearned, 0, None, 9)
+    assert not gate.passed and "end token 20% likely" in gate.text
+
+
+def test_lora_wants_a_parent(setting, tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match="lora_r 2: a new model has no weights worth freezing"):
+        main(setting(parent=None, tokenizer=str(tmp_path / "tokenizer"), lora_r=2))
 
 
 def test_a_new_model_learns_to_answer_exactly(setting, tmp_path, tokenizer, capsys):

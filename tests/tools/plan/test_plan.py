@@ -250,6 +250,7 @@ def test_critic_and_reward_model_have_each_their_own_shape(tmp_path, capsys):
         (["configs/nowhere"], "configs/nowhere: no such"),
         (["configs/demo/compare.yaml"], "not a step that trains or samples"),
         (["configs/gpt2-finetune", "--model", "runs/nowhere"], "runs/nowhere is not here"),
+        (["configs/demo/rl.yaml", "--model", "gpt2"], "--model gpt2: configs/demo/rl.yaml has no"),
     ],
 )
 def test_mistakes_are_one_line(argv, words, monkeypatch):

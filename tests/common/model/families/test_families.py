@@ -18,6 +18,7 @@ SHAPES = [
     ("gpt2", {"family": "gpt2", "attention_bias": False, "mlp_bias": False}),
     ("gpt_neo", {"family": "gpt2", **LOCAL}),
     ("gpt_neo", {"family": "gpt2", **LOCAL, "mlp_bias": False}),
+    ("gpt_neo", {"family": "gpt2", **LOCAL, "attention_bias": True}),
     ("llama", {"tie_embeddings": False, "norm_eps": 1e-3, "n_inner": 40}),
     ("llama", {"n_kv_head": 2, "rope_theta": 500.0, "attention_bias": True, "mlp_bias": True}),
     ("ministral", {**LOCAL, "n_kv_head": 1}),
