@@ -4,7 +4,7 @@ from a word of the command line.
 All of it is taken from the JSON schema that pydantic makes of the class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pydantic
@@ -28,6 +28,7 @@ BOUNDS = {
     "maximum": "<=",
     "minItems": "length >=",
 }
+PATH = "path"  # the `format` of a string that names what is read
 LONGEST_SCALAR = 100  # characters; a longer word is no number, and int() refuses very long digits
 
 
@@ -75,6 +76,18 @@ def _describe_kind(name: str, kind: Schema) -> str:
 def choices(kind: Schema) -> list[Any]:
     """The values of a Literal; empty for other types."""
     return kind.get("enum") or ([kind["const"]] if "const" in kind else [])
+
+
+def inputs_of(cfg: Any) -> Iterator[tuple[str, str]]:
+    """(key, path) of every file, folder or Hub id that a config names to be read: the values of its
+    keys of type InputPath, in lists too."""
+    for key, schema in schemas_of(type(cfg)).items():
+        kinds = (kind.get("items", kind) for kind in kinds_of(schema).values())
+        if any(kind.get("format") == PATH for kind in kinds):
+            value = getattr(cfg, key)
+            yield from (
+                (key, path) for path in (value if isinstance(value, list) else [value]) if path
+            )
 
 
 def from_text(text: str, schema: Schema) -> Any:
