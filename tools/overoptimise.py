@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from common.config.schema import InputPath, OutputDir, cli, stage_config
+from common.config.schema import InputPath, OutputDir, RowsPath, cli, stage_config
 from common.handoff.locate import lineage, load_tokenizer, read_stage
 from common.handoff.ownership import claim
 from common.handoff.publish import load_model
@@ -66,7 +66,7 @@ class Config:
     """The reward model, for best-of-n; null = the one that the runs used."""
     reference: InputPath | None = None
     """The model that best-of-n draws from; null = the one that the runs' KL is measured from."""
-    prompts: InputPath | None = None
+    prompts: RowsPath | None = None
     """Prompts for best-of-n; null = leave it out."""
     best_of: Annotated[int, Field(gt=0)] = 64
     """Largest n."""

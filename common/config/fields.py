@@ -5,7 +5,7 @@ All of it is taken from the JSON schema that pydantic makes of the class.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
@@ -28,7 +28,7 @@ BOUNDS = {
     "maximum": "<=",
     "minItems": "length >=",
 }
-PATH = "path"  # the `format` of a string that names what is read
+PATH, ROWS = "path", "rows"  # `format` of a string that names what is read
 LONGEST_SCALAR = 100  # characters; a longer word is no number, and int() refuses very long digits
 
 
@@ -78,16 +78,23 @@ def choices(kind: Schema) -> list[Any]:
     return kind.get("enum") or ([kind["const"]] if "const" in kind else [])
 
 
-def inputs_of(cfg: Any) -> Iterator[tuple[str, str]]:
-    """(key, path) of every file, folder or Hub id that a config names to be read: the values of its
-    keys of type InputPath, in lists too."""
+class Input(NamedTuple):
+    """What a config names to be read."""
+
+    key: str
+    path: str  # a file, a folder or a Hub id
+    is_rows: bool  # of a folder all files are read
+
+
+def inputs_of(cfg: Any) -> Iterator[Input]:
+    """The values of all keys of the types InputPath and RowsPath, those in lists too."""
     for key, schema in schemas_of(type(cfg)).items():
         kinds = (kind.get("items", kind) for kind in kinds_of(schema).values())
-        if any(kind.get("format") == PATH for kind in kinds):
-            value = getattr(cfg, key)
-            yield from (
-                (key, path) for path in (value if isinstance(value, list) else [value]) if path
-            )
+        formats = {kind["format"] for kind in kinds if kind.get("format") in (PATH, ROWS)}
+        value = getattr(cfg, key)
+        for path in value if isinstance(value, list) else [value]:
+            if formats and path is not None:
+                yield Input(key, path, ROWS in formats)
 
 
 def from_text(text: str, schema: Schema) -> Any:

@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 import pydantic
 
 from common.config.command_line import CLI, did_you_mean, parse
-from common.config.fields import PATH, describe, kinds_of, schemas_of
+from common.config.fields import PATH, ROWS, describe, kinds_of, schemas_of
 from common.config.strict_yaml import read_yaml
 from common.program.allocator import keep_freed_memory
 from common.program.entry import guard
@@ -68,8 +67,8 @@ def check_input_path(path: str) -> str:
 def refuse_tilde(path: str) -> None:
     """Raise ValueError for a path that a shell would have expanded: here it would mean a folder of
     the name `~`."""
-    if (home := os.path.expanduser(path)) != path:
-        raise ValueError(f"`~` is not expanded here; write {home}")
+    if path.startswith("~"):
+        raise ValueError("`~` is not expanded here; write the path in full")
 
 
 OutputDir = Annotated[str, pydantic.AfterValidator(check_output_dir)]
@@ -78,6 +77,11 @@ InputPath = Annotated[
     str,
     pydantic.AfterValidator(check_input_path),
     pydantic.WithJsonSchema({"type": "string", "format": PATH}),
+]
+RowsPath = Annotated[  # as common.rows.sources reads them
+    str,
+    pydantic.AfterValidator(check_input_path),
+    pydantic.WithJsonSchema({"type": "string", "format": ROWS}),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.config.schema import InputPath, OutputDir, stage_config
+from common.config.schema import InputPath, OutputDir, RowsPath, stage_config
 from common.program.errors import InputError
 from common.rows.batches import hold_out
 from common.rows.sources import BadRows, Row, read_rows
@@ -123,9 +123,9 @@ class TrainConfig:
 class RowsConfig(ReadsRows, TrainConfig):
     """Keys of the stages that train on rows and hold some out."""
 
-    train_data: InputPath
+    train_data: RowsPath
     """Rows: .jsonl, .json, .parquet, a folder of these, or a Hub data set."""
-    eval_data: InputPath | None = None
+    eval_data: RowsPath | None = None
     """Held-out rows; null = rows of the last eval_fraction of the prompts in train_data."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts held out when there is no eval_data."""

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from common.config.fields import inputs_of
+from common.config.fields import Input, inputs_of
 from common.handoff.report import STAGE
 from common.program.errors import InputError
 from common.program.files import MANIFEST, dump, write_atomically
@@ -32,9 +32,9 @@ def claim(
     another wrote.
     """
     folder, names = Path(cfg.output_dir), (*names, STAGE, MANIFEST)
-    for key, path in inputs_of(cfg):
-        refuse_input(folder, key, path, names)
-    there = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for given in inputs_of(cfg):
+        refuse_input(folder, given, names)
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     taken = [entry for entry in there if any(fnmatchcase(entry, name) for name in names)]
     writer = writer_of(folder)
     if taken and not resumes and writer != stage:
@@ -50,9 +50,10 @@ def claim(
     return folder
 
 
-def refuse_input(folder: Path, key: str, path: str, names: Sequence[str]) -> None:
+def refuse_input(folder: Path, given: Input, names: Sequence[str]) -> None:
     """Raise InputError when a program that writes `names` in `folder` would overwrite this input,
     or read its own output as rows."""
+    key, path, is_rows = given
     out, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     if real == out:
         same = f"output_dir {folder}: is {key} too, which would be overwritten"
@@ -62,8 +63,7 @@ def refuse_input(folder: Path, key: str, path: str, names: Sequence[str]) -> Non
         if any(fnmatchcase(entry, name) for name in names):
             lies = f"{key} {path}: lies in output_dir {folder}, where {entry} would be overwritten"
             raise InputError(f"{lies}; name another directory")
-    model = any((real / name).exists() for name in ("config.json", "shards.json"))
-    if out.is_relative_to(real) and real.is_dir() and not model:
+    if is_rows and out.is_relative_to(real) and real.is_dir():
         lies = f"output_dir {folder}: lies in {key} {path}, of which all files are read"
         raise InputError(f"{lies}; name a directory outside")
 

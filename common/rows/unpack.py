@@ -88,6 +88,9 @@ def check_utf8(text: str, line: int = 0, column: int = 0) -> str:
 
     Raises InputError naming the place of the first byte that is no UTF-8.
     """
+    if text.count("\0") * 4 > len(text):  # bytes of UTF-16, all of which happen to be UTF-8 too
+        told = "every other byte is 0, as in UTF-16; convert it first (iconv -f utf-16le -t utf-8)"
+        raise InputError(told, "not UTF-8")
     try:
         text.encode()
     except UnicodeEncodeError as error:

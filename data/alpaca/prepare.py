@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from common.config.schema import InputPath, OutputDir, cli, stage_config
+from common.config.schema import OutputDir, RowsPath, cli, stage_config
 from common.handoff.ownership import claim
 from common.handoff.report import Gate, publish_rows, stage_report
 from common.program.errors import InputError
@@ -29,7 +29,7 @@ FILES = tuple(
 class Config:
     """Split instructions for the four stages."""
 
-    instructions: InputPath
+    instructions: RowsPath
     """Alpaca-like file: rows with instruction, (input,) output; or prompt, completion; or
     messages."""
     output_dir: OutputDir

@@ -27,7 +27,15 @@ from tqdm import tqdm
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import InputPath, OutputDir, cli, fingerprint, stage_config, to_dict
+from common.config.schema import (
+    InputPath,
+    OutputDir,
+    RowsPath,
+    cli,
+    fingerprint,
+    stage_config,
+    to_dict,
+)
 from common.config.training import ReadsRows, Seed
 from common.handoff.locate import load_tokenizer
 from common.handoff.ownership import claim
@@ -58,7 +66,7 @@ OWN_TOKENIZERS = ("bpe", "characters")  # what `tokenizer` may be beside a direc
 class Config(ReadsRows):
     """Tokenise text into shards for pretraining."""
 
-    train_data: Annotated[list[InputPath], Field(min_length=1)]
+    train_data: Annotated[list[RowsPath], Field(min_length=1)]
     """Files, folders or Hub data sets (name or name:config): .txt, .jsonl, .json or .parquet, each
     also .gz or .zst, with a `text` column or an SFT format."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None

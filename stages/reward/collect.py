@@ -28,7 +28,7 @@ from tqdm import tqdm
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import InputPath, OutputDir, cli, fingerprint, stage_config
+from common.config.schema import InputPath, OutputDir, RowsPath, cli, fingerprint, stage_config
 from common.config.training import ReadsRows, Seed
 from common.handoff.locate import content_of_model, lineage, load_tokenizer
 from common.handoff.ownership import claim
@@ -60,7 +60,7 @@ class Config(ReadsRows):
 
     parent: InputPath
     """The SFT model that answers."""
-    train_data: InputPath
+    train_data: RowsPath
     """Prompts: rows with `prompt`, or SFT rows, whose answer then serves as reference."""
     output_dir: OutputDir
     """Where comparisons.jsonl and eval.jsonl go."""
@@ -69,7 +69,7 @@ class Config(ReadsRows):
     contrast: str | None = None
     """module:function (prompt, rng) -> [(kind, answer)]: further answers ranked beside the
     samples."""
-    pairs: list[InputPath] = []
+    pairs: list[RowsPath] = []
     """Files of comparisons by people: rows with `chosen` and `rejected`."""
     answers_per_prompt: Annotated[int, Field(gt=0)] = 4
     """K: samples drawn for each prompt."""
@@ -207,7 +207,7 @@ def rank_answers(
             raise InputError(f"{who}, prompt {text[:60]!r}: {number}")
     else:
         entries = [Entry(prompt.reference or "", "reference", True), *entries]
-        ranks = [0] + [1] * (len(entries) - 1)
+        ranks = [0, *[1] * (len(entries) - 1)]
     return {
         "prompt": prompt.messages,
         "answers": [entry.text for entry in entries],

@@ -22,7 +22,7 @@ from torch import nn
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import InputPath, cli, fingerprint, stage_config
+from common.config.schema import InputPath, RowsPath, cli, fingerprint, stage_config
 from common.config.training import (
     NonNegative,
     Positive,
@@ -68,7 +68,7 @@ class Config(ReadsRows, LearnConfig):
     """Directory of the reward model."""
     critic: InputPath | None = None
     """Directory that the critic starts from; null = the reward model."""
-    train_data: InputPath
+    train_data: RowsPath
     """Prompts: rows with `prompt`, or SFT rows whose answers are ignored."""
     max_prompt_length: Positive = 96
     """Longer prompts are left out, and counted."""

@@ -22,7 +22,7 @@ from pydantic import Field
 from rich.console import Console
 
 from common.config.command_line import CLI
-from common.config.schema import InputPath, OutputDir, cli, stage_config
+from common.config.schema import InputPath, OutputDir, RowsPath, cli, stage_config
 from common.handoff.locate import lineage, load_tokenizer
 from common.handoff.ownership import claim
 from common.handoff.publish import load_config, load_model
@@ -52,7 +52,7 @@ class Config:
     """Model directories or Hub ids (also without --models), in the order base, sft, rl."""
     prompt: str | None = None
     """A prompt."""
-    prompts: InputPath | None = None
+    prompts: RowsPath | None = None
     """A file of prompts: rows with `prompt` or `messages` (.jsonl, .json, .parquet), or a .txt
     file, one a line."""
     limit: Annotated[int, Field(gt=0)] | None = None
@@ -77,7 +77,7 @@ class Config:
     """Directory of the model that KL is measured from."""
     gold: str | None = None
     """Module with judge(prompt, answer, stopped), the ground truth, e.g. data.demo.gold."""
-    comparisons: InputPath | None = None
+    comparisons: RowsPath | None = None
     """Rows of answers to held-out prompts, on which the reward model's accuracy against gold is
     measured. With best_of: rows of its prompts, and the reference's own answers to each beside
     them."""
