@@ -17,7 +17,7 @@ from common.handoff.report import STAGE
 from common.program.errors import InputError
 from common.program.files import MANIFEST, dump, write_atomically
 
-OWNER = ".owner.json"
+OWNER = ".owner"
 
 
 def claim(

@@ -172,3 +172,10 @@ def test_a_damaged_directory_is_refused(published):
             with pytest.raises(InputError):
                 read()
             file.write_bytes(content)
+
+
+def test_other_names_beside_the_states(tmp_path):
+    """No step's number, though a digit to isdigit()."""
+    for name in ("step-\u00b2", "step-", "step-x", "step-4.tmp", "notes"):
+        (tmp_path / name).mkdir()
+    assert newest_state(tmp_path) is None
