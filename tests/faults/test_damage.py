@@ -26,13 +26,14 @@ UPDATES = {"rl": 4}
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All that the directory vouches for: not the logs, nor what an unfinished run keeps beside."""
+    """All that the directory vouches for: not the logs, nor what an unfinished run keeps beside,
+    nor the hidden note of whose folder it is."""
     found = [
         path
         for path in folder.rglob("*")
         if path.is_file() and "state" not in path.relative_to(folder).parts
     ]
-    return sorted(path for path in found if path.suffix != ".jsonl")
+    return sorted(path for path in found if path.suffix != ".jsonl" and path.name[0] != ".")
 
 
 def flip(file: Path, rng: random.Random) -> str:

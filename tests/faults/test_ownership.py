@@ -202,3 +202,13 @@ def test_a_model_without_manifest_is_told_by_its_weights(stage, setting, tmp_pat
     assert ended.code == 2 and f"content of {key}" in ended.err, ended.err
     weights.write_bytes(before)
     assert child(stage, keys).code == 0
+
+
+def test_shards_of_an_earlier_release_are_gone_on_from(program, write, tmp_path):
+    """An interrupted prepare has neither marker nor stage.json, but its journal."""
+    config = str(write("prepare", "weights: [1]"))
+    assert program("prepare", "--config", config).code == 0
+    for name in (OWNER, "stage.json", "shards.json", "manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    ended = program("prepare", "--config", config)
+    assert ended.code == 0 and "going on from" in ended.out, ended.err
