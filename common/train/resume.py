@@ -211,7 +211,7 @@ def identity(cfg: TrainConfig, global_batch: int) -> dict[str, Any]:
     config = {key: value for key, value in to_dict(cfg).items() if key not in FREE}
     parent = lineage(cfg.parent).get("parent_hash")
     models = {
-        f"content of {key}": content_of_model(path) for key in MODELS if (path := config.get(key))
+        f"{key}'s content": content_of_model(path) for key in MODELS if (path := config.get(key))
     }
     return {**config, **models, "parent_hash": parent, "global_batch": global_batch}
 
@@ -225,7 +225,7 @@ def with_new_keys(noted: dict[str, Any], cfg: TrainConfig, now: dict[str, Any]) 
         for key, field in fields.items()
         if not field.is_required() and key not in FREE
     }
-    contents = {key: value for key, value in now.items() if key.startswith("content of ")}
+    contents = {key: value for key, value in now.items() if key.endswith("'s content")}
     return gained | contents | noted
 
 

@@ -199,7 +199,7 @@ def test_a_model_without_manifest_is_told_by_its_weights(stage, setting, tmp_pat
     before = weights.read_bytes()
     weights.write_bytes(before[:-4] + b"\0\0\0\1")
     ended = child(stage, keys)
-    assert ended.code == 2 and f"content of {key}" in ended.err, ended.err
+    assert ended.code == 2 and f"{key}'s content" in ended.err, ended.err
     weights.write_bytes(before)
     assert child(stage, keys).code == 0
 
