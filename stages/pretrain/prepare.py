@@ -84,7 +84,7 @@ class Config(ReadsRows):
     """Share of the text held out for evaluation."""
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
     """Tokens in one shard file."""
-    num_proc: Annotated[int, Field(gt=0)] | None = None
+    num_proc: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Processes that tokenise; null: one a core, or just one for less than 100 MB of text. The
     shards are the same."""
     seed: Seed = 0
