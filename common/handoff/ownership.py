@@ -26,10 +26,9 @@ def claim(
     """Make cfg.output_dir the folder of this stage, and return it.
 
     names: patterns of the files and folders that the stage may write there, beside stage.json and
-    the manifest. resumes: the folder is
-    known to be of this very run. mark: this process is the one that writes. Raises InputError,
-    before anything is touched, where one of the names is taken by what the config reads or by what
-    another wrote.
+    the manifest. resumes: the folder is known to be of this very run. mark: this process is the one
+    that writes. Raises InputError, before anything is touched, where one of the names is taken by
+    what the config reads or by what another wrote.
     """
     folder, names = Path(cfg.output_dir), (*names, STAGE, MANIFEST)
     for given in inputs_of(cfg):

@@ -103,11 +103,14 @@ def publish_rows(
 ) -> None:
     """Write rows to the files of these names, stage.json, and the manifest over all.
 
-    The manifest goes first and then the old files, so that a cut leaves no mixture of two runs.
+    A full disk leaves the old files. They are gone, their manifest first, before a new one has its
+    name, so that a cut leaves no mixture of two runs.
     """
+    for name, rows in files.items():
+        write_jsonl(folder / f".new.{name}", rows)
     for name in (MANIFEST, *files):
         (folder / name).unlink(missing_ok=True)
-    for name, rows in files.items():
-        write_jsonl(folder / name, rows)
+    for name in files:
+        (folder / f".new.{name}").replace(folder / name)
     write_stage_report(folder, dict(report))
     vouch(folder, (*files, STAGE))

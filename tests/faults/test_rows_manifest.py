@@ -3,13 +3,14 @@ be taken as it is."""
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from test_bad_configs import refused
 from test_damage import cut, each_damage
 
 from common.handoff.locate import load_tokenizer
-from common.program.errors import InputError
+from common.program.errors import Failure, InputError
 from common.program.files import hash_of
 from common.rows.sources import read_rows
 from data.adder import prepare as adder
@@ -79,13 +80,31 @@ def test_comparisons_are_verified_by_reward_training(program, write, tmp_path):
 
 
 def test_a_cut_leaves_no_mixture_of_two_runs(sums, monkeypatch):
-    def fail(path, rows):
-        raise KeyboardInterrupt
+    """After a full disk all is as it was; after a kill at any rename no file is an old one."""
+    before = {name: (sums / name).read_bytes() for name in ("eval.jsonl", "train.jsonl")}
+    other, real = adder.Config(output_dir=str(sums), seed=1, **SMALL), Path.replace
 
-    monkeypatch.setattr("common.handoff.report.write_jsonl", fail)
-    with pytest.raises(KeyboardInterrupt):
-        adder.main(adder.Config(output_dir=str(sums), seed=1, **SMALL))
-    assert [path.name for path in sums.glob("*.json*")] == ["stage.json"]
+    def full(path, rows):
+        raise Failure("no space")
+
+    with monkeypatch.context() as patched, pytest.raises(Failure):
+        patched.setattr("common.handoff.report.write_jsonl", full)
+        adder.main(other)
+    assert all((sums / name).read_bytes() == content for name, content in before.items())
+    assert read_rows(str(sums / "train.jsonl"))
+
+    def killed(path, target):
+        if Path(target).name == "train.jsonl":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
+        adder.main(other)
+    assert not (sums / "train.jsonl").exists() and not (sums / "manifest.json").exists()
+    assert (sums / "eval.jsonl").read_bytes() != before["eval.jsonl"]
+    adder.main(other)
+    assert read_rows(str(sums / "train.jsonl")) and not list(sums.glob(".new*"))
 
 
 def test_the_text_beside_a_tokenizer_may_be_edited_too(tmp_path):
