@@ -21,14 +21,14 @@ OWNER = ".owner"
 
 
 def claim(
-    cfg: Any, stage: str, names: Sequence[str], resumes: bool = False, mark: bool = True
+    cfg: Any, stage: str, names: Sequence[str], resumes: bool = False, signed: bool = True
 ) -> Path:
     """Make cfg.output_dir the folder of this stage, and return it.
 
     names: patterns of the files and folders that the stage may write there, beside stage.json and
-    the manifest. resumes: the folder is known to be of this very run. mark: this process is the one
-    that writes. Raises InputError, before anything is touched, where one of the names is taken by
-    what the config reads or by what another wrote.
+    the manifest. resumes: the folder is known to be of this very run. signed: the stage begins to
+    write; else it calls `sign` when it does. Raises InputError, before anything is touched, where
+    one of the names is taken by what the config reads or by what another wrote.
     """
     folder, names = Path(cfg.output_dir), (*names, STAGE, MANIFEST)
     for given in inputs_of(cfg):
@@ -44,9 +44,14 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir {folder}: {error.strerror or error}") from None
-    if mark:
-        write_atomically(folder / OWNER, dump({"stage": stage}))
+    if signed:
+        sign(folder, stage)
     return folder
+
+
+def sign(folder: Path, stage: str) -> None:
+    """Note whose folder it is."""
+    write_atomically(folder / OWNER, dump({"stage": stage}))
 
 
 def refuse_input(folder: Path, given: Input, names: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from common.config.schema import to_dict
 from common.config.training import TrainConfig
 from common.handoff.adapter import save_adapter
 from common.handoff.locate import lineage
-from common.handoff.ownership import claim
+from common.handoff.ownership import claim, sign
 from common.handoff.publish import Kind, publish
 from common.handoff.report import MODEL, Gate, stage_report
 from common.model.gpt import GPT, RewardModel, Trunk
@@ -115,7 +115,7 @@ class Run:
         if self.found:
             noted = with_new_keys(self.found.loop["run"], cfg, self.identity)
             check_same_run(self.found.path, noted, self.identity)
-        claim(cfg, stage, WRITTEN, resumes=self.found is not None, mark=self.main)
+        claim(cfg, stage, WRITTEN, resumes=self.found is not None, signed=False)
         set_seed(cfg.seed)
         self.start_trackers()
 
@@ -173,6 +173,8 @@ class Run:
         Raises InputError when the state is of another run.
         """
         self.training = Training(module, optimizer, data)
+        if self.main:
+            sign(self.folder, self.stage)
         if self.found is None:
             self.logs.empty()
             return 0, kept

@@ -235,9 +235,10 @@ def write_page(
 
 def main(cfg: Config) -> None:
     """Draw the chains, print their probabilities, write chain.json, chain.html and stage.json."""
-    started, folder = time.perf_counter(), claim(cfg, "chain", WRITTEN)
+    started = time.perf_counter()
     model, tokenizer = load_model(cfg.model, "lm"), load_tokenizer(cfg.model)
     chains, counted = chains_of(cfg, model, tokenizer)
+    folder = claim(cfg, "chain", WRITTEN)
     if not has_graphviz():
         print(INSTALL)
     for name, chain in chains.items():
