@@ -167,7 +167,7 @@ def shards(tmp_path_factory) -> str:
     )
     prepare.main(
         prepare.Config(
-            train_data=[str(folder)],
+            train_data=[str(folder / "documents.jsonl")],
             output_dir=str(folder / "shards"),
             vocab_size=290,
             eval_fraction=0.1,

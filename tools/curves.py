@@ -19,9 +19,9 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import refuse_overwriting
+from common.config.schema import InputPath, OutputDir, cli, stage_config
 from common.handoff.locate import read_stage
+from common.handoff.ownership import claim
 from common.handoff.publish import load_config
 from common.handoff.report import Gate, stage_report, write_stage_report
 from common.model.gpt import GPT
@@ -52,11 +52,11 @@ Runs = dict[str, dict[str, Any]]  # what `read_run` tells of each, by its short 
 class Config:
     """Compare runs by their held-out loss."""
 
-    runs: Annotated[list[str], Field(min_length=1)]
+    runs: Annotated[list[InputPath], Field(min_length=1)]
     """Stage directories, in the order of the table."""
     output_dir: OutputDir
     """Where curves.json, curves.png, curves.html and stage.json go."""
-    bigram: str | None = None
+    bigram: InputPath | None = None
     """Folder of stages.pretrain.prepare whose bigrams are counted, for runs without layers to be
     compared with."""
     smoothing: Annotated[float, Field(gt=0)] = 1.0
@@ -65,9 +65,6 @@ class Config:
     """The gate: every run must end with a lower loss than the run before it."""
     seed: int = 0
     """Nothing is drawn by chance here."""
-
-    def __post_init__(self) -> None:
-        refuse_overwriting(self)
 
 
 def read_run(path: str) -> dict[str, Any]:
@@ -230,7 +227,8 @@ def write_page(folder: Path, runs: Runs, bigram: float | None, remarks: Sequence
 
 def main(cfg: Config) -> None:
     """Compare the runs: a table, curves.json, curves.png, curves.html, stage.json."""
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    started = time.perf_counter()
+    folder = claim(cfg, "curves", ("curves.json", "curves.png", "curves.html"))
     runs = dict(zip(names_of(cfg.runs, "runs"), map(read_run, cfg.runs), strict=True))
     bigram = None if cfg.bigram is None else bigram_loss(cfg.bigram, cfg.smoothing)
     remarks = remarks_on(runs, bigram, cfg.smoothing)
@@ -239,7 +237,6 @@ def main(cfg: Config) -> None:
     show(cfg.output_dir, runs, remarks)
     print(gate.line("curves"))
 
-    folder.mkdir(parents=True, exist_ok=True)
     counted = None if bigram is None else {"loss": bigram, "smoothing": cfg.smoothing}
     result = {"runs": runs, "bigram": counted, "checks": checks}
     write_atomically(folder / "curves.json", dump(result))

@@ -18,9 +18,10 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import Seed, refuse_overwriting
+from common.config.schema import InputPath, OutputDir, RowsPath, cli, stage_config
+from common.config.training import Seed
 from common.handoff.locate import lineage, load_tokenizer, read_stage
+from common.handoff.ownership import claim
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
 from common.program.errors import InputError
@@ -56,18 +57,18 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {
 class Config:
     """Report gold and proxy against the distance from the reference."""
 
-    runs: Annotated[list[str], Field(min_length=1)]
+    runs: Annotated[list[InputPath], Field(min_length=1)]
     """Directories of PPO runs, one curve: a later one went on from an earlier one (steps are
     counted on)."""
     output_dir: OutputDir
     """Where overoptimise.json, overoptimise.html, overoptimise.png and stage.json go."""
     gold: str
     """Module with judge(prompt, answer, stopped), the ground truth."""
-    reward: str | None = None
+    reward: InputPath | None = None
     """The reward model, for best-of-n; null = the one that the runs used."""
-    reference: str | None = None
+    reference: InputPath | None = None
     """The model that best-of-n draws from; null = the one that the runs' KL is measured from."""
-    prompts: str | None = None
+    prompts: RowsPath | None = None
     """Prompts for best-of-n; null = leave it out."""
     best_of: Annotated[int, Field(gt=0)] = 64
     """Largest n."""
@@ -81,9 +82,6 @@ class Config:
     """Answers sampled at once."""
     seed: Seed = 0
     """Seed of best-of-n's answers."""
-
-    def __post_init__(self) -> None:
-        refuse_overwriting(self)
 
 
 def same_origin(runs: Sequence[str], key: str, otherwise: str) -> str:
@@ -322,8 +320,8 @@ def gate_of(result: dict[str, Any]) -> Gate:
 
 def main(cfg: Config) -> None:
     """Judge the runs' answers: overoptimise.json, .png, .html and stage.json."""
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    folder = claim(cfg, "overoptimise", [f"overoptimise.{end}" for end in ("json", "html", "png")])
     reference = cfg.reference or same_origin(cfg.runs, "reference", "parent")
     reward = cfg.reward or same_origin(cfg.runs, "reward_model", "reward_model")
     episodes = read_episodes(cfg.runs, load_gold(cfg.gold))

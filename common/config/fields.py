@@ -4,8 +4,8 @@ from a word of the command line.
 All of it is taken from the JSON schema that pydantic makes of the class.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
@@ -28,6 +28,7 @@ BOUNDS = {
     "maximum": "<=",
     "minItems": "length >=",
 }
+PATH, ROWS = "path", "rows"  # `format` of a string that names what is read
 LONGEST_SCALAR = 100  # characters; a longer word is no number, and int() refuses very long digits
 
 
@@ -75,6 +76,25 @@ def _describe_kind(name: str, kind: Schema) -> str:
 def choices(kind: Schema) -> list[Any]:
     """The values of a Literal; empty for other types."""
     return kind.get("enum") or ([kind["const"]] if "const" in kind else [])
+
+
+class Input(NamedTuple):
+    """What a config names to be read."""
+
+    key: str
+    path: str  # a file, a folder or a Hub id
+    is_rows: bool  # of a folder all files are read
+
+
+def inputs_of(cfg: Any) -> Iterator[Input]:
+    """The values of all keys of the types InputPath and RowsPath, those in lists too."""
+    for key, schema in schemas_of(type(cfg)).items():
+        kinds = (kind.get("items", kind) for kind in kinds_of(schema).values())
+        formats = {kind["format"] for kind in kinds if kind.get("format") in (PATH, ROWS)}
+        value = getattr(cfg, key)
+        for path in value if isinstance(value, list) else [value]:
+            if formats and path is not None:
+                yield Input(key, path, ROWS in formats)
 
 
 def from_text(text: str, schema: Schema) -> Any:

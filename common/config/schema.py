@@ -31,7 +31,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 import pydantic
 
 from common.config.command_line import CLI, did_you_mean, parse
-from common.config.fields import describe, kinds_of, schemas_of
+from common.config.fields import PATH, ROWS, describe, kinds_of, schemas_of
 from common.config.strict_yaml import read_yaml
 from common.program.allocator import keep_freed_memory
 from common.program.entry import guard
@@ -47,6 +47,7 @@ def check_output_dir(path: str) -> str:
         raise ValueError("a directory's name is wanted")
     if ".." in Path(path).parts:
         raise ValueError("a path through `..` may lead where nobody looks for it; write it without")
+    refuse_tilde(path)
     try:
         for folder in (Path(path), *Path(path).parents):
             if folder.exists() and not folder.is_dir():
@@ -56,7 +57,33 @@ def check_output_dir(path: str) -> str:
     return path
 
 
+def check_input_path(path: str) -> str:
+    """Return `path`; raise ValueError for a name that nothing can have."""
+    if not path or "\0" in path:
+        raise ValueError("a file, a folder or a Hub id is wanted")
+    refuse_tilde(path)
+    return path
+
+
+def refuse_tilde(path: str) -> None:
+    """Raise ValueError for a path that a shell would have expanded: here it would mean a folder of
+    the name `~`."""
+    if path.startswith("~"):
+        raise ValueError("`~` is not expanded here; write the path in full")
+
+
 OutputDir = Annotated[str, pydantic.AfterValidator(check_output_dir)]
+# What is read. `common.handoff.ownership` sees to it that nothing of it is overwritten.
+InputPath = Annotated[
+    str,
+    pydantic.AfterValidator(check_input_path),
+    pydantic.WithJsonSchema({"type": "string", "format": PATH}),
+]
+RowsPath = Annotated[  # as common.rows.sources reads them
+    str,
+    pydantic.AfterValidator(check_input_path),
+    pydantic.WithJsonSchema({"type": "string", "format": ROWS}),
+]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))

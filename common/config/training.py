@@ -3,34 +3,16 @@
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.config.schema import OutputDir, stage_config
+from common.config.schema import InputPath, OutputDir, RowsPath, stage_config
 from common.program.errors import InputError
 from common.rows.batches import hold_out
 from common.rows.sources import BadRows, Row, read_rows
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
-
-
-def refuse_overwriting(cfg: Any) -> None:
-    """ValueError when the folder that a program is to write is one that it reads."""
-    if cfg.output_dir is None or not Path(cfg.output_dir).is_dir():
-        return
-    written = os.path.realpath(cfg.output_dir)
-    for key, value in vars(cfg).items():
-        # Of a choice (lora_targets has an `out`) a value is a word and no path.
-        if key == "output_dir" or "Literal[" in str(type(cfg).__pydantic_fields__[key].annotation):
-            continue
-        named = value if isinstance(value, list) else [value]
-        if written in [os.path.realpath(name) for name in named if isinstance(name, str)]:
-            raise ValueError(
-                f"output_dir {cfg.output_dir}: is {key} too, which would be overwritten; "
-                "name another directory"
-            )
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -57,6 +39,10 @@ class ReadsRows:
 SchedulerType = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 
 
+MOST_ROWS = 1_000_000  # of an update on one process: more is a mistake, and would fill its memory
+MOST_TOKENS = 1 << 20  # of a row
+MOST_EPOCHS = 1e6
+MOST_RANK = 4096
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Precision = Literal["auto", "no", "bf16", "fp16"]
@@ -68,21 +54,21 @@ class TrainConfig:
 
     output_dir: OutputDir
     """Where the stage publishes its directory."""
-    parent: str | None = None
+    parent: InputPath | None = None
     """Directory (or Hub id) of the model to start from; null = from scratch, where that makes
     sense."""
     seed: Seed = 0
     """Seed of weights, data order and sampling."""
     max_steps: Positive | None = None
     """Number of optimizer updates; wins over num_train_epochs. One of the two must be given."""
-    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    num_train_epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] | None = None
     """Passes over the training rows, where max_steps is not given."""
     per_device_train_batch_size: Positive = 16
     """Rows in one micro-batch on one process."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches an update; the global batch is this times per_device_train_batch_size times
     processes."""
-    max_length: Positive = 128
+    max_length: Annotated[int, Field(gt=0, le=MOST_TOKENS)] = 128
     """Tokens in a training row."""
     learning_rate: NonNegative = 1e-3
     """Peak learning rate (AdamW)."""
@@ -121,7 +107,7 @@ class TrainConfig:
     """Saved states that are kept; all go when the stage is done."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
-    lora_r: Annotated[int, Field(ge=0)] = 0
+    lora_r: Annotated[int, Field(ge=0, le=MOST_RANK)] = 0
     """Rank of LoRA adapters (0 = full finetuning); published merged, the adapter beside it."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA scale is lora_alpha / lora_r."""
@@ -134,19 +120,25 @@ class TrainConfig:
     """Linear layers that get an adapter."""
 
     def __post_init__(self) -> None:
-        refuse_overwriting(self)
         check_trackers(self.report_to)
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps and num_train_epochs are both null: give one of the two")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if rows > MOST_ROWS:
+            raise ValueError(
+                f"per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}: at most "
+                f"{MOST_ROWS:,} rows an update on one process"
+            )
 
 
 @stage_config
 class RowsConfig(ReadsRows, TrainConfig):
     """Keys of the stages that train on rows and hold some out."""
 
-    train_data: str
+    train_data: RowsPath
     """Rows: .jsonl, .json, .parquet, a folder of these, or a Hub data set."""
-    eval_data: str | None = None
+    eval_data: RowsPath | None = None
     """Held-out rows; null = rows of the last eval_fraction of the prompts in train_data."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts held out when there is no eval_data."""

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.config.schema import fingerprint
 from common.program.errors import InputError
 from common.program.files import MANIFEST, sha256, verify
 from common.text.tokenizer import Tokenizer
@@ -16,6 +17,9 @@ WRITTEN: dict[str, Any] = {
     "config": dict,
 }
 UNREAD = "weights are read from safetensors only, as a pickle can run code"
+
+
+READ = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # the files of a model
 
 
 def locate(path: str, weights: bool = True) -> Path:
@@ -35,9 +39,8 @@ def locate(path: str, weights: bool = True) -> Path:
         raise InputError(f"{path}: no such directory; run the stage that makes it first")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=READ))
     except Exception as error:  # its errors differ by release; the first line tells
         reason = str(error).strip().splitlines()[0][:160]
         raise InputError(
@@ -49,6 +52,18 @@ def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a model directory, or of a folder of shards. Raises InputError where there
     is none."""
     return Tokenizer.load(locate(path, weights=False))
+
+
+def content_of_model(path: str) -> str:
+    """What tells one content of a model directory from another: the sha256 of its manifest, or,
+    where it has none, of the files that are read; the commit of a Hub model."""
+    folder = locate(path, weights=False)
+    if not Path(path).is_dir():
+        return folder.name  # of the snapshot
+    if (folder / MANIFEST).exists():
+        return sha256(folder / MANIFEST)
+    files = (file for name in READ for file in folder.glob(name) if file.is_file())
+    return fingerprint([[file.name, sha256(file)] for file in sorted(files)])
 
 
 def lineage(path: str | None) -> dict[str, Any]:

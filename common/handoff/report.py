@@ -6,12 +6,13 @@ Imports no torch, so that preparing text does not wait for it.
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.config.schema import to_dict
-from common.program.files import dump, write_atomically, write_manifest
+from common.program.files import MANIFEST, dump, write_atomically, write_jsonl, write_manifest
 from common.program.terminal import printable
 
 STAGE = "stage.json"
@@ -19,11 +20,9 @@ LIBRARIES = (
     *("torch", "transformers", "accelerate", "tokenizers", "tiktoken"),
     *("peft", "trl", "deepspeed", "datasets"),
 )
-# What a hand-off may consist of, beside *.bin shards and an adapter/.
-PUBLISHED = (
-    *("config.json", "generation_config.json", "model.safetensors", STAGE, "shards.json"),
-    *("chat_template.jinja", "tokenizer*.json", "*.bin", "adapter/*"),
-)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# What the directory of a model consists of, beside its manifest and an adapter/.
+MODEL = ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER, STAGE)
 
 
 class Gate(NamedTuple):
@@ -95,6 +94,24 @@ def device_name() -> str | None:
     return f"cpu x {torch.get_num_threads()}"
 
 
-def vouch(folder: Path) -> None:
-    """Write the manifest over every published file; from here on the directory counts."""
-    write_manifest(folder, sorted(file for name in PUBLISHED for file in folder.glob(name)))
+def vouch(folder: Path, names: Sequence[str] = (*MODEL, "adapter/*")) -> None:
+    """Write the manifest over the files of these names; from here on the directory counts."""
+    write_manifest(folder, sorted(file for name in names for file in folder.glob(name)))
+
+
+def publish_rows(
+    folder: Path, files: Mapping[str, Sequence[dict]], report: Mapping[str, Any]
+) -> None:
+    """Write rows to the files of these names, stage.json, and the manifest over all.
+
+    A full disk leaves the old files. They are gone, their manifest first, before a new one has its
+    name, so that a cut leaves no mixture of two runs.
+    """
+    for name, rows in files.items():
+        write_jsonl(folder / f".new.{name}", rows)
+    for name in (MANIFEST, *files):
+        (folder / name).unlink(missing_ok=True)
+    for name in files:
+        (folder / f".new.{name}").replace(folder / name)
+    write_stage_report(folder, dict(report))
+    vouch(folder, (*files, STAGE))

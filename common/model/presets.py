@@ -1,10 +1,12 @@
 """The keys that give a new model its shape, and named shapes (presets) from the papers."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from common.config.schema import stage_config
+from common.model.costs import parameters
 from common.model.gpt import GPT
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
@@ -67,7 +69,7 @@ class ArchitectureConfig:
     128."""
     family: Literal["llama", "gpt2"] | None = None
     """llama: rotary positions, RMSNorm, SwiGLU; gpt2: learned positions, LayerNorm, GELU."""
-    n_layer: Annotated[int, Field(ge=0)] | None = None
+    n_layer: Annotated[int, Field(ge=0, le=10_000)] | None = None
     """Blocks; 0 = a bigram model."""
     n_head: Positive | None = None
     """Attention heads."""
@@ -115,4 +117,19 @@ def new_model(cfg: ArchitectureConfig, vocab_size: int, max_length: int) -> GPT:
         by = f"context_length {length}" if length else f"preset {preset}"
         context = f"the context of the new model is {shape.max_length} ({by})"
         raise InputError(f"max_length {max_length}: {context}")
+    refuse_too_large(shape)
     return GPT(shape)
+
+
+def refuse_too_large(shape: GPTConfig) -> None:
+    """Raise InputError for a model whose fp32 weights and rotary tables this machine cannot
+    hold."""
+    size = 4 * (parameters(shape) + 2 * shape.max_length * shape.head_width)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        sizes = {name: getattr(shape, name) for name in ("n_layer", "n_embd", "n_inner")}
+        named = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        raise InputError(
+            f"{named}, context {shape.max_length}: a new model of {size / 1e9:,.0f} GB, this "
+            f"machine has {memory / 1e9:,.0f} GB of memory"
+        )

@@ -4,6 +4,7 @@ they say of their origin.
 Without torch, so that preparing data does not wait for it.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -36,7 +37,10 @@ def verify(folder: Path, weights: bool = True) -> None:
     Without `weights` gigabytes of them are not hashed, where only the other files are read.
     """
     if (folder / "stage.json").exists() and not (folder / MANIFEST).exists():
-        raise InputError(f"{folder}: the save was cut short (no {MANIFEST}); run its stage again")
+        raise InputError(
+            f"{folder}: the save was cut short (no {MANIFEST}); run its stage again, or delete its "
+            "stage.json to take it as it is"
+        )
     if not (folder / MANIFEST).exists():
         return
     try:
@@ -53,6 +57,37 @@ def verify(folder: Path, weights: bool = True) -> None:
             raise InputError(
                 f"{file}: damaged (size or sha256 differs from {MANIFEST}); run the stage again"
             )
+
+
+def verify_file(file: Path) -> None:
+    """Raise InputError when a manifest beside a file lists it with another content; one that no
+    manifest of ours lists passes."""
+    manifest, accept = file.parent / MANIFEST, "to take the files as they are"
+    try:
+        listed = json.loads(manifest.read_text())
+    except OSError:
+        return
+    except (ValueError, RecursionError):
+        if (file.parent / "stage.json").exists():
+            broken = f"{manifest}: damaged; run the stage again, or delete it {accept}"
+            raise InputError(broken) from None
+        return
+    try:
+        wanted = (listed[file.name]["size"], listed[file.name]["sha256"])
+    except (TypeError, KeyError):
+        return
+    now = file.stat()
+    if wanted != (now.st_size, hash_of(file, now.st_size, now.st_mtime_ns)):
+        raise InputError(
+            f"{file}: differs from what {manifest} notes (damaged, or edited); run the stage "
+            f"again, or delete that {MANIFEST} {accept}"
+        )
+
+
+@functools.cache
+def hash_of(file: Path, size: int, changed: int) -> str:
+    """`sha256`, taken once of a file of this size and date, which may be opened several times."""
+    return sha256(file)
 
 
 def sha256(file: Path) -> str:
@@ -116,8 +151,9 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Atomically: a reader sees the old file or the whole new one."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Atomically: a reader sees the old file or the whole new one. What JSON has no type for, such
+    as a date from a Parquet file, is written as text."""
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     # A lone surrogate becomes JSON's own escape.
     write_atomically(path, text.encode(errors="backslashreplace"))
 

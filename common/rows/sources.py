@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common.program.errors import InputError
-from common.program.files import refuse_irregular
+from common.program.files import refuse_irregular, verify_file
 from common.program.terminal import one_line
 from common.rows.unpack import (
     PACKED,
@@ -130,6 +130,7 @@ def raw_rows(source: str, bad: BadRows, streaming: bool, pieces: bool) -> Iterat
         for file in files_in(path):
             yield from iter_rows(str(file), None, bad, pieces=pieces)
     elif path.exists():
+        verify_file(path)
         yield from file_rows(path, bad, pieces)
     else:
         yield from hub_rows(source, streaming)

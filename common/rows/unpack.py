@@ -141,4 +141,7 @@ def check_utf8(text: str, line: int = 0, column: int = 0) -> str:
         byte = ord(text[error.start]) - 0xDC00
         told = f"not UTF-8 at {place} (byte 0x{byte:02x}); convert it first (iconv -t utf-8)"
         raise InputError(told, "not UTF-8") from None
+    if len(text) < 4 * text.count("\0") < 3 * len(text):  # of UTF-16, whose bytes may be UTF-8 too
+        told = "every other byte is 0, as in UTF-16; convert it first (iconv -f utf-16le -t utf-8)"
+        raise InputError(told, "not UTF-8")
     return text

@@ -5,6 +5,7 @@ Its columns are `prompt`, `answers` and `ranks` (K answers ranked), or `prompt`,
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,20 @@ def side(value: Any) -> str:
     return value
 
 
+def check_ranks(ranks: Any) -> list[float]:
+    """Ranks as Python's numbers, those of numpy and torch too. Raises InputError for anything but
+    finite numbers."""
+    try:
+        numbers = [rank.item() if hasattr(rank, "item") else rank for rank in ranks]
+        finite = all(isinstance(rank, int | float) and math.isfinite(rank) for rank in numbers)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no list, a list of lists, 10^400
+        finite = False
+    if not finite:
+        told = f"ranks {reprlib.repr(ranks)}: a list of numbers is needed, 0 = best"
+        raise InputError(told, "wrong type")
+    return numbers
+
+
 def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
     """The answers of a row as ids. `stopped` (default: all) and `sources` (people) may be absent.
 
@@ -51,8 +66,7 @@ def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
     ranks = given.get("ranks", [0, 1])
     stopped = given.get("stopped", [True] * len(texts))
     sources = given.get("sources", ["people"] * len(texts))
-    if not all(isinstance(rank, int | float) and math.isfinite(rank) for rank in ranks):
-        raise InputError(f"ranks {ranks}: numbers are needed, 0 = best", "wrong type")
+    ranks = check_ranks(ranks)
     if not len(texts) == len(ranks) == len(stopped) == len(sources):
         sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped"
         told = f"{sizes}, {len(sources)} sources: as many are needed of each"

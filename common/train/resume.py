@@ -7,6 +7,7 @@ and what the run must have in common with the one that goes on. Nothing in it sa
 processes wrote it, so any number may go on from it, with or without ZeRO.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from common.config.schema import to_dict
 from common.config.training import TrainConfig
-from common.handoff.locate import lineage
+from common.handoff.locate import content_of_model, lineage
 from common.program.errors import Failure, InputError
 from common.program.files import (
     MANIFEST,
@@ -40,6 +41,7 @@ LOOP = "loop.json"
 FREE = {"output_dir", "resume", "save_steps", "save_total_limit", "report_to"}
 FREE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
 FREE |= {"rollout_batch_size"}
+MODELS = ("parent", "reference", "reward_model", "critic")  # keys that name one
 
 
 class Saved(NamedTuple):
@@ -59,7 +61,7 @@ class BatchShape(NamedTuple):
 def folders(folder: Path) -> dict[Path, int]:
     """{saved state: its step}, newest first; unfinished ones (`step-N.tmp`) are not among them."""
     named = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
-    found = {path: int(step) for path, step in named.items() if step.isdigit()}
+    found = {path: int(step) for path, step in named.items() if step.isdecimal()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -138,6 +140,15 @@ def drop_old(folder: Path, step: int, keep: int) -> None:
         shutil.rmtree(old)
 
 
+def drop_all(folder: Path) -> None:
+    """Drop all saved states, and `folder` where nothing of another is in it."""
+    for old in folder.glob("step-*"):
+        if old.name.removesuffix(".tmp").removeprefix("step-").isdecimal():
+            shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def newest_state(folder: Path) -> Saved | None:
     """The newest state that is whole; a damaged one is named and passed over."""
     for path in folders(folder):
@@ -200,19 +211,23 @@ def identity(cfg: TrainConfig, global_batch: int) -> dict[str, Any]:
     """What a run that goes on must share with the one that left the state."""
     config = {key: value for key, value in to_dict(cfg).items() if key not in FREE}
     parent = lineage(cfg.parent).get("parent_hash")
-    return {**config, "parent_hash": parent, "global_batch": global_batch}
+    models = {
+        f"{key}'s content": content_of_model(path) for key in MODELS if (path := config.get(key))
+    }
+    return {**config, **models, "parent_hash": parent, "global_batch": global_batch}
 
 
-def with_new_keys(noted: dict[str, Any], cfg: TrainConfig) -> dict[str, Any]:
+def with_new_keys(noted: dict[str, Any], cfg: TrainConfig, now: dict[str, Any]) -> dict[str, Any]:
     """What a state notes of its run; keys that the config has gained since then count with their
-    defaults."""
+    defaults, and contents of models that were not noted yet as they are `now`."""
     fields = type(cfg).__pydantic_fields__  # type: ignore[attr-defined]
     gained = {
         key: field.get_default(call_default_factory=True)
         for key, field in fields.items()
         if not field.is_required() and key not in FREE
     }
-    return gained | noted
+    contents = {key: value for key, value in now.items() if key.endswith("'s content")}
+    return gained | contents | noted
 
 
 def check_same_run(path: Path, noted: dict[str, Any], now: dict[str, Any]) -> None:

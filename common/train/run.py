@@ -14,8 +14,8 @@ It lends tools and owns no loop. A stage's loop is
     run.publish(steps, Gate(passed, text), tokenizer, raw)
 """
 
+import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,20 +29,23 @@ from common.config.schema import to_dict
 from common.config.training import TrainConfig
 from common.handoff.adapter import save_adapter
 from common.handoff.locate import lineage
+from common.handoff.ownership import claim, sign
 from common.handoff.publish import Kind, publish
-from common.handoff.report import Gate, stage_report
+from common.handoff.report import MODEL, Gate, stage_report
 from common.model.gpt import GPT, RewardModel, Trunk
 from common.model.lora import merged_state
 from common.program.errors import Interrupted
+from common.program.files import MANIFEST
 from common.program.signals import release_signals
 from common.text.tokenizer import Tokenizer
 from common.train.interruption import Interruption
-from common.train.log import Log
+from common.train.log import LOGS, Log
 from common.train.placement import DTYPES, accelerator, chosen_precision, whole
 from common.train.resume import (
     batch_shape,
     check_empty,
     check_same_run,
+    drop_all,
     generators,
     identity,
     load_moments,
@@ -54,6 +57,9 @@ from common.train.resume import (
 )
 from common.train.update import NonFiniteError, Update, update
 from common.train.zero import zero_stage
+
+# All that a run may write to output_dir.
+WRITTEN = (*MODEL, *LOGS, "state", "adapter", "critic", "mistakes.jsonl")
 
 
 class Training(NamedTuple):
@@ -108,11 +114,10 @@ class Run:
         self.global_batch, self.accumulation = batch_shape(cfg, self.processes, self.found)
         self.identity = identity(cfg, self.global_batch)
         if self.found:
-            noted = with_new_keys(self.found.loop["run"], cfg)
+            noted = with_new_keys(self.found.loop["run"], cfg, self.identity)
             check_same_run(self.found.path, noted, self.identity)
+        claim(cfg, stage, WRITTEN, resumes=self.found is not None, signed=False)
         set_seed(cfg.seed)
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.start_trackers()
 
         self.skipped = 0  # updates left out, as not finite
@@ -169,9 +174,9 @@ class Run:
         Raises InputError when the state is of another run.
         """
         self.training = Training(module, optimizer, data)
+        if self.main:
+            sign(self.folder, self.stage)
         if self.found is None:
-            if self.main:  # an adapter of an earlier run, perhaps with LoRA
-                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
             self.logs.empty()
             return 0, kept
         path, loop = self.found
@@ -297,6 +302,7 @@ class Run:
                     publish(self.folder / "critic", critic, tokenizer, its_report, state)
         with whole(self.accelerator, model):
             if self.main:
+                withdraw_adapter(self.folder)
                 if self.cfg.lora_r:
                     r, alpha = self.cfg.lora_r, self.cfg.lora_alpha
                     folder = self.folder / "adapter"
@@ -331,4 +337,13 @@ class Run:
         release_signals()
         self.accelerator.wait_for_everyone()  # nobody leaves while the main process publishes
         if self.main:
-            shutil.rmtree(self.state, ignore_errors=True)
+            drop_all(self.state)
+
+
+def withdraw_adapter(folder: Path) -> None:
+    """Delete the adapter that an earlier run with LoRA has published, its manifest first."""
+    for file in sorted((folder / "adapter").glob("adapter_*")):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        file.unlink()
+    with contextlib.suppress(OSError):
+        (folder / "adapter").rmdir()  # where nothing of another is in it

@@ -6,15 +6,16 @@ python -m data.adder.prepare --config configs/adder/data.yaml --output_dir runs/
 
 import random
 import time
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from common.config.schema import OutputDir, cli, stage_config
-from common.handoff.report import Gate, stage_report, write_stage_report
+from common.handoff.ownership import claim
+from common.handoff.report import Gate, publish_rows, stage_report
 from common.program.errors import InputError
-from common.program.files import write_jsonl
+
+FILES = ("eval.jsonl", "train.jsonl")
 
 
 @stage_config
@@ -50,17 +51,14 @@ def sums(cfg: Config) -> list[dict[str, str]]:
 
 
 def main(cfg: Config) -> None:
-    """Write train.jsonl, eval.jsonl and stage.json."""
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    """Write train.jsonl, eval.jsonl, stage.json and the manifest."""
+    started, folder = time.perf_counter(), claim(cfg, "data", FILES)
     rows = sums(cfg)
     held_out, train = rows[: cfg.held_out], rows[cfg.held_out :]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "eval.jsonl", held_out)
-    write_jsonl(folder / "train.jsonl", train)
     gate = Gate(True, f"{len(train):,} sums to learn from, {len(held_out):,} held out")
     print(gate.line("data"))
     report = stage_report("data", cfg, gate, time.perf_counter() - started, kind="data")
-    write_stage_report(folder, report)
+    publish_rows(folder, {"eval.jsonl": held_out, "train.jsonl": train}, report)
 
 
 if __name__ == "__main__":

@@ -8,26 +8,29 @@ named.
 """
 
 import time
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from common.config.schema import OutputDir, cli, stage_config
-from common.handoff.report import Gate, stage_report, write_stage_report
+from common.config.schema import OutputDir, RowsPath, cli, stage_config
+from common.handoff.ownership import claim
+from common.handoff.report import Gate, publish_rows, stage_report
 from common.program.errors import InputError
-from common.program.files import write_jsonl
 from common.program.terminal import one_line
 from common.rows.sources import read_rows
 from common.text.chat import rows_to_messages
+
+FILES = tuple(
+    f"{name}.jsonl" for name in ("sft_eval", "collect", "rl_prompts", "heldout_prompts", "sft")
+)
 
 
 @stage_config
 class Config:
     """Split instructions for the four stages."""
 
-    instructions: str
+    instructions: RowsPath
     """Alpaca-like file: rows with instruction, (input,) output; or prompt, completion; or
     messages."""
     output_dir: OutputDir
@@ -92,13 +95,10 @@ def split(by_prompt: dict[str, list[dict]], cfg: Config) -> dict[str, list[dict]
 
 
 def main(cfg: Config) -> None:
-    """Write the splits and stage.json."""
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    """Write the splits, stage.json and the manifest."""
+    started, folder = time.perf_counter(), claim(cfg, "data", FILES)
     found = read(cfg.instructions)
     splits = split(found.by_prompt, cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
     for line in found.left_out[:5]:
         print(one_line(f"left out: {line}"))
     counts = {name: len(rows) for name, rows in splits.items()}
@@ -107,7 +107,8 @@ def main(cfg: Config) -> None:
     print(gate.line("data"))
     facts = {"metrics": counts, "left_out": found.left_out}
     seconds = time.perf_counter() - started
-    write_stage_report(folder, stage_report("data", cfg, gate, seconds, **facts))
+    files = {f"{name}.jsonl": rows for name, rows in splits.items()}
+    publish_rows(folder, files, stage_report("data", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ python -m data.demo.prepare --config configs/demo/data.yaml --output_dir runs/de
 import random
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from common.config.schema import OutputDir, cli, stage_config
-from common.handoff.report import Gate, stage_report, write_stage_report
+from common.handoff.ownership import claim
+from common.handoff.report import Gate, publish_rows, stage_report
 from common.program.errors import InputError
-from common.program.files import write_jsonl
 from data.demo import flaws, gold, labeller, world
 from data.demo.documents import documents
 from data.demo.world import FAMILIES
@@ -25,6 +24,10 @@ ABOUT = (
     "sum, a question on two animals); a model trained on it knows nothing else. Its "
     "demonstrations are careless on purpose, and a hidden scorer, which no stage sees, judges "
     "the answers."
+)
+FILES = (
+    *("heldout_prompts.jsonl", "heldout_comparisons.jsonl", "sft.jsonl", "sft_eval.jsonl"),
+    *("collect_prompts.jsonl", "rl_prompts.jsonl", "documents.jsonl"),
 )
 WINDOW = 4  # words by which leaks are searched
 SAMPLE = 1200  # demonstrations judged for the report
@@ -201,18 +204,16 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Build, check and write every file, then stage.json."""
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    """Build, check and write every file, then stage.json and the manifest."""
+    started, folder = time.perf_counter(), claim(cfg, "data", FILES)
     rows = build(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, group in rows.items():
-        write_jsonl(folder / f"{name}.jsonl", group)
     metrics = measure(rows, cfg.seed)
     gate = Gate(True, describe(metrics))
     print(gate.line("data"))
     facts = {"kind": "data", "about": ABOUT, "metrics": metrics}
     seconds = time.perf_counter() - started
-    write_stage_report(folder, stage_report("data", cfg, gate, seconds, **facts))
+    files = {f"{name}.jsonl": group for name, group in rows.items()}
+    publish_rows(folder, files, stage_report("data", cfg, gate, seconds, **facts))
 
 
 if __name__ == "__main__":

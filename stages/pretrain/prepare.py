@@ -27,10 +27,19 @@ from tqdm import tqdm
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import OutputDir, cli, fingerprint, stage_config, to_dict
-from common.config.training import ReadsRows, Seed, refuse_overwriting
+from common.config.schema import (
+    InputPath,
+    OutputDir,
+    RowsPath,
+    cli,
+    fingerprint,
+    stage_config,
+    to_dict,
+)
+from common.config.training import ReadsRows, Seed
 from common.handoff.locate import load_tokenizer
-from common.handoff.report import Gate, stage_report, vouch, write_stage_report
+from common.handoff.ownership import claim
+from common.handoff.report import STAGE, TOKENIZER, Gate, stage_report, vouch, write_stage_report
 from common.program.errors import InputError
 from common.program.files import MANIFEST, dump, write_atomically
 from common.program.signals import interrupt_with
@@ -38,8 +47,18 @@ from common.rows.shards import Mixture
 from common.rows.sources import BadRows, Row, content_of, iter_rows
 from common.text.chat import rows_to_messages
 from common.text.tokenizer import GAPS, PATTERN, Tokenizer, check_text
-from stages.pretrain.tokenise import JOURNAL, SMALL, Document, Shelf, split_document, tokenise
+from stages.pretrain.shards import SHARDS
+from stages.pretrain.tokenise import (
+    JOURNAL,
+    SMALL,
+    Document,
+    Shelf,
+    has_journal,
+    split_document,
+    tokenise,
+)
 
+PUBLISHED = (*TOKENIZER, *SHARDS, "shards.json", STAGE)
 OWN_TOKENIZERS = ("bpe", "characters")  # what `tokenizer` may be beside a directory or Hub id
 
 
@@ -47,7 +66,7 @@ OWN_TOKENIZERS = ("bpe", "characters")  # what `tokenizer` may be beside a direc
 class Config(ReadsRows):
     """Tokenise text into shards for pretraining."""
 
-    train_data: Annotated[list[str], Field(min_length=1)]
+    train_data: Annotated[list[RowsPath], Field(min_length=1)]
     """Files, folders or Hub data sets (name or name:config): .txt, .jsonl, .json or .parquet, each
     also .gz or .zst, with a `text` column or an SFT format."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None
@@ -55,7 +74,7 @@ class Config(ReadsRows):
     Null: all text is one stream. Other weights take the shards of the same sources as they are."""
     output_dir: OutputDir
     """Where tokenizer and shards go."""
-    tokenizer: str = "bpe"
+    tokenizer: InputPath = "bpe"
     """bpe (byte-level, trained here), characters, or a directory or Hub id to take one from."""
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 1024
     """Ids of a BPE trained here, control tokens included."""
@@ -65,7 +84,7 @@ class Config(ReadsRows):
     """Share of the text held out for evaluation."""
     shard_tokens: Annotated[int, Field(gt=0)] = 100_000_000
     """Tokens in one shard file."""
-    num_proc: Annotated[int, Field(gt=0)] | None = None
+    num_proc: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Processes that tokenise; null: one a core, or just one for less than 100 MB of text. The
     shards are the same."""
     seed: Seed = 0
@@ -73,7 +92,6 @@ class Config(ReadsRows):
 
     def __post_init__(self) -> None:
         """ValueError for keys that contradict each other."""
-        refuse_overwriting(self)
         if self.weights is None:
             return
         if len(self.weights) != len(self.train_data):
@@ -219,6 +237,7 @@ def shelf_for(cfg: Config, folder: Path) -> tuple[Shelf, Tokenizer]:
         ]
     documents, number = all_documents(sources, cfg), training_documents(sources, cfg)
     tokenizer = given or make_tokenizer(cfg, documents, number)
+    (folder / MANIFEST).unlink(missing_ok=True)  # the folder counts again once it is back
     tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     journal = {"key": key, "dtype": dtype, "mixed": mixed, "shard_tokens": cfg.shard_tokens}
@@ -317,9 +336,8 @@ def shards_meta(shelf: Shelf, tokenizer: Tokenizer, cfg: Config) -> dict[str, An
 def main(cfg: Config) -> None:
     """Make the tokenizer and the shards, and write down what they are."""
     started = time.perf_counter()
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # the folder counts again once it is back
+    resumes = has_journal(Path(cfg.output_dir))
+    folder = claim(cfg, "prepare", (*PUBLISHED, JOURNAL), resumes)
 
     shelf, tokenizer = shelf_for(cfg, folder)
     fill(shelf, tokenizer, cfg)
@@ -332,7 +350,7 @@ def main(cfg: Config) -> None:
     seconds = time.perf_counter() - started
     write_stage_report(folder, stage_report("prepare", cfg, gate, seconds, **facts))
     write_atomically(folder / "shards.json", dump(shards_meta(shelf, tokenizer, cfg)))
-    vouch(folder)
+    vouch(folder, PUBLISHED)
     if not cfg.weights:  # of a mixture it is kept: with other weights the shards stay
         (folder / JOURNAL).unlink()
 

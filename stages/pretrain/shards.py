@@ -9,6 +9,14 @@ import numpy as np
 
 from common.rows.shards import SHARD_DTYPES
 
+_NUMBER = "[0-9]" * 5  # of a shard; in a mixture that of the source, of two digits, is before it
+# Patterns of the files' names.
+SHARDS = tuple(
+    f"{split}-{source}{_NUMBER}.bin"
+    for split in ("train", "eval")
+    for source in ("", "[0-9][0-9]-", "[0-9][0-9][0-9]-")
+)
+
 
 class ShardWriter:
     """Appends ids to `{prefix}-NNNNN.bin` files of shard_tokens each; `tokens` and `crc` (CRC-32)

@@ -24,10 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.program.errors import InputError
-from common.program.files import dump, sha256, write_atomically
+from common.program.files import MANIFEST, dump, sha256, write_atomically
 from common.text.chat import stop_ids
 from common.text.tokenizer import GAPS, Tokenizer
-from stages.pretrain.shards import ShardWriter
+from stages.pretrain.shards import SHARDS, ShardWriter
 
 CHUNK = 1 << 18  # characters that a process is given at once
 GAPLESS = 1 << 20  # characters in which a gap is looked for; more than CHUNK
@@ -227,6 +227,15 @@ def no_counts() -> dict[str, Any]:
     return {"done": 0, "pieces": 0, "tokens": tokens, "bytes": size}
 
 
+def has_journal(folder: Path) -> bool:
+    """Whether the folder's journal is one of a Shelf, and not another's file of that name."""
+    try:
+        journal = json.loads((folder / JOURNAL).read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(journal, dict) and {"key", "crc", "chunk", "sources"} <= journal.keys()
+
+
 class Shelf:
     """The shard files in a folder and the journal that tells how far they are good.
 
@@ -248,8 +257,9 @@ class Shelf:
     @classmethod
     def begin(cls, folder: Path, sources: Sequence[Mapping[str, Any]], **journal: Any) -> "Shelf":
         """An empty shelf, in a folder that has the tokenizer."""
-        for old in folder.glob("*.bin"):
-            old.unlink()
+        for name in SHARDS:
+            for old in folder.glob(name):
+                old.unlink()
         journal |= {
             "sources": [{**source, **no_counts()} for source in sources],
             "crc": {},
@@ -272,6 +282,7 @@ class Shelf:
             shelf = cls(folder, journal)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        (folder / MANIFEST).unlink(missing_ok=True)  # before a file that it lists is touched
         tokens: collections.Counter[str] = collections.Counter()
         for n, source in enumerate(shelf.sources):
             for split, count in source["tokens"].items():

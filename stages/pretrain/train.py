@@ -18,7 +18,7 @@ from pydantic import Field
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import cli, fingerprint, stage_config
+from common.config.schema import InputPath, cli, fingerprint, stage_config
 from common.config.training import TrainConfig
 from common.handoff.locate import load_tokenizer
 from common.handoff.publish import check_context, load_model
@@ -44,7 +44,7 @@ from stages.pretrain.mfu import Hardware
 class Config(ArchitectureConfig, TrainConfig):
     """Pretrain a GPT on token shards."""
 
-    train_data: str
+    train_data: InputPath
     """Folder of shards and tokenizer, made by stages.pretrain.prepare."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices inside the blocks, AdamW on the rest."""

@@ -9,9 +9,13 @@ reference answer is ranked above the samples. Comparisons made by people (`chose
 taken as they are. Writes comparisons.jsonl and eval.jsonl.
 """
 
+import contextlib
+import json
 import random
+import reprlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -25,14 +29,15 @@ from tqdm import tqdm
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import ReadsRows, Seed, refuse_overwriting
-from common.handoff.locate import lineage, load_tokenizer
+from common.config.schema import InputPath, OutputDir, RowsPath, cli, fingerprint, stage_config
+from common.config.training import ReadsRows, Seed
+from common.handoff.locate import content_of_model, lineage, load_tokenizer
+from common.handoff.ownership import claim
 from common.handoff.publish import check_context, load_model
-from common.handoff.report import STAGE, Gate, stage_report, write_stage_report
+from common.handoff.report import Gate, publish_rows, stage_report
 from common.model.sample import sample
-from common.program.errors import InputError
-from common.program.files import write_jsonl
+from common.program.errors import Failure, InputError, Interrupted
+from common.program.files import dump, write_atomically
 from common.program.signals import interrupt_with
 from common.rows.sources import BadRows, read_rows
 from common.text.chat import (
@@ -42,20 +47,21 @@ from common.text.chat import (
     rows_to_messages,
     rows_to_prompt,
 )
-from common.text.comparisons import ranked
+from common.text.comparisons import check_ranks, ranked
 from common.text.tokenizer import Tokenizer
 
 Labeller = Callable[[str, list[str], random.Random], list[int]]
 Contrast = Callable[[str, random.Random], list[tuple[str, str]]]
+SAMPLED = "sampled.json"  # the answers, until they are ranked
 
 
 @stage_config
 class Config(ReadsRows):
     """Sample answers and collect rankings of them."""
 
-    parent: str
+    parent: InputPath
     """The SFT model that answers."""
-    train_data: str
+    train_data: RowsPath
     """Prompts: rows with `prompt`, or SFT rows, whose answer then serves as reference."""
     output_dir: OutputDir
     """Where comparisons.jsonl and eval.jsonl go."""
@@ -64,7 +70,7 @@ class Config(ReadsRows):
     contrast: str | None = None
     """module:function (prompt, rng) -> [(kind, answer)]: further answers ranked beside the
     samples."""
-    pairs: list[str] = []
+    pairs: list[RowsPath] = []
     """Files of comparisons by people: rows with `chosen` and `rejected`."""
     answers_per_prompt: Annotated[int, Field(gt=0)] = 4
     """K: samples drawn for each prompt."""
@@ -82,9 +88,6 @@ class Config(ReadsRows):
     """Share of the prompts whose comparisons are held out."""
     seed: Seed = 0
     """Seed of sampling, labelling noise and split."""
-
-    def __post_init__(self) -> None:
-        refuse_overwriting(self)
 
 
 def hook(name: str | None) -> Callable[..., Any] | None:
@@ -139,6 +142,24 @@ def parse(tokenizer: Tokenizer, needs_answer: bool, row: dict[str, Any]) -> Prom
         ) from None
 
 
+def kept_or_sampled(
+    cfg: Config, folder: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+) -> list[list[Entry]]:
+    """For each prompt answers_per_prompt answers of the SFT model. They are kept in `folder`, for
+    the same command after a labeller that failed."""
+    keys = (cfg.answers_per_prompt, cfg.temperature, cfg.max_new_tokens, cfg.batch_size, cfg.seed)
+    key = fingerprint([content_of_model(cfg.parent), *keys, [prompt.ids for prompt in prompts]])
+    file = folder / SAMPLED
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text())
+        if kept["key"] == key:
+            print(f"collect: the answers are those of {file}")
+            return [[Entry(*entry) for entry in entries] for entries in kept["answers"]]
+    answers = list(sampled(cfg, tokenizer, prompts))
+    write_atomically(file, dump({"key": key, "answers": answers}))
+    return answers
+
+
 def sampled(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iterator[list[Entry]]:
     """For each prompt answers_per_prompt answers of the SFT model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,21 +188,28 @@ def rank_answers(
     """A row of comparisons.jsonl: the samples, with what `contrast` adds, ranked by the labeller;
     without a labeller the reference comes first, and wins over all others.
 
-    Raises InputError when a labeller does not rank every answer.
+    Raises InputError when a labeller fails, or does not rank every answer.
     """
     entries, text = samples, prompt.messages[-1]["content"]
     if hooks.contrast:
-        more = hooks.contrast(text, rng)
+        more = asked(f"contrast {cfg.contrast}", hooks.contrast, text, rng)
+        if not isinstance(more, list) or not all(map(is_contrast, more)):
+            told = f"a list of (kind, answer) is needed, not {reprlib.repr(more)}"
+            raise InputError(f"contrast {cfg.contrast}, prompt {text[:60]!r}: {told}")
         entries = [*entries, *(Entry(answer, kind, True) for kind, answer in more)]
     if hooks.labeller:
-        ranks = hooks.labeller(text, [entry.text for entry in entries], rng)
+        who = f"labeller {cfg.labeller}"
+        given = asked(who, hooks.labeller, text, [entry.text for entry in entries], rng)
+        try:
+            ranks = check_ranks(given)
+        except InputError as error:
+            raise InputError(f"{who}, prompt {text[:60]!r}: {error}") from None
         if len(ranks) != len(entries):
-            raise InputError(
-                f"labeller {cfg.labeller}: {len(ranks)} ranks for {len(entries)} answers"
-            )
+            number = f"{len(ranks)} ranks for {len(entries)} answers"
+            raise InputError(f"{who}, prompt {text[:60]!r}: {number}")
     else:
         entries = [Entry(prompt.reference or "", "reference", True), *entries]
-        ranks = [0] + [1] * (len(entries) - 1)
+        ranks = [0, *[1] * (len(entries) - 1)]
     return {
         "prompt": prompt.messages,
         "answers": [entry.text for entry in entries],
@@ -189,6 +217,24 @@ def rank_answers(
         "sources": [entry.source for entry in entries],
         "stopped": [entry.stopped for entry in entries],
     }
+
+
+def asked(who: str, hook: Callable[..., Any], text: str, *more: Any) -> Any:
+    """What a recipe's own function says to a prompt. Raises InputError, with the place, for its
+    errors."""
+    try:
+        return hook(text, *more)
+    except (InputError, Failure, Interrupted):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
+        raise InputError(f"{who}, prompt {text[:60]!r}: {error} ({place})") from error
+
+
+def is_contrast(one: Any) -> bool:
+    """Whether it is a pair of texts."""
+    return isinstance(one, list | tuple) and len(one) == 2 and all(isinstance(t, str) for t in one)
 
 
 def question(row: dict[str, Any]) -> str:
@@ -232,11 +278,9 @@ def gate_of(metrics: dict[str, int], comparisons: Sequence[dict], held: int) -> 
 def main(cfg: Config) -> None:
     """Read prompts and people's pairs, sample answers, have them ranked, hold some out, write."""
     started = time.perf_counter()
+    folder = claim(cfg, "collect", ("comparisons.jsonl", "eval.jsonl", SAMPLED))
     length, key = cfg.max_prompt_length + cfg.max_new_tokens, "max_prompt_length + max_new_tokens"
     check_context(cfg.parent, "lm", length, key)
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STAGE).unlink(missing_ok=True)  # the folder counts again once it is back
     tokenizer, bad = load_tokenizer(cfg.parent), BadRows(cfg.on_bad_row)
     rows = read_rows(cfg.train_data, partial(parse, tokenizer, cfg.labeller is None), bad)
     rows = rows[: cfg.max_prompts]
@@ -251,15 +295,17 @@ def main(cfg: Config) -> None:
             f"max_prompt_length {cfg.max_prompt_length}"
         )
     rng = random.Random(cfg.seed)
+    answers = kept_or_sampled(cfg, folder, tokenizer, prompts)
     comparisons = [
         rank_answers(cfg, hooks, prompt, samples, rng)
-        for prompt, samples in zip(prompts, sampled(cfg, tokenizer, prompts), strict=True)
+        for prompt, samples in zip(prompts, answers, strict=True)
     ]
     held = held_out(cfg, comparisons, people, rng)
     both = comparisons + people
-    write_jsonl(folder / "eval.jsonl", [row for row in both if question(row) in held])
-    write_jsonl(folder / "comparisons.jsonl", [row for row in both if question(row) not in held])
-
+    files = {
+        "eval.jsonl": [row for row in both if question(row) in held],
+        "comparisons.jsonl": [row for row in both if question(row) not in held],
+    }
     metrics = {
         "answers": sum(len(row["answers"]) for row in comparisons),
         "prompts": len(comparisons),
@@ -271,9 +317,10 @@ def main(cfg: Config) -> None:
     facts = {"kind": "comparisons", **lineage(cfg.parent), "metrics": metrics}
     seconds = time.perf_counter() - started
     report = stage_report("collect", cfg, gate, seconds, **facts, data={"skipped": bad.counts})
-    write_stage_report(folder, report)
+    publish_rows(folder, files, report)
+    (folder / SAMPLED).unlink()
 
 
 if __name__ == "__main__":
-    interrupt_with("collect, nothing is kept; the same command starts it again")
+    interrupt_with("collect; the same command begins again, with the answers if all were sampled")
     cli(Config, main)

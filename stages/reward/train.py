@@ -22,7 +22,7 @@ from torch import Tensor
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import cli, fingerprint, stage_config
+from common.config.schema import InputPath, cli, fingerprint, stage_config
 from common.config.training import NonNegative, RowsConfig
 from common.handoff.locate import load_tokenizer
 from common.handoff.publish import check_context, load_model
@@ -46,7 +46,7 @@ from stages.reward.loss import accuracy_by_margin, comparison_loss, ranked_pairs
 class Config(RowsConfig):
     """Train a reward model on comparisons."""
 
-    parent: str
+    parent: InputPath
     """The SFT model whose trunk the reward model starts from."""
     per_device_train_batch_size: Annotated[int, Field(gt=0)] = 16
     """Prompts in a micro-batch; all answers of a prompt stay together."""

@@ -22,7 +22,7 @@ from torch import nn
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import cli, fingerprint, stage_config
+from common.config.schema import InputPath, RowsPath, cli, fingerprint, stage_config
 from common.config.training import (
     NonNegative,
     Positive,
@@ -60,15 +60,15 @@ SHOWN = ("score", "kl", "stop_rate", "length", "rollout_entropy", "explained_var
 class Config(ReadsRows, LearnConfig):
     """Improve an assistant by reinforcement learning."""
 
-    parent: str
+    parent: InputPath
     """The policy to start from: the SFT model."""
-    reference: str | None = None
+    reference: InputPath | None = None
     """The model that KL is measured from; null = parent."""
-    reward_model: str
+    reward_model: InputPath
     """Directory of the reward model."""
-    critic: str | None = None
+    critic: InputPath | None = None
     """Directory that the critic starts from; null = the reward model."""
-    train_data: str
+    train_data: RowsPath
     """Prompts: rows with `prompt`, or SFT rows whose answers are ignored."""
     max_prompt_length: Positive = 96
     """Longer prompts are left out, and counted."""
@@ -100,7 +100,7 @@ class Config(ReadsRows, LearnConfig):
     """Scores are clipped to +- this, after the shift; null = off."""
     missing_stop_penalty: NonNegative = 1.0
     """Taken off the score of an answer that was cut off."""
-    ptx_data: str | None = None
+    ptx_data: InputPath | None = None
     """Shards whose language-model loss is mixed in (InstructGPT's PPO-ptx)."""
     logging_steps: Positive = 1
     """Rollouts between two lines of metrics."""

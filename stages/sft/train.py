@@ -21,7 +21,7 @@ from torch import Tensor
 if not __package__:  # run as a file, for which Python looks for modules in its folder alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.config.schema import cli, fingerprint, stage_config
+from common.config.schema import InputPath, cli, fingerprint, stage_config
 from common.config.training import RowsConfig
 from common.handoff.locate import load_tokenizer
 from common.handoff.publish import check_context, load_model
@@ -57,10 +57,10 @@ STOPS = 0.25
 class Config(ArchitectureConfig, RowsConfig):
     """Finetune a base model on demonstrations."""
 
-    parent: str | None = None
+    parent: InputPath | None = None
     """Base model: a stage directory, a transformers directory, or a Hub id; null = a new model,
     learned from the rows alone."""
-    tokenizer: str | None = None
+    tokenizer: InputPath | None = None
     """Directory to take the tokenizer of a new model from."""
     eval_exact_match: bool = False
     """Also answer the held-out prompts greedily; counts answers equal to the row's own, the others

@@ -69,6 +69,23 @@ KEYS = [
     ("reward", "eval_fraction: 0", ["eval_fraction = 0", "> 0"]),
     ("rl", "gamma: 1.1", ["gamma = 1.1", "<= 1"]),
     ("rl", "clip_range: -0.2", ["clip_range = -0.2", "float > 0"]),
+    # sizes that nothing could have
+    *[
+        (stage, "per_device_train_batch_size: 1000001", ["batch_size 1000001", "1,000,000 rows"])
+        for stage in ("pretrain", "sft", "reward", "rl")
+    ],
+    ("pretrain", "gradient_accumulation_steps: 1000000000", ["steps 1000000000", "1,000,000 rows"]),
+    ("sft", "num_train_epochs: 1e308", ["num_train_epochs = 1e+308", "<= 1000000"]),
+    ("rl", "clip_range: 1e308", ["clip_range = 1e+308", "<= 1000000000"]),
+    ("rl", "clip_range_value: 1e308", ["clip_range_value = 1e+308", "<= 1000000000"]),
+    ("sft", "lora_r: 1000000000", ["lora_r = 1000000000", "<= 4096"]),
+    ("sft", "max_length: 1000000000", ["max_length = 1000000000", "<= 1048576"]),
+    ("pretrain", "n_layer: 1000000000", ["n_layer = 1000000000", "<= 10000"]),
+    *[
+        ("pretrain", f"{key}: 1000000000", [f"{name} 1000000000", "GB of memory"])
+        for key, name in (("n_embd", "n_embd"), ("n_inner", "n_inner"))
+    ],
+    ("pretrain", "context_length: 1000000000000", ["context 1000000000000", "GB of memory"]),
     # choices
     ("sft", "mixed_precision: fp8", ["mixed_precision = fp8", "auto | no | bf16 | fp16"]),
     ("sft", "lr_scheduler_type: linaer", ["lr_scheduler_type = linaer", "linear"]),
@@ -109,6 +126,20 @@ KEYS = [
     ("prepare", "output_dir: {file}/x", ["output_dir = {file}/x", "{file} is a file"]),
     ("collect", "output_dir: {file}", ["output_dir = {file}", "is a file"]),
     ("rl", "output_dir: ''", ["output_dir = ''", "directory"]),
+    ("sft", "output_dir: ~/x", ["output_dir = ~/x", "`~` is not expanded here"]),
+    ("sft", "train_data: ~/x.jsonl", ["train_data = ~/x.jsonl", "`~` is not expanded here"]),
+    *[
+        (stage, f"{key}: ''", [f"{key} = ''", "a file, a folder or a Hub id is wanted"])
+        for stage, key in (
+            *(("sft", key) for key in ("train_data", "eval_data", "parent", "tokenizer")),
+            *(("rl", key) for key in ("train_data", "parent", "reference", "reward_model")),
+            *(("rl", key) for key in ("critic", "ptx_data")),
+            *(("pretrain", "train_data"), ("prepare", "tokenizer"), ("collect", "train_data")),
+        )
+    ],
+    ("prepare", "train_data: ['']", ["train_data.0 = ''", "is wanted"]),
+    ("collect", "pairs: ['']", ["pairs.0 = ''", "is wanted"]),
+    ("prepare", "--train_data=", ["train_data.0 = ''", "is wanted"]),
     ("sft", "output_dir: {lm}", ["output_dir {lm}: is parent too", "overwritten"]),
     ("collect", "output_dir: {lm}", ["output_dir {lm}: is parent too", "overwritten"]),
     ("rl", "output_dir: {reward}", ["output_dir {reward}: is reward_model too", "overwritten"]),

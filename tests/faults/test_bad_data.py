@@ -234,11 +234,32 @@ FILES = [
         ["no rows that can be used", "1 x columns"],
     ),
     (
+        "reward",
+        "rows.jsonl",
+        b'{"prompt": "Hi", "answers": ["a", "b"], "ranks": [%d, 1]}' % (10**400),
+        "",
+        ["rows.jsonl:1: ranks [1000", "a list of numbers is needed"],
+    ),
+    (
         "sft",
         "rows.jsonl",
         '{"prompt": "Hi"}'.encode("utf-16"),
         "",
         ["rows.jsonl:1: not UTF-8 at column 1 (byte 0xff)"],
+    ),
+    (
+        "sft",
+        "rows.jsonl",
+        '{"prompt": "Hi"}'.encode("utf-16le"),
+        "",
+        ["rows.jsonl:1: every other byte is 0, as in UTF-16", "iconv"],
+    ),
+    (
+        "prepare",
+        "book.txt",
+        ("The fox.\n" * 99).encode("utf-16le"),
+        "",
+        ["book.txt: every other byte is 0, as in UTF-16", "iconv"],
     ),
     (
         "prepare",

@@ -26,13 +26,14 @@ UPDATES = {"rl": 4}
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All that the directory vouches for: not the logs, nor what an unfinished run keeps beside."""
+    """All that the directory vouches for: not the logs, nor what an unfinished run keeps beside,
+    nor the hidden note of whose folder it is."""
     found = [
         path
         for path in folder.rglob("*")
         if path.is_file() and "state" not in path.relative_to(folder).parts
     ]
-    return sorted(path for path in found if path.suffix != ".jsonl")
+    return sorted(path for path in found if path.suffix != ".jsonl" and path.name[0] != ".")
 
 
 def flip(file: Path, rng: random.Random) -> str:
@@ -172,3 +173,10 @@ def test_a_damaged_directory_is_refused(published):
             with pytest.raises(InputError):
                 read()
             file.write_bytes(content)
+
+
+def test_other_names_beside_the_states(tmp_path):
+    """No step's number, though a digit to isdigit()."""
+    for name in ("step-\u00b2", "step-", "step-x", "step-4.tmp", "notes"):
+        (tmp_path / name).mkdir()
+    assert newest_state(tmp_path) is None

@@ -178,5 +178,5 @@ def test_a_report_does_not_go_into_the_run_that_it_reads(run_dir):
     run = run_dir([(0, 5.0), (10, 3.5)])
     before = Path(run, "stage.json").read_bytes()
     with pytest.raises(InputError, match="is runs too, which would be overwritten"):
-        load(curves.Config, ["--runs", run, "--output_dir", run])
+        curves.main(load(curves.Config, ["--runs", run, "--output_dir", run]))
     assert Path(run, "stage.json").read_bytes() == before

@@ -21,9 +21,9 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import refuse_overwriting
+from common.config.schema import InputPath, OutputDir, cli, stage_config
 from common.handoff.locate import lineage, load_tokenizer, read_stage
+from common.handoff.ownership import claim
 from common.handoff.publish import load_model
 from common.handoff.report import Gate, stage_report, write_stage_report
 from common.model.gpt import GPT
@@ -35,6 +35,8 @@ from common.text.tokenizer import Tokenizer
 from tools import page
 from tools.chain.drawing import INSTALL, Chain, draw, has_graphviz
 
+# The files of a report.
+WRITTEN = ("chain.json", "chain.html", "before.*", "after.*", "counted.*")
 MOST_ARROWS = 32  # that can be read in one picture
 
 
@@ -42,7 +44,7 @@ MOST_ARROWS = 32  # that can be read in one picture
 class Config:
     """Draw a small language model as a Markov chain."""
 
-    model: str
+    model: InputPath
     """Directory of a language model."""
     output_dir: OutputDir
     """Where the pictures, chain.html, chain.json and stage.json go."""
@@ -50,9 +52,6 @@ class Config:
     """Tokens in a state; null = the model's whole context."""
     seed: int = 0
     """Nothing is drawn by chance here."""
-
-    def __post_init__(self) -> None:
-        refuse_overwriting(self)
 
 
 def symbols(tokenizer: Tokenizer, context: int, path: str) -> list[int]:
@@ -238,10 +237,10 @@ def write_page(
 
 def main(cfg: Config) -> None:
     """Draw the chains, print their probabilities, write chain.json, chain.html and stage.json."""
-    started, folder = time.perf_counter(), Path(cfg.output_dir)
+    started = time.perf_counter()
     model, tokenizer = load_model(cfg.model, "lm"), load_tokenizer(cfg.model)
     chains, counted = chains_of(cfg, model, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim(cfg, "chain", WRITTEN)
     if not has_graphviz():
         print(INSTALL)
     for name, chain in chains.items():

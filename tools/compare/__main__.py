@@ -21,9 +21,10 @@ from pydantic import Field
 from rich.console import Console
 
 from common.config.command_line import CLI
-from common.config.schema import OutputDir, cli, stage_config
-from common.config.training import Seed, refuse_overwriting
+from common.config.schema import InputPath, OutputDir, RowsPath, cli, stage_config
+from common.config.training import Seed
 from common.handoff.locate import lineage, load_tokenizer
+from common.handoff.ownership import claim
 from common.handoff.publish import load_config, load_model
 from common.handoff.report import stage_report, write_stage_report
 from common.program.errors import InputError
@@ -42,16 +43,19 @@ from tools.compare.terminal import chat, show
 from tools.names import names_of
 from tools.page import is_page
 
+# The files of a report.
+WRITTEN = ("compare.json", "compare.html", "compare-families*.png", "compare-best-of-n*.png")
+
 
 @stage_config
 class Config:
     """Compare models, sample from one, or talk with it."""
 
-    models: list[str] = []
+    models: list[InputPath] = []
     """Model directories or Hub ids (also without --models), in the order base, sft, rl."""
     prompt: str | None = None
     """A prompt."""
-    prompts: str | None = None
+    prompts: RowsPath | None = None
     """A file of prompts: rows with `prompt` or `messages` (.jsonl, .json, .parquet), or a .txt
     file, one a line."""
     limit: Annotated[int, Field(gt=0)] | None = None
@@ -70,13 +74,13 @@ class Config:
     """Seed of sampling; every prompt has a stream of its own, the same for all models."""
     batch_size: Annotated[int, Field(gt=0)] = 256
     """Answers sampled at once."""
-    reward: str | None = None
+    reward: InputPath | None = None
     """Directory of a reward model that scores the answers."""
-    reference: str | None = None
+    reference: InputPath | None = None
     """Directory of the model that KL is measured from."""
     gold: str | None = None
     """Module with judge(prompt, answer, stopped), the ground truth, e.g. data.demo.gold."""
-    comparisons: str | None = None
+    comparisons: RowsPath | None = None
     """Rows of answers to held-out prompts, on which the reward model's accuracy against gold is
     measured. With best_of: rows of its prompts, and the reference's own answers to each beside
     them."""
@@ -96,9 +100,6 @@ class Config:
     """Talk with the one model named."""
     output_dir: OutputDir | None = None
     """Write a report there: compare.json, compare.html, stage.json, plots."""
-
-    def __post_init__(self) -> None:
-        refuse_overwriting(self)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -210,7 +211,6 @@ def write_report(
     cfg: Config, folder: Path, result: dict[str, Any], names: Sequence[str], started: float
 ) -> None:
     """Write the page with its plots, compare.json and stage.json, and print the gate line."""
-    folder.mkdir(parents=True, exist_ok=True)
     gate = verdict(result, names)
     write_atomically(folder / "compare.json", dump(result))  # refuses what is not finite
     print(gate.line("compare"), file=sys.stderr if cfg.json else sys.stdout)
@@ -237,6 +237,8 @@ def main(cfg: Config) -> None:
     """Compare: ask every model, judge the answers, show them, write the report."""
     started = time.perf_counter()
     check(cfg)
+    if cfg.output_dir:
+        claim(cfg, "compare", WRITTEN)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.chat:
         talk(cfg, device)

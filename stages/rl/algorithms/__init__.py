@@ -36,9 +36,9 @@ class AlgorithmConfig(TrainConfig):
     """Discount."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Lambda of GAE."""
-    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    clip_range: Annotated[float, Field(gt=0, le=1e9)] = 0.2
     """Clip of the policy's ratio."""
-    clip_range_value: Annotated[float, Field(gt=0)] = 0.2
+    clip_range_value: Annotated[float, Field(gt=0, le=1e9)] = 0.2
     """Clip of the critic's change."""
     vf_coef: NonNegative = 0.1
     """Weight of the value loss."""

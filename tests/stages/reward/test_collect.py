@@ -6,8 +6,11 @@ import random
 import sys
 import types
 
+import numpy as np
 import pytest
+import torch
 
+import stages.reward.collect
 from common.handoff.locate import load_tokenizer
 from common.program.errors import InputError
 from stages.reward.collect import Config, main
@@ -212,3 +215,76 @@ def test_rows_of_the_sft_formats_are_prompts_too(setting, tokenizer):
     found = {question(row): row["answers"][0] for row in train + heldout}
     assert found == {"Add them.\n\ntwo, three": "five", "Hi": "Yes?"}
     assert load_tokenizer(cfg.parent).vocab_size == tokenizer.vocab_size
+
+
+RANKS = [
+    (None, r"ranks None: a list of numbers"),
+    ("best", r"ranks 'best'"),
+    (["best", 1, 2], r"ranks \['best', 1, 2\]"),
+    ([float("nan"), 1, 2], r"ranks \[nan, 1, 2\]"),
+    ([10**400, 1, 2], r"ranks \[1000"),
+    ([[0], [1], [2]], r"ranks \[\[0\]"),
+    ([0, 1], r"2 ranks for 3 answers"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "told"), RANKS)
+def test_ranks_that_are_none_are_refused(setting, hooks, ranks, told):
+    hooks.rank = lambda prompt, answers, rng: ranks
+    with pytest.raises(InputError, match=rf"labeller own_hooks:rank, prompt 'Name an.*0': {told}"):
+        main(setting(labeller="own_hooks:rank"))
+
+
+@pytest.mark.parametrize(
+    "kind", [np.array, lambda ranks: [np.int64(r) for r in ranks], torch.tensor]
+)
+def test_ranks_may_be_of_numpy_or_torch(setting, hooks, kind):
+    hooks.rank = lambda prompt, answers, rng: kind(list(range(len(answers))))
+    train, heldout, _ = collected(setting(labeller="own_hooks:rank"))
+    assert {tuple(row["ranks"]) for row in train + heldout} == {(0, 1, 2)}
+
+
+@pytest.mark.parametrize("more", [None, ["text"], [("kind", 1)], "ab"])
+def test_a_contrast_that_is_none_is_refused(setting, hooks, more):
+    hooks.contrast = lambda prompt, rng: more
+    with pytest.raises(InputError, match=r"contrast own_hooks:contrast, prompt 'Name an.*answer"):
+        main(setting(labeller="own_hooks:rank", contrast="own_hooks:contrast"))
+
+
+def test_the_answers_outlive_a_labeller_that_fails(setting, hooks, monkeypatch, tmp_path):
+    """The same command goes on with them, and to the same end; other settings sample anew."""
+    whole = collected(setting(labeller="own_hooks:rank", output_dir=str(tmp_path / "whole")))[:2]
+    good, hooks.rank = hooks.rank, lambda prompt, answers, rng: 1 / 0
+    cfg, again = setting(labeller="own_hooks:rank"), setting(labeller="own_hooks:rank", seed=5)
+    with pytest.raises(
+        InputError, match=r"prompt 'Name an animal\. 0': division by zero \(Zero.*py"
+    ):
+        main(cfg)
+    hooks.rank, calls = good, []
+    real = stages.reward.collect.sample
+    counted = lambda *args, **keys: calls.append(1) or real(*args, **keys)  # noqa: E731
+    monkeypatch.setattr("stages.reward.collect.sample", counted)
+    assert collected(cfg)[:2] == whole and not calls
+    hooks.rank = lambda prompt, answers, rng: None
+    with pytest.raises(InputError):
+        main(again)
+    assert calls == [1]
+    hooks.rank = good
+    assert collected(cfg)[:2] == whole and calls == [1, 1]  # of another seed they are no use
+    assert not (tmp_path / "collect" / "sampled.json").exists()
+
+
+def test_a_date_of_a_parquet_file_is_kept_as_text(setting, hooks, tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    day = datetime.datetime(2024, 5, 1, 12)
+    rows = [
+        {"prompt": f"Who? {n}", "chosen": "me", "rejected": "you", "at": day} for n in range(10)
+    ]
+    file = tmp_path / "people.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    train, heldout, _ = collected(setting(labeller="own_hooks:rank", pairs=[str(file)]))
+    assert {row["at"] for row in train + heldout if "at" in row} == {"2024-05-01 12:00:00"}
