@@ -228,7 +228,7 @@ def write_page(folder: Path, runs: Runs, bigram: float | None, remarks: Sequence
 def main(cfg: Config) -> None:
     """Compare the runs: a table, curves.json, curves.png, curves.html, stage.json."""
     started = time.perf_counter()
-    folder = claim(cfg, "curves", ("curves.json", "curves.png", "curves.html"))
+    folder = claim(cfg, "curves", ("curves.json", "curves*.png", "curves.html"))
     runs = dict(zip(names_of(cfg.runs, "runs"), map(read_run, cfg.runs), strict=True))
     bigram = None if cfg.bigram is None else bigram_loss(cfg.bigram, cfg.smoothing)
     remarks = remarks_on(runs, bigram, cfg.smoothing)

@@ -321,7 +321,7 @@ def gate_of(result: dict[str, Any]) -> Gate:
 def main(cfg: Config) -> None:
     """Judge the runs' answers: overoptimise.json, .png, .html and stage.json."""
     started = time.perf_counter()
-    folder = claim(cfg, "overoptimise", [f"overoptimise.{end}" for end in ("json", "html", "png")])
+    folder = claim(cfg, "overoptimise", ("overoptimise.*", "overoptimise-dark.png"))
     reference = cfg.reference or same_origin(cfg.runs, "reference", "parent")
     reward = cfg.reward or same_origin(cfg.runs, "reward_model", "reward_model")
     episodes = read_episodes(cfg.runs, load_gold(cfg.gold))
