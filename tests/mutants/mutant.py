@@ -16,6 +16,7 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]  # pytest's names of files or tests
     why: str  # what would go wrong
     blind: bool = False  # written by someone who had not seen the tests
+    slow: bool = False  # too slow for a sample
 
     def source(self) -> str:
         """The file's text with the fault in it. Raises ValueError when the old text is not there,
