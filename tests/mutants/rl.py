@@ -448,7 +448,7 @@ OF_MAIN = [
         "copy = copy or GPT(module.config).to(made.device, dtype).requires_grad_(False).eval()\n"
         "        copy.load_state_dict(merged_state(module))",
         "if copy is None:\n"
-        "            copy = GPT(module.config).to(made.device, dtype).requires_grad_(False).eval()\n"
+        "            copy = GPT(module.config).to(made.device, dtype).eval()\n"
         "            copy.load_state_dict(merged_state(module))",
         T_MAIN,
         "in bf16 the policy would sample from the SFT model for ever",

@@ -37,7 +37,7 @@ MUTANTS = [
         SAMPLE,
         "top_k: int = 0",
         "top_k: int = 50",
-        T_SAMPLE + ("tests/stages/rl/test_rollout.py",),
+        (*T_SAMPLE, "tests/stages/rl/test_rollout.py"),
         "the sampler is not the policy: negative KL",
     ),
     Mutant(

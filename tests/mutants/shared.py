@@ -203,7 +203,7 @@ MUTANTS = [
         RUN,
         'self.logs.last, self.skipped = loop["last"], loop["skipped"]',
         'self.logs.last, self.skipped = loop["last"], 0',
-        ("tests/faults/test_non_finite.py",) + T_RESUME,
+        ("tests/faults/test_non_finite.py", *T_RESUME),
         "max_skipped_batches begins again",
         slow=True,
     ),

@@ -2,6 +2,7 @@
 time: whatever key does not get to the maths shows in the weights."""
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -172,7 +173,7 @@ def text_loss(policy, tokens):
     terms = []
     for row in tokens.tolist():
         starts = [0, *(n for n in range(1, len(row) - 1) if row[n] == EOT), len(row) - 1]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             terms.append(by_hand.logprobs(policy, row[start : end + 1]))
     return -torch.cat(terms).mean()
 
@@ -305,20 +306,19 @@ def test_noise_is_new_in_every_rollout_and_for_every_seed(setting, tmp_path, mon
     assert (drawn[:2] == drawn[2:]) == (seeds[0] == seeds[1])
 
 
+def prompts_of(rollout) -> list[tuple[int, ...]]:
+    rows = zip(rollout.ids_BS.tolist(), rollout.prompt_lengths_B.tolist(), strict=True)
+    return [tuple(ids[:size]) for ids, size in rows]
+
+
 def test_prompts_come_in_another_order_for_every_seed_and_rollout(setting, tokenizer, tmp_path):
     chosen = []
     for seed in (3, 4):
-        monkeypatch = pytest.MonkeyPatch()
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             run = Run(patch)
             keys = ONE_UPDATE | {"seed": seed, "max_steps": 4}
             main(setting(output_dir=str(tmp_path / f"rl{seed}"), **keys))
-        chosen.append(
-            [
-                [tuple(ids[:size].tolist()) for ids, size in zip(r.ids_BS, r.prompt_lengths_B)]
-                for r in run.rollouts
-            ]
-        )
+        chosen.append([prompts_of(rollout) for rollout in run.rollouts])
     texts = [f"{word} {n}" for n in range(4) for word in WORDS]
     every = {tuple(prompt_ids(tokenizer, [{"role": "user", "content": t}])) for t in texts}
     for rollouts in chosen:  # an epoch is four rollouts: every prompt once
