@@ -4,7 +4,8 @@ from functools import partial
 
 from tests.mutants.mutant import Mutant
 
-RL_TRAIN = ("tests/stages/rl/test_rl_train.py",)
+HAND, TRAIN = "tests/stages/rl/test_rl_by_hand.py::", "tests/stages/rl/test_rl_train.py::"
+RL_TRAIN = (HAND + "test_a_whole_run_is_that_written_out_by_hand",)
 ROLLOUT = ("tests/stages/rl/test_rollout.py",)
 REWARD = ("tests/stages/reward/test_reward.py",)
 Blind = partial(Mutant, blind=True)
@@ -23,7 +24,7 @@ MUTANTS = [
         "stages/rl/learn.py",
         "default_rng((cfg.seed, step, epoch))",
         "default_rng((cfg.seed, epoch))",
-        RL_TRAIN,
+        (HAND + "test_minibatches_are_a_function_of_seed_step_and_epoch",),
         "the same places of every rollout share a minibatch",
     ),
     Blind(
@@ -31,7 +32,7 @@ MUTANTS = [
         "stages/rl/learn.py",
         'mean(statistics[-1], "approx_kl")',
         'mean(statistics[0], "approx_kl")',
-        RL_TRAIN,
+        (TRAIN + "test_early_stop_at_one_and_a_half_times_the_target",),
         "the first update has approx_kl 0 always, so nothing ever stops",
     ),
     Blind(
@@ -63,7 +64,7 @@ MUTANTS = [
         "stages/rl/train.py",
         'group["role"] == "policy" and step',
         'group["role"] == "critic" and step',
-        RL_TRAIN,
+        (TRAIN + "test_critic_warm_up_leaves_the_policy_alone",),
         "the policy learns from a critic that does not",
     ),
     Blind(
@@ -127,7 +128,7 @@ MUTANTS = [
         "stages/sft/train.py",
         "torch.tensor([sum(map(supervised_tokens, micro_batches))])",
         "torch.tensor([sum(len(e.ids) for batch in micro_batches for e in batch)])",
-        ("tests/stages/sft/test_sft.py",),
+        ("tests/stages/sft/test_sft_by_hand.py",),
         "the mean is over prompt tokens too, which are not in the sum",
     ),
     Blind(
@@ -143,7 +144,7 @@ MUTANTS = [
         "common/train/resume.py",
         'torch.set_rng_state(saved[f"{rank}.cpu"])',
         'torch.set_rng_state(saved[f"{rank}.cpu"]), torch.rand(1)',
-        ("tests/faults/test_resume_every_step.py",),
+        ("tests/faults/test_resume_every_step.py::test_stopped_in_every_step[sft]",),
         "dropout after a resume is not that of a run without a break",
     ),
     Blind(
@@ -151,7 +152,7 @@ MUTANTS = [
         "common/train/update.py",
         "(terms * weights).sum()",
         "(terms * weights / len(micro_batches)).sum()",
-        ("tests/smoke/test_placement.py", "tests/common/train/test_optimizers.py"),
+        ("tests/common/train/test_optimizers.py",),
         "4 micro-batches of 4 give another update than one of 16",
     ),
     Blind(
@@ -159,7 +160,7 @@ MUTANTS = [
         "stages/pretrain/train.py",
         "first = step * run.global_batch + run.rank",
         "first = step * run.cfg.per_device_train_batch_size + run.rank",
-        ("tests/stages/pretrain/test_pretrain.py",),
+        ("tests/stages/pretrain/test_pretrain_by_hand.py",),
         "updates with accumulation see rows of the update before again",
     ),
     Blind(

@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 LOSS, MAIN = "stages/reward/loss.py", "stages/reward/train.py"
 COLLECT = "stages/reward/collect.py"
 T_REWARD = ("tests/stages/reward/test_reward.py",)
+T_WHOLE = ("tests/stages/reward/test_reward_by_hand.py",)
 T_COLLECT = ("tests/stages/reward/test_collect.py",)
 
 MUTANTS = [
@@ -13,7 +14,7 @@ MUTANTS = [
         MAIN,
         "batch.weights, cfg.margin, cfg.centering)",
         "batch.weights, 0.0, cfg.centering)",
-        T_REWARD,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -21,7 +22,7 @@ MUTANTS = [
         MAIN,
         "batch.weights, cfg.margin, cfg.centering)",
         "batch.weights, cfg.margin)",
-        T_REWARD,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -61,7 +62,7 @@ MUTANTS = [
         MAIN,
         "set_origin(raw, scores, cfg.normalize)",
         "set_origin(raw, scores, True)",
-        T_REWARD,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -77,7 +78,7 @@ MUTANTS = [
         MAIN,
         "some = comparisons[: max(200, len(heldout))]",
         "some = comparisons[:2]",
-        T_REWARD,
+        T_WHOLE,
         "0 is the mean of two prompts",
     ),
     Mutant(
@@ -85,7 +86,7 @@ MUTANTS = [
         MAIN,
         "Gate(mean - half > 0.5,",
         "Gate(mean > 0.5,",
-        T_REWARD,
+        T_WHOLE,
         "PASS on chance",
     ),
     Mutant(
@@ -101,7 +102,7 @@ MUTANTS = [
         MAIN,
         "sum(bool(comparison.pairs) for part",
         "sum(len(comparison.pairs) for part",
-        T_REWARD,
+        T_WHOLE,
         "the loss is a mean over prompts",
     ),
     Mutant(
@@ -125,7 +126,7 @@ MUTANTS = [
         MAIN,
         "Order(lengths, run.global_batch, cfg.seed)",
         "Order(lengths, run.global_batch, 0)",
-        T_REWARD,
+        T_WHOLE,
         "two seeds share an order",
     ),
     Mutant(
@@ -149,7 +150,7 @@ MUTANTS = [
         MAIN,
         "add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)",
         "add_lora(raw, cfg.lora_r, 16.0, cfg.lora_targets)",
-        T_REWARD,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(

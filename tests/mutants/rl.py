@@ -9,7 +9,8 @@ ROLLOUT, MODELS, MAIN = "stages/rl/rollout.py", "stages/rl/models.py", "stages/r
 T_PPO = ("tests/stages/rl/algorithms/test_ppo.py",)
 T_MATHS = ("tests/stages/rl/test_maths.py",)
 T_ROLLOUT = ("tests/stages/rl/test_rollout.py",)
-T_MAIN = ("tests/stages/rl/test_rl_train.py",)
+HAND, TRAIN = "tests/stages/rl/test_rl_by_hand.py::", "tests/stages/rl/test_rl_train.py::"
+T_WHOLE = (HAND + "test_a_whole_run_is_that_written_out_by_hand",)
 
 OF_THE_MATHS = [
     Mutant(
@@ -65,7 +66,7 @@ OF_THE_MATHS = [
         PPO,
         "tokens.advantages_N, keys.clip_range\n",
         "tokens.advantages_N, 0.2\n",
-        T_PPO + T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -73,7 +74,7 @@ OF_THE_MATHS = [
         PPO,
         "tokens.returns_N, keys.clip_range_value",
         "tokens.returns_N, 0.2",
-        T_PPO + T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -81,7 +82,7 @@ OF_THE_MATHS = [
         PPO,
         "tokens.returns_N, keys.clip_range_value",
         "tokens.returns_N, keys.clip_range",
-        T_PPO + T_MAIN,
+        T_WHOLE,
         "two keys, one of which does nothing",
     ),
     Mutant(
@@ -89,7 +90,7 @@ OF_THE_MATHS = [
         PPO,
         "policy.loss + keys.vf_coef * value",
         "policy.loss + 0.1 * value",
-        T_PPO + T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -254,7 +255,7 @@ OF_THE_EXPERIENCE = [
         EXPERIENCE,
         '"kl": (kl_BT * mask_BT).sum(1).mean()',
         '"kl": masked_mean(kl_BT, mask_BT)',
-        T_MAIN,
+        (TRAIN + "test_describe_counts_episodes_and_real_tokens",),
         "target_kl is in nats an episode",
     ),
     Mutant(
@@ -262,7 +263,7 @@ OF_THE_EXPERIENCE = [
         EXPERIENCE,
         "masked_mean(rollout.entropy_BT, mask_BT)",
         "rollout.entropy_BT.mean()",
-        T_MAIN,
+        (TRAIN + "test_describe_counts_episodes_and_real_tokens",),
         "statistics are over real tokens",
     ),
     Mutant(
@@ -270,7 +271,7 @@ OF_THE_EXPERIENCE = [
         EXPERIENCE,
         "rollout.values_BT[mask_BT], experience.returns_BT[mask_BT]",
         "rollout.values_BT.flatten(), experience.returns_BT.flatten()",
-        T_MAIN,
+        (TRAIN + "test_describe_counts_episodes_and_real_tokens",),
         "zeros on padding look like a perfect critic",
     ),
 ]
@@ -281,7 +282,7 @@ OF_THE_UPDATES = [
         LEARN,
         "if ALGORITHMS[cfg.algorithm].WHITENS_ADVANTAGES:",
         "if False:",
-        T_MAIN,
+        (TRAIN + "test_advantages_are_whitened_over_the_rollout_and_returns_are_not",),
         "the step depends on the scale of the scores",
     ),
     Mutant(
@@ -300,7 +301,7 @@ OF_THE_UPDATES = [
         "            advantages_BT=whitened_BT,\n"
         "            returns_BT=whitened_BT + experience.rollout.values_BT,\n"
         "        )",
-        T_MAIN,
+        (TRAIN + "test_first_update_of_learn",),
         "the critic learns a scale that the rewards do not have",
     ),
     Mutant(
@@ -308,7 +309,7 @@ OF_THE_UPDATES = [
         LEARN,
         "advantages_N=experience.advantages_BT[mask_BT]",
         "advantages_N=whiten(experience.advantages_BT, mask_BT)[mask_BT]",
-        T_MAIN,
+        (TRAIN + "test_one_update_is_the_gradient_of_the_mean_over_all_tokens",),
         "what an answer teaches depends on its neighbours",
     ),
     Mutant(
@@ -316,7 +317,7 @@ OF_THE_UPDATES = [
         LEARN,
         "in range(cfg.num_ppo_epochs):",
         "in range(4):",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -324,7 +325,7 @@ OF_THE_UPDATES = [
         LEARN,
         "math.ceil(len(lengths) / cfg.num_minibatches)",
         "math.ceil(len(lengths) / 2)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -332,7 +333,7 @@ OF_THE_UPDATES = [
         LEARN,
         "default_rng((cfg.seed, step, epoch))",
         "default_rng((0, step, epoch))",
-        T_MAIN,
+        (HAND + "test_minibatches_are_a_function_of_seed_step_and_epoch",),
         "two seeds share an order",
     ),
     Mutant(
@@ -340,7 +341,7 @@ OF_THE_UPDATES = [
         LEARN,
         "cfg.temperature,\n        *(micro_batch",
         "1.0,\n        *(micro_batch",
-        T_MAIN,
+        T_WHOLE,
         "the ratio is not 1 at the start",
     ),
     Mutant(
@@ -364,7 +365,7 @@ OF_THE_UPDATES = [
         LEARN,
         "old_logprobs_N=rollout.logprobs_BT[mask_BT]",
         "old_logprobs_N=rollout.ref_logprobs_BT[mask_BT]",
-        T_MAIN,
+        T_WHOLE,
         "the ratio is to the policy that sampled",
     ),
     Mutant(
@@ -372,7 +373,7 @@ OF_THE_UPDATES = [
         LEARN,
         "old_values_N=rollout.values_BT[mask_BT]",
         "old_values_N=values_N.detach().float()",
-        T_MAIN,
+        T_WHOLE,
         "the clip of the critic never holds",
     ),
     Mutant(
@@ -380,7 +381,7 @@ OF_THE_UPDATES = [
         LEARN,
         "float(text.targets_RL.numel() if text else 0)",
         "float(len(text.targets_RL) if text else 0)",
-        T_MAIN,
+        (TRAIN + "test_ptx_adds_the_mean_loss_over_pretraining_tokens",),
         "ptx_coef is for the loss of a token: here it weighs max_length times as much",
     ),
     Mutant(
@@ -388,7 +389,7 @@ OF_THE_UPDATES = [
         LEARN,
         "cfg.ptx_coef * ptx]",
         "ptx]",
-        T_MAIN,
+        (TRAIN + "test_ptx_adds_the_mean_loss_over_pretraining_tokens",),
         "the key does nothing",
     ),
     Mutant(
@@ -396,7 +397,7 @@ OF_THE_UPDATES = [
         MODELS,
         "texts_RL, documents=documents_RL, targets=text_targets_RL",
         "texts_RL, targets=text_targets_RL",
-        T_MAIN,
+        (TRAIN + "test_ptx_adds_the_mean_loss_over_pretraining_tokens",),
         "pretraining text is seen otherwise than in pretraining",
     ),
     Mutant(
@@ -404,7 +405,7 @@ OF_THE_UPDATES = [
         MAIN,
         "rows, updates = cfg.ptx_batch_size,",
         "rows, updates = 16,",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -412,7 +413,7 @@ OF_THE_UPDATES = [
         LEARN,
         "> 1.5 * cfg.early_stop_kl",
         "> cfg.early_stop_kl",
-        T_MAIN,
+        (TRAIN + "test_early_stop_at_one_and_a_half_times_the_target",),
         "it stops earlier than it says",
     ),
     Mutant(
@@ -420,7 +421,7 @@ OF_THE_UPDATES = [
         LEARN,
         "return summarise(cfg, statistics, updates, epoch + 1)",
         "break",
-        T_MAIN,
+        (TRAIN + "test_early_stop_at_one_and_a_half_times_the_target",),
         "the epochs after it go on",
     ),
     Mutant(
@@ -428,7 +429,7 @@ OF_THE_UPDATES = [
         LEARN,
         "sum(part.experience.rollout.mask_BT.sum() for part in micro_batches)",
         "sum(part.experience.rollout.mask_BT.numel() for part in micro_batches)",
-        T_MAIN,
+        (TRAIN + "test_one_update_is_the_gradient_of_the_mean_over_all_tokens",),
         "the mean is over real tokens",
     ),
     Mutant(
@@ -436,7 +437,7 @@ OF_THE_UPDATES = [
         LEARN,
         "table(sums).sum(0)",
         "table(sums)[0]",
-        T_MAIN,
+        (TRAIN + "test_sixteen_episodes_equal_four_times_four",),
         "the log and early stop see a part of the update",
     ),
 ]
@@ -450,7 +451,7 @@ OF_MAIN = [
         "if copy is None:\n"
         "            copy = GPT(module.config).to(made.device, dtype).eval()\n"
         "            copy.load_state_dict(merged_state(module))",
-        T_MAIN,
+        (HAND + "test_every_rollout_is_sampled_from_the_policy_as_it_is_then",),
         "in bf16 the policy would sample from the SFT model for ever",
     ),
     Mutant(
@@ -458,7 +459,7 @@ OF_MAIN = [
         MAIN,
         "hash((cfg.seed, step, 0)) % 2**31",
         "hash((cfg.seed, 0)) % 2**31",
-        T_MAIN,
+        (HAND + "test_noise_is_new_in_every_rollout_and_for_every_seed",),
         "an answer to the same prompt is drawn with the same numbers",
     ),
     Mutant(
@@ -466,7 +467,7 @@ OF_MAIN = [
         MAIN,
         "hash((cfg.seed, step, 0)) % 2**31",
         "hash((step, 0)) % 2**31",
-        T_MAIN,
+        (HAND + "test_noise_is_new_in_every_rollout_and_for_every_seed",),
         "two seeds share their noise",
     ),
     Mutant(
@@ -474,7 +475,7 @@ OF_MAIN = [
         MAIN,
         "model.eval()  # no dropout",
         "model.train()  # no dropout",
-        T_MAIN,
+        (TRAIN + "test_first_minibatch_of_every_rollout_has_ratio_one",),
         "old log-probs are those of another network",
     ),
     Mutant(
@@ -482,7 +483,7 @@ OF_MAIN = [
         MAIN,
         "kl_coef, cfg.score_clip, cfg.missing_stop_penalty)",
         "kl_coef, 5.0, cfg.missing_stop_penalty)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -490,7 +491,7 @@ OF_MAIN = [
         MAIN,
         "kl_coef, cfg.score_clip, cfg.missing_stop_penalty)",
         "kl_coef, cfg.score_clip, 1.0)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -498,7 +499,7 @@ OF_MAIN = [
         MAIN,
         "kl_coef=cfg.kl_coef, history=[]",
         "kl_coef=0.05, history=[]",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -506,7 +507,7 @@ OF_MAIN = [
         MAIN,
         "rewards(rollout, kl_coef, cfg.score_clip",
         "rewards(rollout, cfg.kl_coef, cfg.score_clip",
-        T_MAIN,
+        T_WHOLE,
         "the coefficient adapts in the log alone",
     ),
     Mutant(
@@ -514,7 +515,7 @@ OF_MAIN = [
         MAIN,
         'metrics["kl"], cfg.target_kl, cfg.kl_horizon',
         'metrics["kl"], 6.0, cfg.kl_horizon',
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -522,7 +523,7 @@ OF_MAIN = [
         MAIN,
         "cfg.target_kl, cfg.kl_horizon, episodes",
         "cfg.target_kl, 10_000, episodes",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -530,7 +531,7 @@ OF_MAIN = [
         MAIN,
         "kl_coef=cfg.kl_coef, history=[])\n",
         'kl_coef=cfg.kl_coef, history=[])\n    kept["kl_coef"] = cfg.kl_coef\n',
-        ("tests/faults/test_resume_every_step.py",),
+        ("tests/faults/test_resume_every_step.py::test_stopped_in_every_step[rl]",),
         "the adaptive coefficient begins again after an interruption",
         slow=True,
     ),
@@ -539,7 +540,7 @@ OF_MAIN = [
         MAIN,
         "kl_coef=cfg.kl_coef, history=[])\n",
         'kl_coef=cfg.kl_coef, history=[])\n    kept["history"] = []\n',
-        ("tests/faults/test_resume_every_step.py",),
+        ("tests/faults/test_resume_every_step.py::test_stopped_in_every_step[rl]",),
         "the gate judges the rollouts since the interruption alone",
         slow=True,
     ),
@@ -548,7 +549,7 @@ OF_MAIN = [
         MAIN,
         "cfg.learning_rate if own is None else own",
         "cfg.learning_rate",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -556,7 +557,7 @@ OF_MAIN = [
         MAIN,
         "rates[role], cfg.weight_decay)",
         "rates[role], 0.0)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -564,7 +565,7 @@ OF_MAIN = [
         MAIN,
         "adamw(groups, cfg.adam_beta2, cfg.adam_eps)",
         "adamw(groups, eps=cfg.adam_eps)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -572,7 +573,7 @@ OF_MAIN = [
         MAIN,
         "adamw(groups, cfg.adam_beta2, cfg.adam_eps)",
         "adamw(groups, cfg.adam_beta2)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing: 1e-8 in the place of 1e-5",
     ),
     Mutant(
@@ -580,7 +581,7 @@ OF_MAIN = [
         MAIN,
         "schedule(cfg.lr_scheduler_type, step",
         'schedule("linear", step',
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -588,7 +589,7 @@ OF_MAIN = [
         MAIN,
         "steps, cfg.warmup_steps, cfg.min_lr_ratio)",
         "steps, 0, cfg.min_lr_ratio)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -596,7 +597,7 @@ OF_MAIN = [
         MAIN,
         "steps, cfg.warmup_steps, cfg.min_lr_ratio)",
         "steps, cfg.warmup_steps)",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -604,7 +605,7 @@ OF_MAIN = [
         MAIN,
         "step < cfg.critic_warmup_steps",
         "step < 0",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -612,7 +613,7 @@ OF_MAIN = [
         MAIN,
         '"reference": (cfg.reference or cfg.parent',
         '"reference": (cfg.parent',
-        T_MAIN,
+        T_WHOLE,
         "KL is measured from another model than the config says",
     ),
     Mutant(
@@ -620,7 +621,7 @@ OF_MAIN = [
         MAIN,
         "cfg.max_new_tokens,\n        cfg.temperature,",
         "cfg.max_new_tokens,\n        1.0,",
-        T_MAIN,
+        T_WHOLE,
         "the ratio is not 1 at the start",
     ),
     Mutant(
@@ -628,7 +629,7 @@ OF_MAIN = [
         MAIN,
         "sampling = Sampling(\n        cfg.max_new_tokens,",
         "sampling = Sampling(\n        80,",
-        T_MAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -636,7 +637,7 @@ OF_MAIN = [
         MAIN,
         "stop_ids=[tokenizer.eot_id],",
         "stop_ids=[],",
-        T_MAIN,
+        T_WHOLE,
         "every answer runs on behind its end token",
     ),
     Mutant(
@@ -644,7 +645,7 @@ OF_MAIN = [
         MAIN,
         "for row in order.rows(step)]",
         "for row in order.rows(0)]",
-        T_MAIN,
+        (HAND + "test_prompts_come_in_another_order_for_every_seed_and_rollout",),
         "one batch of prompts is all that is learned from",
     ),
     Mutant(
@@ -652,7 +653,7 @@ OF_MAIN = [
         MAIN,
         "episodes, cfg.seed, drop_last=True",
         "episodes, 0, drop_last=True",
-        T_MAIN,
+        (HAND + "test_prompts_come_in_another_order_for_every_seed_and_rollout",),
         "two seeds share the order of the prompts",
     ),
     Mutant(
@@ -660,7 +661,7 @@ OF_MAIN = [
         MAIN,
         "if len(row.parsed) <= max_prompt_length]",
         "if len(row.parsed) < max_prompt_length]",
-        T_MAIN,
+        (TRAIN + "test_long_prompts_are_counted",),
         "a prompt that fits is dropped",
     ),
     Mutant(
@@ -668,7 +669,7 @@ OF_MAIN = [
         MAIN,
         "return Gate(score > first,",
         "return Gate(score > -1e9,",
-        T_MAIN,
+        (HAND + "test_the_gate_compares_the_last_rollouts_with_the_first",),
         "PASS on a run whose score fell",
     ),
     Mutant(
@@ -676,7 +677,7 @@ OF_MAIN = [
         MAIN,
         "history[-max(1, min(5, steps // 4)) :]",
         "history[-1:]",
-        T_MAIN,
+        (HAND + "test_the_gate_compares_the_last_rollouts_with_the_first",),
         "the gate judges the noise of the last rollout",
     ),
     Mutant(
@@ -684,7 +685,7 @@ OF_MAIN = [
         MAIN,
         "add_lora(module, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)",
         "add_lora(module, cfg.lora_r, 16.0, cfg.lora_targets)",
-        T_MAIN,
+        (HAND + "test_lora_keys_get_to_the_adapters",),
         "the key does nothing",
     ),
     Mutant(
@@ -692,7 +693,7 @@ OF_MAIN = [
         MAIN,
         "add_lora(module, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)",
         'add_lora(module, cfg.lora_r, cfg.lora_alpha, ["qkv", "out", "up", "down"])',
-        T_MAIN,
+        (HAND + "test_lora_keys_get_to_the_adapters",),
         "the key does nothing",
     ),
     Mutant(

@@ -6,7 +6,8 @@ from tests.mutants.mutant import Mutant
 SFT, PRETRAIN = "stages/sft/train.py", "stages/pretrain/train.py"
 PREPARE, SHARDS = "stages/pretrain/prepare.py", "common/rows/shards.py"
 T_SFT = ("tests/stages/sft/test_sft.py",)
-T_PRETRAIN = ("tests/stages/pretrain/test_pretrain.py",)
+T_SFT_WHOLE = ("tests/stages/sft/test_sft_by_hand.py",)
+T_WHOLE = ("tests/stages/pretrain/test_pretrain_by_hand.py",)
 T_PREPARE = ("tests/stages/pretrain/test_prepare.py",)
 T_ORDER = ("tests/common/rows/test_order.py",)
 ACTS = "    model.{was}()\n    summed, count = run.accelerator"
@@ -41,7 +42,7 @@ OF_SFT = [
         SFT,
         'load_model(cfg.parent, "lm", dropout=cfg.dropout)',
         'load_model(cfg.parent, "lm")',
-        T_SFT,
+        T_SFT_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -49,7 +50,7 @@ OF_SFT = [
         SFT,
         "model.eval()\n    total",
         "model.train()\n    total",
-        T_SFT,
+        T_SFT_WHOLE,
         "the held-out loss is noisy",
     ),
     Mutant(
@@ -57,7 +58,7 @@ OF_SFT = [
         SFT,
         ACTS.format(was="train"),
         ACTS.format(was="eval"),
-        T_SFT,
+        T_SFT_WHOLE,
         "dropout ends with the evaluation before the first step",
     ),
     Mutant(
@@ -65,7 +66,7 @@ OF_SFT = [
         SFT,
         "run.global_batch, cfg.seed)",
         "run.global_batch, 0)",
-        T_SFT,
+        T_SFT_WHOLE,
         "two seeds share an order",
     ),
     Mutant(
@@ -73,7 +74,7 @@ OF_SFT = [
         SFT,
         "add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)",
         "add_lora(raw, cfg.lora_r, 16.0, cfg.lora_targets)",
-        T_SFT,
+        T_SFT_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -81,7 +82,7 @@ OF_SFT = [
         SFT,
         "if not stopped or said != wanted:",
         "if not said.startswith(wanted):",
-        T_SFT,
+        T_SFT_WHOLE,
         "an answer that goes on and on counts as exact",
     ),
     Mutant(
@@ -89,7 +90,7 @@ OF_SFT = [
         SFT,
         "Gate(final < initial, text)",
         "Gate(final < 1e9, text)",
-        T_SFT,
+        T_SFT_WHOLE,
         "PASS on a model that got worse",
     ),
     Mutant(
@@ -97,7 +98,7 @@ OF_SFT = [
         "common/config/training.py",
         "hold_out(rows, self.eval_fraction, prompt_of)",
         "hold_out(rows, 0.1, prompt_of)",
-        T_SFT,
+        T_SFT_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -116,7 +117,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "if cfg.document_mask and tokenizer.has_control",
         "if tokenizer.has_control",
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -124,7 +125,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         'Shards(cfg.train_data, "train", cfg.max_length, cfg.row_stride)',
         'Shards(cfg.train_data, "train", cfg.max_length)',
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -132,7 +133,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         'Shards(cfg.train_data, "eval", cfg.max_length, cfg.row_stride)',
         'Shards(cfg.train_data, "eval", cfg.max_length)',
-        T_PRETRAIN,
+        T_WHOLE,
         "the held-out loss is not that of the training",
     ),
     Mutant(
@@ -140,7 +141,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "places >= ids.shape[1] - predicted",
         "places >= ids.shape[1] - predicted - 1",
-        T_PRETRAIN,
+        T_WHOLE,
         "tokens at the border of two rows count twice",
     ),
     Mutant(
@@ -148,7 +149,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "sum(len(batch) * shards.stride for batch",
         "sum(len(batch) * cfg.max_length for batch",
-        T_PRETRAIN,
+        T_WHOLE,
         "the mean is over more tokens than the sum",
     ),
     Mutant(
@@ -156,7 +157,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "rates = cfg.muon_learning_rate, cfg.learning_rate",
         "rates = 0.02, cfg.learning_rate",
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -164,7 +165,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "muon(model, *rates, cfg.weight_decay, cfg.adam_beta2, dtype)",
         "muon(model, *rates, 0.0, cfg.adam_beta2, dtype)",
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -172,7 +173,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "muon(model, *rates, cfg.weight_decay, cfg.adam_beta2, dtype)",
         "muon(model, *rates, cfg.weight_decay, dtype=dtype)",
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -188,7 +189,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "shards.batch(cfg.seed, start, micro)",
         "shards.batch(0, start, micro)",
-        T_PRETRAIN,
+        T_WHOLE,
         "two seeds share an order",
     ),
     Mutant(
@@ -196,7 +197,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "heldout, cfg.eval_rows,",
         "heldout, 128,",
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -204,7 +205,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         'load_model(cfg.parent, "lm", dropout=cfg.dropout)',
         'load_model(cfg.parent, "lm")',
-        T_PRETRAIN,
+        T_WHOLE,
         "the key does nothing",
     ),
     Mutant(
@@ -212,7 +213,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "model.eval()\n    total",
         "model.train()\n    total",
-        T_PRETRAIN,
+        T_WHOLE,
         "the held-out loss is noisy",
     ),
     Mutant(
@@ -220,7 +221,7 @@ OF_PRETRAINING = [
         PRETRAIN,
         "model.train()\n    loss, count",
         "model.eval()\n    loss, count",
-        T_PRETRAIN,
+        T_WHOLE,
         "dropout ends with the evaluation before the first step",
     ),
     Mutant(

@@ -5,9 +5,9 @@ from tests.mutants.mutant import Mutant
 OPTIMIZERS, RUN = "common/train/optimizers.py", "common/train/run.py"
 RESUME, LORA = "common/train/resume.py", "common/model/lora.py"
 T_OPTIMIZERS = ("tests/common/train/test_optimizers.py",)
-T_STAGES = ("tests/stages/sft/test_sft.py", "tests/stages/pretrain/test_pretrain.py")
+T_STAGES = ("tests/stages/sft/test_sft_by_hand.py",)
 T_LORA = ("tests/common/model/test_lora.py",)
-T_RESUME = ("tests/faults/test_resume_every_step.py",)
+T_RESUME = ("tests/faults/test_resume_every_step.py::test_stopped_in_every_step[sft]",)
 T_SMOKE = ("tests/smoke/test_resume.py",)
 
 MUTANTS = [
@@ -40,7 +40,7 @@ MUTANTS = [
         OPTIMIZERS,
         "steps, cfg.warmup_steps, cfg.min_lr_ratio)",
         "steps, cfg.warmup_steps)",
-        T_OPTIMIZERS + T_STAGES,
+        T_STAGES,
         "the key does nothing",
     ),
     Mutant(
@@ -56,7 +56,7 @@ MUTANTS = [
         OPTIMIZERS,
         "schedule(cfg.lr_scheduler_type, step",
         'schedule("cosine", step',
-        T_OPTIMIZERS + T_STAGES,
+        T_STAGES,
         "the key does nothing",
     ),
     Mutant(
@@ -120,7 +120,7 @@ MUTANTS = [
         RUN,
         "set_seed(cfg.seed)",
         "set_seed(0)",
-        T_STAGES,
+        ("tests/stages/pretrain/test_pretrain_by_hand.py",),
         "two seeds share their initial weights",
     ),
     Mutant(
