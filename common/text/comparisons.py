@@ -51,7 +51,7 @@ def ranked(tokenizer: Tokenizer, row: Mapping[str, Any]) -> Ranked:
     ranks = given.get("ranks", [0, 1])
     stopped = given.get("stopped", [True] * len(texts))
     sources = given.get("sources", ["people"] * len(texts))
-    if not all(isinstance(rank, int | float) and math.isfinite(rank) for rank in ranks):
+    if not all(isinstance(rank, int | float) and abs(rank) < math.inf for rank in ranks):
         raise InputError(f"ranks {ranks}: numbers are needed, 0 = best", "wrong type")
     if not len(texts) == len(ranks) == len(stopped) == len(sources):
         sizes = f"{len(texts)} answers, {len(ranks)} ranks, {len(stopped)} stopped"
