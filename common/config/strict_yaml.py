@@ -50,8 +50,8 @@ def _note_lines(node: yaml.Node, path: Path, prefix: str, lines: dict[str, str])
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name, here = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
-            if key.tag != "tag:yaml.org,2002:str":
-                raise InputError(f"{here}: a key is a word, and no {key.tag.rpartition(':')[2]}")
+            if key.tag.rpartition(":")[2] in ("null", "bool", "int", "float"):
+                key.tag = "tag:yaml.org,2002:str"  # a key is its own text: 1, ~, true
             if name in lines:
                 first = lines[name]
                 raise InputError(f"{here}: duplicate key `{name}` (first at {first}); keep one")
