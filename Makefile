@@ -7,7 +7,7 @@ JOBS ?= logical
 PARALLEL := -n $(JOBS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo check test test-all faults bench lint format clean
+.PHONY: help demo check test test-all faults mutants bench lint format clean
 
 help:  ## list what can be made
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,9 @@ test-all: lint  ## every test, the slow and rare ones too
 
 faults: .venv/.installed  ## every kill, crash, flipped bit and stop, of which the tests take a sample: 10 minutes
 	FAULTS=1 $(PYTEST) tests/faults --timeout 1200
+
+mutants: .venv/.installed  ## plants every known fault, and tells which of them the tests miss
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.mutants
 
 # One core for each side. make bench TEXT=input.txt ALPACA=alpaca.json PREFERENCES=pairs.json
 # NANOGPT=path/of/a/clone TRL112=path/of/its/own/bin/python. What lacks its file is left out.

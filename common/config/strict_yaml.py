@@ -50,6 +50,8 @@ def _note_lines(node: yaml.Node, path: Path, prefix: str, lines: dict[str, str])
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name, here = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+            if key.tag.rpartition(":")[2] in ("null", "bool", "int", "float"):
+                key.tag = "tag:yaml.org,2002:str"  # a key is its own text: 1, ~, true
             if name in lines:
                 first = lines[name]
                 raise InputError(f"{here}: duplicate key `{name}` (first at {first}); keep one")
@@ -76,7 +78,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         line = mark.line + 1 if mark else "?"
         raise InputError(f"{path}:{line}: {error.problem} (not valid in a config)") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a YAML text: {error}") from None
+        told = " ".join(str(error).split())
+        raise InputError(f"{path}: not a YAML text: {told}") from None
     return {str(key): value for key, value in values.items()}, {"": str(path), **lines}
 
 

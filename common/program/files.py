@@ -50,7 +50,7 @@ def verify(folder: Path, weights: bool = True) -> None:
         raise InputError(f"{folder / MANIFEST}: damaged; run the stage again") from None
     for name, (size, digest) in wanted.items():
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             raise InputError(f"{file}: missing, though {MANIFEST} lists it; run the stage again")
         hashed = weights or file.suffix != ".safetensors"
         if file.stat().st_size != size or (hashed and sha256(file) != digest):

@@ -149,19 +149,24 @@ class Shards:
             raise InputError(
                 f"{folder}: no shards.json there; make it with python -m stages.pretrain.prepare"
             )
-        self.meta = json.loads((path / "shards.json").read_text())
-        sources = self.meta.get("sources", ())
-        shares = {source["source"]: source["share"] for source in sources if "share" in source}
+        try:
+            self.meta = json.loads((path / "shards.json").read_text())
+            sources = self.meta.get("sources", ())
+            shares = {source["source"]: source["share"] for source in sources if "share" in source}
+            dtype, noted = self.meta["dtype"], self.meta.get("tokens", {}).get(split)
+            if dtype not in SHARD_DTYPES or not all(share > 0 for share in shares.values()):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            damaged = f"{path / 'shards.json'}: not what stages.pretrain.prepare writes"
+            raise InputError(f"{damaged}; run it again") from None
         self.shares, self.stride = shares or {folder: 1.0}, stride or length
         self.mixture = Mixture(list(self.shares.values()))
         names = [f"{split}-{n:02d}-*.bin" for n in range(len(shares))] or [f"{split}-*.bin"]
         files = [sorted(path.glob(name)) for name in names]
-        dtype = self.meta["dtype"]
         self.streams = [Stream(found, dtype, length, self.stride) for found in files]
         self.tokens = sum(stream.tokens for stream in self.streams)
         self.rows = sum(stream.rows for stream in self.streams)
-        noted = self.meta.get("tokens", {}).get(split, self.tokens)
-        if self.tokens != noted:
+        if noted not in (None, self.tokens):
             differ = f"{folder}: {self.tokens} {split} tokens, shards.json notes {noted}"
             raise InputError(f"{differ}; run stages.pretrain.prepare again")
         for name, stream in zip(self.shares, self.streams, strict=True):

@@ -23,7 +23,7 @@ from common.model.gpt import GPT, RewardModel
 from common.model.lora import add_lora
 from common.model.shape import GPTConfig
 from common.train.muon import muon
-from tools.plan.workload import Work, disk, flops, memory, seconds
+from tools.plan.workload import Work, flops, memory, seconds
 
 GPT2_VOCABULARY = 50257
 
@@ -294,22 +294,6 @@ def test_what_bounds_sampling():
     assert seconds(halved, gpu, 0.4)[1] == "sampling: memory bandwidth"
     assert seconds(many, gpu, 0.4)[1] == "sampling: arithmetic"
     assert seconds(replace(one, shape=gpt(2, 2, 64)), gpu, 0.4)[1] == "sampling: kernel launches"
-
-
-def test_four_models_of_ppo():
-    """Policy and critic learn (16 bytes a parameter), reference and reward model are only kept
-    (4)."""
-    shape = LLAMA["7b"][0]
-    work = Work(
-        "rl", "rl", shape, gpus=1, micro=1, length=64, prompt=32, response=32, precision="no"
-    )
-    found = memory(work)
-    one = parameters(shape)
-    assert found.frozen == pytest.approx(8 * one, rel=0.03)
-    assert found.weights + found.gradients + found.optimizer == pytest.approx(32 * one, rel=0.03)
-    assert found.peak > found.weights + found.optimizer + found.frozen
-    kept, most = disk(work)
-    assert kept == most == found.weights  # without saves: policy and critic in fp32
 
 
 def test_lora_learns_little():

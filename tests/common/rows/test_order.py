@@ -350,6 +350,8 @@ def test_the_rows_of_a_step_need_no_steps_before_it():
         other.rows(step) for step in reversed(range(14))
     ][::-1]
     assert sorted(row for step in range(6) for row in one.rows(step)) == list(range(45))
+    epochs = [[one.rows(6 * epoch + step) for step in range(6)] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     whole = Order(lengths, 8, 3, drop_last=True)
     assert whole.per_epoch == 5
     assert {len(whole.rows(step)) for step in range(10)} == {8}

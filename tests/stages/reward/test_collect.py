@@ -12,7 +12,10 @@ import torch
 
 import stages.reward.collect
 from common.handoff.locate import load_tokenizer
+from common.handoff.publish import load_model
+from common.model.sample import sample
 from common.program.errors import InputError
+from common.text.chat import prompt_ids
 from stages.reward.collect import Config, main
 
 QUESTIONS = [f"Name an animal. {n}" for n in range(10)]
@@ -141,6 +144,26 @@ def test_stopped_says_whether_the_end_token_came(setting, tiny_gpt, stage_dir, t
         found[name] = [flag for row in train + heldout for flag in row["stopped"][1:]]
     assert any(found["stops"])
     assert not any(found["never"])
+
+
+def test_answers_are_the_model_s_own_with_the_keys_of_the_config(setting, tokenizer):
+    """K a prompt, sampled at the temperature, from the seed, so long; so large a share held out."""
+    keys = {"temperature": 0.4, "seed": 7, "max_new_tokens": 5, "answers_per_prompt": 2}
+    cfg = setting(eval_fraction=0.5, **keys)
+    train, heldout, _ = collected(cfg)
+    assert (len(train), len(heldout)) == (5, 5)
+    asked = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+    expected = sample(
+        load_model(cfg.parent),
+        [ids for ids in asked for _ in range(2)],
+        max_new_tokens=5,
+        temperature=0.4,
+        seed=7,
+        stop_ids=[tokenizer.eot_id],
+    )
+    texts = [tokenizer.decode(answer.ids) for answer in expected]
+    found = {question(row): row["answers"][1:] for row in train + heldout}
+    assert found == {text: texts[2 * n : 2 * n + 2] for n, text in enumerate(QUESTIONS)}
 
 
 def test_people_s_pairs_are_merged_into_both_files(setting, hooks, tmp_path):

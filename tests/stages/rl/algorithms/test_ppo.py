@@ -117,13 +117,14 @@ def test_what_the_update_loop_reads_of_ppo():
     """A critic, whitened advantages, GAE at the config's gamma and lambda, the loss, its parts."""
     assert ppo.NEEDS_CRITIC and ppo.WHITENS_ADVANTAGES
     keys = SimpleNamespace(
-        gamma=0.5, gae_lambda=0.5, clip_range=0.2, clip_range_value=0.2, vf_coef=0.1
+        gamma=0.5, gae_lambda=1.0, clip_range=0.2, clip_range_value=0.2, vf_coef=0.1
     )
     advantages, returns = ppo.advantages(
         torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.5, 0.25, -1.0]]), torch.ones(1, 3), keys
     )
-    close(advantages, [[0.625, 0.0, 3.0]])
-    close(returns, [[1.125, 0.25, 2.0]])
+    # deltas .625, -.75, 3; A_1 = -.75 + 1.5, A_0 = .625 + .375
+    close(advantages, [[1.0, 0.75, 3.0]])
+    close(returns, [[1.5, 1.0, 2.0]])
     new = torch.tensor([1.5, 1.0]).log().requires_grad_()
     tokens = SimpleNamespace(
         logprobs_N=new,
