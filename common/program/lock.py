@@ -50,17 +50,22 @@ def is_at(file: Path, handle: TextIO) -> bool:
 @contextmanager
 def held(folder: str | Path | None) -> Iterator[None]:
     """Hold the lock of the directory that this program writes to, if it writes to one; of several
-    processes the first holds it. Raises InputError as `take` does."""
+    processes the first holds it. A directory that it had to make, and that stays empty, goes again.
+    Raises InputError as `take` does."""
     if folder is None or os.environ.get("RANK", "0") != "0":
         yield
         return
     file = Path(folder, LOCK)
+    made = not file.parent.exists()
     with take(file) as handle:
         try:
             yield
         finally:
             if is_at(file, handle):
                 file.unlink(missing_ok=True)
+            with suppress(OSError):
+                if made:
+                    file.parent.rmdir()
 
 
 def refuse_held(folder: Path) -> None:

@@ -148,8 +148,8 @@ MUTANTS = [
     Mutant(
         "reward-lora-alpha-ignored",
         MAIN,
-        "add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)",
-        "add_lora(raw, cfg.lora_r, 16.0, cfg.lora_targets)",
+        "add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, learned)",
+        "add_lora(model, cfg.lora_r, 16.0, cfg.lora_targets, learned)",
         T_WHOLE,
         "the key does nothing",
     ),

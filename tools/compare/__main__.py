@@ -143,8 +143,6 @@ def check(cfg: Config) -> None:
     if not cfg.models:
         example = f"{COMMAND} runs/demo/sft runs/demo/rl --prompt TEXT"
         raise InputError(f"name one or more model directories: {example}")
-    if "" in cfg.models:
-        raise InputError(f"{CLI}: models: one name is empty (a variable that is not set?)")
     if cfg.html is not None:
         check_html(cfg.html)
     if cfg.chat and len(cfg.models) > 1:

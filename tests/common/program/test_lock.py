@@ -23,9 +23,10 @@ def test_one_at_a_time(tmp_path):
         with held(tmp_path / "other"), held(None):
             pass
     refuse_held(tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()  # made for the lock, and nothing came
     with held(tmp_path / "out"):
-        pass
+        (tmp_path / "out" / "file").touch()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["file"]
 
 
 def test_a_holder_that_is_killed_leaves_nothing_locked(tmp_path):

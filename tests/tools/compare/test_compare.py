@@ -423,8 +423,8 @@ def test_a_page_may_be_written_again(runs, tmp_path):
 def test_names_that_are_empty(runs, monkeypatch):
     monkeypatch.chdir(runs)
     for words, message in (
-        (["", "--prompt", "x"], "models: one name is empty"),
-        (["sft", "--prompts", ""], "the name given for their file is empty"),
+        (["", "--prompt", "x"], "a file, a folder or a Hub id is wanted"),
+        (["sft", "--prompts", ""], "prompts = '' is refused"),
         (["sft", "--prompt", "x", "--html", ""], "html = '' is refused"),
     ):
         with pytest.raises(InputError, match=message):
