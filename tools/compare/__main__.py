@@ -20,7 +20,6 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from common.config.command_line import CLI
 from common.config.schema import InputPath, OutputDir, RowsPath, cli, stage_config
 from common.config.training import Seed
 from common.handoff.locate import lineage, load_tokenizer
