@@ -4,9 +4,9 @@
     python -m benchmarks.plan sft "rl zero3"       # two of them
 
 Each run is a stage as anyone starts it, by itself or in two processes, of two updates on random
-weights of 0.3 GB, and grows by more than 1 GB. `grown` is the most that a process has held (VmHWM)
-less what it held when all was imported; of two processes, that of the one with more. `planned` is
-tools/plan/process.py's. For Linux.
+weights of 0.2 to 0.4 GB, and grows by more than 1 GB. `grown` is the most that a process has held
+(VmHWM) less what it held when all was imported; of two processes, that of the one with more.
+`planned` is tools/plan/process.py's. For Linux.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
     if case.stage == "pretrain":
         data = {"train_data": shards(folder / "shards", tokenizer), "eval_rows": 2, **SHAPE}
         return {**TRAIN, **data, "max_length": length, **case.keys}
-    config = GPTConfig(family="llama", vocab_size=VOCABULARY, max_length=256, **SHAPE)
+    shape = SHAPE | ({"n_layer": 6} if case.stage == "rl" else {})  # there are four models
+    config = GPTConfig(family="llama", vocab_size=VOCABULARY, max_length=256, **shape)
     model = random_llama(config)
     keys: dict[str, Any] = {"parent": write_model(folder / "parent", model, tokenizer)}
     if case.stage == "rl":
