@@ -298,8 +298,9 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Pa
         assert done.returncode == 0, done.stderr
         [line] = done.stdout.strip().splitlines()
         assert line.startswith("gate data: PASS  300 documents (")
-    files = {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()}
-    stage = json.loads(files.pop("stage.json"))
+    files = {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir() if f.name != ".owner"}
+    stage, listed = (json.loads(files.pop(f"{name}.json")) for name in ("stage", "manifest"))
+    assert listed.keys() == {*files, "stage.json"}
     assert stage["stage"] == "data" and stage["gate"]["passed"] and stage["metrics"]["sft"] == 80
     assert stage["about"] == prepare.ABOUT and stage["seed"] == stage["config"]["seed"] == 1
     assert {name.removesuffix(".jsonl") for name in files} == {"documents", "sft", "sft_eval"} | {
@@ -308,7 +309,5 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_hash_order(tmp_path: Pa
         "heldout_prompts",
         "heldout_comparisons",
     }
-    assert files == {
-        f.name: f.read_bytes() for f in (tmp_path / "b").iterdir() if f.name != "stage.json"
-    }
+    assert files == {f.name: f.read_bytes() for f in (tmp_path / "b").glob("*.jsonl")}
     assert files["documents.jsonl"] != (tmp_path / "c" / "documents.jsonl").read_bytes()
