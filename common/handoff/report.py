@@ -63,8 +63,9 @@ def provenance() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        """What git says; nothing where it is not installed."""
-        command = ["git", "-C", str(root), *words]
+        """What git says; nothing where it is not installed. It writes nothing: killed in a status,
+        it would leave an index.lock that stops every later git command."""
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
         try:
             return subprocess.run(command, capture_output=True, text=True).stdout.strip()
         except OSError:

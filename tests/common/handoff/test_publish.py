@@ -236,6 +236,18 @@ def test_stage_and_lineage(tiny_gpt, stage_dir, tmp_path):
     assert {"torch", "transformers", "accelerate", "python"} <= provenance()["versions"].keys()
 
 
+def test_provenance_writes_nothing_into_the_repository():
+    """A git status that is killed while it refreshes the index leaves a lock behind."""
+    root = Path(__file__).resolve().parents[3]
+    index = root / ".git" / "index"
+    if not index.is_file():
+        pytest.skip("no clone")
+    (root / "LICENSE").touch()  # which a status would note
+    before = index.stat().st_mtime_ns
+    assert provenance()["versions"]
+    assert index.stat().st_mtime_ns == before
+
+
 def test_provenance_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert provenance()["commit"] is None and provenance()["dirty"] is False
