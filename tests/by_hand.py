@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # Keys of all training stages, none of them at its default.
 KEYS = {
-    "max_steps": 3,
+    "max_steps": 4,
     "learning_rate": 4e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 1,
@@ -22,7 +22,7 @@ KEYS = {
     "max_grad_norm": 0.3,
     "seed": 3,
 }
-FACTORS = (0.5, 1.0, 0.7)  # on the learning rate: half-way up; the peak; half-way down to .4
+FACTORS = (0.5, 1.0, 0.8, 0.6)  # on the learning rate: half-way up; the peak; down towards .4
 BETA1 = 0.9
 
 

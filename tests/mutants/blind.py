@@ -32,7 +32,7 @@ MUTANTS = [
         "stages/rl/learn.py",
         'mean(statistics[-1], "approx_kl")',
         'mean(statistics[0], "approx_kl")',
-        (TRAIN + "test_early_stop_at_one_and_a_half_times_the_target",),
+        (TRAIN + "test_early_stop_looks_at_the_newest_update",),
         "the first update has approx_kl 0 always, so nothing ever stops",
     ),
     Blind(

@@ -6,6 +6,10 @@ LOSS, MAIN = "stages/reward/loss.py", "stages/reward/train.py"
 COLLECT = "stages/reward/collect.py"
 T_REWARD = ("tests/stages/reward/test_reward.py",)
 T_WHOLE = ("tests/stages/reward/test_reward_by_hand.py",)
+T_LAST = (
+    "tests/stages/reward/test_reward.py::"
+    "test_the_answer_is_the_last_message_and_all_before_it_the_prompt",
+)
 T_COLLECT = ("tests/stages/reward/test_collect.py",)
 
 MUTANTS = [
@@ -238,15 +242,15 @@ MUTANTS = [
         "common/text/comparisons.py",
         "value = value[-1]",
         "value = value[0]",
-        T_REWARD,
+        T_LAST,
         "chosen and rejected are the user's message, twice",
     ),
     Mutant(
-        "answer-in-its-own-prompt",
+        "implicit-prompt-is-one-message",
         "common/text/chat.py",
         'row["chosen"][:-1]',
-        'row["chosen"][:]',
-        T_REWARD,
-        "the prompt of a comparison holds the chosen answer",
+        'row["chosen"][:1]',
+        T_LAST,
+        "the turns between the first message and the answer are lost",
     ),
 ]

@@ -474,7 +474,7 @@ OF_MAIN = [
         "dropout-in-rl",
         MAIN,
         "model.eval()  # no dropout",
-        "model.train()  # no dropout",
+        "model.train()\n    for module in model.modules():\n        module.p = 0.3  # no dropout",
         (TRAIN + "test_first_minibatch_of_every_rollout_has_ratio_one",),
         "old log-probs are those of another network",
     ),

@@ -76,7 +76,7 @@ def test_a_whole_run_is_that_written_out_by_hand(setting, document_mask):
     main(cfg)
     eot_id = load_tokenizer(cfg.train_data).eot_id if document_mask else None
     stream = Shards(cfg.train_data, "train", LENGTH, STRIDE)
-    updates = [stream.batch(by_hand.KEYS["seed"], 4 * step, 4) for step in range(3)]
+    updates = [stream.batch(by_hand.KEYS["seed"], 4 * step, 4) for step in range(4)]
     model, losses = copy.deepcopy(starts[0]), []
 
     def loss_of(rows):
@@ -143,7 +143,7 @@ def test_the_order_of_the_rows_follows_the_seed(setting, tmp_path):
             )
             main(cfg)
         rows.append([batch.tolist() for batch in read if len(batch) > 1])
-    assert len(rows[0]) == 6 and rows[0] != rows[1]
+    assert len(rows[0]) == 8 and rows[0] != rows[1]
 
 
 def test_dropout_acts_in_training_alone(setting, tmp_path):

@@ -14,6 +14,7 @@ from common.model.gpt import RewardModel
 from common.model.shape import GPTConfig
 from common.program.errors import InputError
 from common.rows.sources import Row
+from common.text.chat import prompt_ids
 from common.text.comparisons import ranked
 from common.train import run as run_module
 from stages.reward import train
@@ -193,6 +194,19 @@ def test_formats(name, tokenizer):
         start + tokenizer.encode("bad") + [tokenizer.eot_id],
     ]
     assert comparison.pairs == [(0, 1)]
+
+
+def test_the_answer_is_the_last_message_and_all_before_it_the_prompt(tokenizer):
+    talk = [("user", "Hi"), ("assistant", "Yes?"), ("user", "A river?")]
+    before = [{"role": role, "content": text} for role, text in talk]
+    sides = {
+        side: [*before, {"role": "assistant", "content": text}]
+        for side, text in (("chosen", "The Elbe."), ("rejected", "no"))
+    }
+    start = prompt_ids(tokenizer, before)
+    assert ranked(tokenizer, sides).answers == [
+        [*start, *tokenizer.encode(text), tokenizer.eot_id] for text in ("The Elbe.", "no")
+    ]
 
 
 def test_an_answer_that_was_cut_off_gets_no_end_token(tokenizer):

@@ -102,7 +102,7 @@ def test_a_whole_run_is_that_written_out_by_hand(setting, tokenizer, normalize):
     training = rows()[: PROMPTS - heldout]
     lengths = [max(map(len, ids_of(tokenizer, row))) for row in training]
     order = Order(lengths, 4, by_hand.KEYS["seed"])  # 2 x 2 prompts an update
-    chosen = [[training[n] for n in order.rows(step)] for step in range(3)]
+    chosen = [[training[n] for n in order.rows(step)] for step in range(4)]
     model, losses = copy.deepcopy(starts[0]), []
 
     def loss_of(part):

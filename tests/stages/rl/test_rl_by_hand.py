@@ -30,7 +30,7 @@ KEYS = {
     "clip_range_value": 0.02,
     "vf_coef": 0.3,
     "kl_coef": 0.3,
-    "target_kl": 0.5,
+    "target_kl": 10.0,
     "kl_horizon": 40,
     "missing_stop_penalty": 0.7,
     "score_clip": 0.3,
@@ -38,6 +38,7 @@ KEYS = {
     "num_ppo_epochs": 3,
     "num_minibatches": 3,
     "per_device_train_batch_size": 2,
+    "lr_scheduler_type": "cosine",
     "critic_learning_rate": 3e-3,
     "critic_warmup_steps": 1,
     "adam_eps": 1e-3,
@@ -48,6 +49,7 @@ KEYS = {
     "max_prompt_length": 32,
 }
 EPISODES, UPDATES, EOT = 6, 9, 295  # of a rollout; the id of <|endoftext|>
+FACTORS = (0.5, 1.0, 0.85, 0.55)  # half-way up; then a cosine towards .4: .4 + .6 (.75, .25)
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_a_whole_run_is_that_written_out_by_hand(setting, ptx_data, monkeypatch)
     )
     kl_coef, minibatches, texts = KEYS["kl_coef"], iter(run.minibatches), iter(run.texts)
     seen, clipped, lengths = [], 0, set()
-    assert len(run.rollouts) == 3 and len(run.minibatches) == 3 * UPDATES
+    assert len(run.rollouts) == 4 and len(run.minibatches) == 4 * UPDATES
     for step, rollout in enumerate(run.rollouts):
         answers = [Answer(rollout, row, models, kl_coef) for row in range(len(rollout.ids_BS))]
         assert len(answers) == EPISODES
@@ -221,17 +223,18 @@ def test_a_whole_run_is_that_written_out_by_hand(setting, ptx_data, monkeypatch)
             tokens = sum(answer.size for answer in chosen)
             loss = sum(answer.loss(policy, critic, mean, std) for answer in chosen) / tokens
             loss = loss + KEYS["ptx_coef"] * text_loss(policy, next(texts)[1])
-            factor = by_hand.FACTORS[step]
+            factor = FACTORS[step]
             factors = {policy: 0.0 if step == 0 else factor, critic: factor}
             norms.append(optimizer.step(loss, factors, by_hand.KEYS["max_grad_norm"]))
         assert said["grad_norm"] == pytest.approx(sum(norms) / UPDATES, rel=1e-3)
         clipped += said["clip_fraction"] > 0
         error = max(-0.2, min(0.2, kl / KEYS["target_kl"] - 1))
+        assert abs(error) < 0.2  # the target matters, not the clip alone
         kl_coef *= 1 + error * EPISODES / KEYS["kl_horizon"]
     assert by_hand.apart(policy, cfg.output_dir, starts[0]) < 1e-3
     assert by_hand.apart(critic, f"{cfg.output_dir}/critic", starts[1]) < 1e-3
     # Every row of text once, and each of the keys had something to act on.
-    assert [place for place, _ in run.texts] == [(3, 3 * n, 3) for n in range(3 * UPDATES)]
+    assert [place for place, _ in run.texts] == [(3, 3 * n, 3) for n in range(4 * UPDATES)]
     assert len({stopped for stopped, _ in seen}) == len({loud for _, loud in seen}) == 2
     assert clipped and max(lengths) == KEYS["max_new_tokens"]
     rollouts = [run.minibatches[n * UPDATES : (n + 1) * UPDATES] for n in range(3)]

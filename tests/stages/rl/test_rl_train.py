@@ -472,6 +472,23 @@ def test_early_stop_at_one_and_a_half_times_the_target(
     assert (len(count), said["ppo_epochs"]) == (8, 4)
 
 
+def test_early_stop_looks_at_the_newest_update(setting, episodes, monkeypatch):
+    """Over two minibatches an epoch approx_kl is 0, .01, .02, ...: the third update is over 1.5 x
+    .01, in the second epoch."""
+    real, count = ppo.policy_loss, []
+
+    def pretend(new, old, advantages, clip_range):
+        result = real(new, old, advantages, clip_range)
+        return result._replace(approx_kl=torch.tensor(0.01 * len(count) * len(new)))
+
+    monkeypatch.setattr(ppo, "policy_loss", pretend)
+    spy(monkeypatch, "update", lambda args, result: count.append(1))
+    keys = {"num_ppo_epochs": 4, "num_minibatches": 2, "per_device_train_batch_size": 8}
+    _, said = taught(setting, episodes, early_stop_kl=0.01, **keys)
+    assert (len(count), said["ppo_epochs"]) == (3, 2)
+    assert said["approx_kl"] == pytest.approx(0.01, abs=0.004)  # the mean of all that were made
+
+
 @pytest.mark.parametrize("ptx_rows", [8, 6, 5, 3, 1])
 def test_ptx_adds_the_mean_loss_over_pretraining_tokens(setting, episodes, ptx_rows):
     """With flat advantages and no value loss, one step of plain descent is -lr * coef * gradient of
@@ -549,14 +566,16 @@ def test_describe_counts_episodes_and_real_tokens(setting):
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
     scores, stopped = torch.tensor([3.0, 6.0]), torch.tensor([True, False])
     batch = Rollout(ids, ones, mask, logprobs, reference, entropy, values, scores, stopped)
-    said = describe(Experience(batch, rewards_BT, rewards_BT, values + 1))
+    # Errors 0, 0, 0, 2: variance 3/4; that of the returns is 7/2.
+    returns = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
+    said = describe(Experience(batch, rewards_BT, rewards_BT, returns))
     assert said["score"] == 4.5
     assert said["reward"] == 3.5
     assert said["kl"] == pytest.approx((1 + 0.5 - 1 + 3) / 2)  # nats an episode
     assert said["length"] == 2
     assert said["stop_rate"] == 0.5
     assert said["rollout_entropy"] == pytest.approx(2.5)
-    assert said["explained_variance"] == pytest.approx(1)
+    assert said["explained_variance"] == pytest.approx(1 - 0.75 / 3.5)
 
 
 def test_published_directory_and_logs(setting, tokenizer):
@@ -682,7 +701,7 @@ def test_long_prompts_are_counted(tokenizer):
         [tokenizer.role_ids["user"], *tokenizer.encode("Hi"), tokenizer.role_ids["assistant"]]
     ]
     assert left_out == 1
-    assert short_enough(rows, len(kept[0]))[0] == kept  # the longest that fits
+    assert short_enough(rows, len(rows[1].parsed))[1] == 0  # it just fits
     with pytest.raises(
         InputError, match=r"p\.jsonl:1: this and all 2 prompts are longer than max_prompt_length 2"
     ):

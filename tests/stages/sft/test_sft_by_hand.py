@@ -68,7 +68,7 @@ def test_a_whole_run_is_that_written_out_by_hand(setting, tokenizer):
     assert max(len(ids) for ids, _ in every) == cfg.max_length  # some are cut
     training, heldout = every[:-HELD_OUT], every[-HELD_OUT:]
     order = Order([len(ids) for ids, _ in training], 4, by_hand.KEYS["seed"])
-    chosen = [[training[n] for n in order.rows(step)] for step in range(3)]
+    chosen = [[training[n] for n in order.rows(step)] for step in range(4)]
     model, start, losses = load_model(cfg.parent), load_model(cfg.parent), []
 
     def loss_of(part):
