@@ -10,7 +10,7 @@ T_SFT_WHOLE = ("tests/stages/sft/test_sft_by_hand.py",)
 T_WHOLE = ("tests/stages/pretrain/test_pretrain_by_hand.py",)
 T_PREPARE = ("tests/stages/pretrain/test_prepare.py",)
 T_ORDER = ("tests/common/rows/test_order.py",)
-ACTS = "    model.{was}()\n    summed, count = run.accelerator"
+ACTS = "    model.{was}()\n    summed, stops, count, ends = run.accelerator"
 
 OF_SFT = [
     Mutant(
@@ -32,8 +32,8 @@ OF_SFT = [
     Mutant(
         "evaluation-is-a-mean-of-means",
         SFT,
-        "torch.stack([summed, torch.tensor(float(count), device=run.device)])",
-        "torch.stack([summed / count, torch.tensor(1.0)])",
+        "torch.stack([-logprobs.sum(), logprobs[ends].exp().sum(), *counts])",
+        "torch.stack([-logprobs.mean(), logprobs[ends].exp().sum(), counts[0] * 0 + 1, counts[1]])",
         T_SFT,
         "the held-out loss depends on the batch size",
     ),
@@ -72,10 +72,26 @@ OF_SFT = [
     Mutant(
         "sft-lora-alpha-ignored",
         SFT,
-        "add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)",
-        "add_lora(raw, cfg.lora_r, 16.0, cfg.lora_targets)",
+        "add_lora(raw, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, learned)",
+        "add_lora(raw, cfg.lora_r, 16.0, cfg.lora_targets, learned)",
         T_SFT_WHOLE,
         "the key does nothing",
+    ),
+    Mutant(
+        "gate-of-sft-ignores-the-end-token",
+        SFT,
+        " and final.stop >= STOPS",
+        "",
+        ("tests/stages/sft/test_sft.py",),
+        "a model that never stops passes",
+    ),
+    Mutant(
+        "new-rows-frozen-under-lora",
+        SFT,
+        "sorted({*known.untaught_ids, *new})",
+        "[]",
+        ("tests/stages/sft/test_sft.py",),
+        "the end token and the roles are never learned",
     ),
     Mutant(
         "cut-off-answers-are-exact",
@@ -88,8 +104,8 @@ OF_SFT = [
     Mutant(
         "gate-of-sft-always-passes",
         SFT,
-        "Gate(final < initial, text)",
-        "Gate(final < 1e9, text)",
+        "Gate(final.loss < initial and",
+        "Gate(final.loss < 1e9 and",
         T_SFT_WHOLE,
         "PASS on a model that got worse",
     ),

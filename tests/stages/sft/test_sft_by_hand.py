@@ -158,7 +158,8 @@ def test_lora_keys_get_to_the_adapters(setting, monkeypatch, alpha):
 
 def test_the_gate_wants_a_lower_loss():
     for initial, final, passed in ((2.0, 1.9, True), (2.0, 2.1, False), (2.0, 2.0, False)):
-        assert train.gate_of(initial, final, 0, None, 4).passed == passed
+        found = train.Heldout(final, stop=1.0)
+        assert train.gate_of(initial, found, 0, None, 4).passed == passed
 
 
 def test_an_answer_that_does_not_stop_is_not_exact(tiny_gpt, tokenizer, monkeypatch):
