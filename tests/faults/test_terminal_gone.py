@@ -17,6 +17,7 @@ import common.train.run
 import stages.rl.rollout
 from common.program.entry import guard
 from common.program.lock import held
+from common.train.interruption import Interruption
 from common.train.resume import newest_state
 from common.train.run import Run
 
@@ -34,10 +35,22 @@ WHOLE: dict[tuple[str, int], dict[str, Any]] = {}
 
 
 def to_launcher(*kinds: int) -> Rank:
-    """Signals to the launcher, by the first of its processes; without one to this process."""
+    """Signals to the launcher, by the first of its processes, which waits until it is told itself:
+    all then stop at this step. Without a launcher signals to this process."""
     if "RANK" not in os.environ:
         return lambda: [os.kill(os.getpid(), kind) for kind in kinds]
-    return lambda: [os.kill(os.getppid(), k) for k in kinds if os.environ["RANK"] == "0"]
+    told: list[bool] = []
+    on_call(Interruption, "handle", 0, lambda: told.append(True))
+
+    def send() -> None:
+        if os.environ["RANK"] != "0":
+            return
+        for kind in kinds:
+            os.kill(os.getppid(), kind)
+        while not told:
+            time.sleep(0.01)
+
+    return send
 
 
 def lead_output_to(number: int) -> None:
@@ -74,8 +87,7 @@ def prepare(way: str, where: tuple[Any, str], number: int) -> None:
         on_call(*where, number, full_disk)
         later(signal.SIGTERM)
     elif way == "dead launcher":
-        kill = to_launcher(signal.SIGKILL)
-        on_call(*where, number, lambda: [kill(), time.sleep(1.5)])  # so small a run is soon done
+        on_call(*where, number, to_launcher(signal.SIGKILL))
 
 
 def launch(processes: int, work: Callable[[], None]) -> Ended:
