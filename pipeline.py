@@ -479,11 +479,12 @@ def move(text: str, name: str, request: Request, earlier: Jobs) -> tuple[str, se
     that a later step makes.
     """
     recipe = request.recipe
-    base = Path(recipe.output_dir)
-    if Path(text) != base and not text.startswith(f"{base}/"):
+    base = Path(os.path.abspath(recipe.output_dir))
+    path = Path(os.path.abspath(text))  # however it is written: `./runs/x`, `runs//x`
+    if not text or not path.is_relative_to(base):
         return text, set()
     makers = {step.output or key: key for key, step in recipe.steps.items()}
-    path = Path(text).relative_to(base)
+    path = path.relative_to(base)
     maker = makers.get(path.parts[0]) if path.parts else None
     here = str(Path(request.output_dir) / path)
     if maker is None:  # no folder tells who makes it: it may be any earlier step

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import yaml
 
 from common.program.errors import InputError
+from common.program.files import refuse_irregular
 
 
 class Loader(yaml.SafeLoader):
@@ -69,6 +70,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     objects, no aliases.
     """
     path = Path(path)
+    if not path.is_dir():
+        refuse_irregular(path)
     try:
         values, lines = _read_mapping(path)
     except OSError as error:

@@ -154,9 +154,13 @@ def _take(
                 f"{origin}: {their} holds {kind} numbers, which are no weights as they are; "
                 "fetch or save the model in fp32, bf16 or fp16"
             )
-    if is_transposed(module, kind, family):
-        parts = [part.t() for part in parts]
-    tensor = join(module, parts, config)
+    try:
+        if is_transposed(module, kind, family):
+            parts = [part.t() for part in parts]
+        tensor = join(module, parts, config)
+    except RuntimeError as error:  # parts that do not fit each other
+        told = str(error).splitlines()[0]
+        raise InputError(f"{origin}: {names[0]} has a shape of no such model ({told})") from None
     if tuple(tensor.shape) != shape:
         shapes = f"{tuple(tensor.shape)}, config.json says {shape}"
         raise InputError(f"{origin}: {names[0]} has shape {shapes}")
@@ -273,10 +277,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _names_of_weights(folder: Path) -> list[str]:
-    """The names in the index of shards, or the one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
+    """The one name, which wins as in transformers, or those in the index of shards."""
+    index, one = folder / "model.safetensors.index.json", "model.safetensors"
+    if (folder / one).exists() or not index.exists():
+        return [one]
     refuse_irregular(index)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -209,7 +209,8 @@ def stream(model: GPT, prompt: Sequence[int], **settings: Any) -> Iterator[int]:
 
 
 def check_prompts(model: GPT, prompts: Prompts) -> None:
-    """Raise InputError for a prompt that is empty or fills the model's context."""
+    """Raise InputError for a prompt that is empty, fills the model's context, or has an id that is
+    beyond its vocabulary."""
     context = model.config.max_length
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -218,6 +219,9 @@ def check_prompts(model: GPT, prompts: Prompts) -> None:
         if len(prompt) >= context:
             size = len(prompt)
             raise InputError(f"prompt {row} has {size} tokens, the model's context is {context}")
+        if (largest := max(prompt)) >= (known := model.config.vocab_size):
+            why = f"the model knows {known} tokens; its tokenizer has more"
+            raise InputError(f"prompt {row} has the token {largest}: {why}")
 
 
 def refuse_nan(logprobs: Sequence[float], start: int = 0) -> None:

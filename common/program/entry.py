@@ -76,7 +76,7 @@ def guard(main: Callable[[], int | None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main() or 0
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
         code, line, is_bug = ending_of(error)
         if is_bug:
             print(printable(traceback.format_exc()), end="", file=sys.stderr)

@@ -20,5 +20,9 @@ class Failure(Exception):
     """The run cannot go on (numbers that are not finite, a full disk): one line, exit code 1."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop, and its state is saved."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop, and its state is saved.
+
+    No Exception, as KeyboardInterrupt is none: `except Exception` in the code of others must not
+    swallow it.
+    """

@@ -62,6 +62,7 @@ def verify(folder: Path, weights: bool = True) -> None:
 def verify_file(file: Path) -> None:
     """Raise InputError when a manifest beside a file lists it with another content; one that no
     manifest of ours lists passes."""
+    file = file.resolve()  # a link is checked where it leads
     manifest, accept = file.parent / MANIFEST, "to take the files as they are"
     try:
         listed = json.loads(manifest.read_text())

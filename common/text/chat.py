@@ -109,7 +109,7 @@ def rows_to_messages(row: Mapping) -> list[Message]:
     found when they are none of these, and for an answer that its `label` (of KTO) calls bad.
     """
     messages = _read_columns(row, with_answer=True)
-    if row.get("label") is False:
+    if row.get("label") in (False, "false", "False"):  # 0 is False too
         bad = "label false: people call this answer bad, so it is none to learn"
         raise InputError(bad, "label false")
     last = messages[-1]["role"]

@@ -29,6 +29,9 @@ def side(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         value = value[-1]
     if isinstance(value, Mapping):
+        role = value.get("role", value.get("from", "assistant"))
+        if role in ("user", "human", "system"):
+            raise InputError(f"an answer is the assistant's; this one is the {role}'s", "role")
         value = value.get("content", value.get("value"))
     if not isinstance(value, str):
         raise InputError(
@@ -85,7 +88,8 @@ def _pair(row: Mapping[str, Any]) -> list[Any]:
             needed = "need answers + ranks or chosen + rejected"
             raise InputError(f"no column {name!r}; {needed}", "columns")
     chosen, rejected = transcript(row["chosen"]), transcript(row["rejected"])
-    if chosen is not row["chosen"] and chosen[:-1] != rejected[:-1]:
+    both = isinstance(chosen, list) and isinstance(rejected, list)
+    if both and chosen[:-1] != rejected[:-1]:
         differ = "chosen and rejected are conversations that differ before their last answer"
         raise InputError(differ, "prompts differ")
     return [chosen, rejected]

@@ -293,7 +293,14 @@ class Tokenizer:
             return made
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             what = f"no readable tokenizer ({type(error).__name__}: {error})"
             raise InputError(f"{directory}: {what}") from error
 
@@ -394,10 +401,10 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. Raises KeyError for an id outside the
-        vocabulary."""
+        """Text of ids; bytes that are no UTF-8 become U+FFFD, and so do ids that no token has: many
+        models have more rows of the embedding than tokens."""
         skip = self.control_ids if skip_control else ()
-        found = b"".join(self._bytes[i] for i in ids if i not in skip)
+        found = b"".join(self._bytes.get(i, b"\xff") for i in ids if i not in skip)
         return found.decode("utf-8", errors="replace")
 
     # Writing

@@ -132,7 +132,8 @@ class Log:
     def empty(self) -> None:
         """Begin the log files of a new run; what an earlier one wrote is gone."""
         for name in LOGS if self.main else ():
-            (self.folder / name).write_text("")
+            (self.folder / name).unlink(missing_ok=True)  # a link's target is not ours
+            (self.folder / name).touch()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each log file."""

@@ -60,7 +60,9 @@ class BatchShape(NamedTuple):
 
 def folders(folder: Path) -> dict[Path, int]:
     """{saved state: its step}, newest first; unfinished ones (`step-N.tmp`) are not among them."""
-    named = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    named = {
+        path: path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()
+    }
     found = {path: int(step) for path, step in named.items() if step.isdecimal()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

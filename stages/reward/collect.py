@@ -36,7 +36,7 @@ from common.handoff.ownership import claim
 from common.handoff.publish import check_context, load_model
 from common.handoff.report import Gate, publish_rows, stage_report
 from common.model.sample import sample
-from common.program.errors import Failure, InputError, Interrupted
+from common.program.errors import Failure, InputError
 from common.program.files import dump, write_atomically
 from common.program.signals import interrupt_with
 from common.rows.sources import BadRows, read_rows
@@ -98,8 +98,9 @@ def hook(name: str | None) -> Callable[..., Any] | None:
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise InputError(f"{name}: cannot be loaded as module:function ({error})") from None
+    except (Exception, SystemExit) as error:  # whatever the code of others does
+        told = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name}: cannot be loaded as module:function ({told})") from None
     if not callable(found):
         raise InputError(f"{name}: is not a function but {str(found)[:60]!r}")
     return found
@@ -224,9 +225,9 @@ def asked(who: str, hook: Callable[..., Any], text: str, *more: Any) -> Any:
     errors."""
     try:
         return hook(text, *more)
-    except (InputError, Failure, Interrupted):
+    except (InputError, Failure):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
         raise InputError(f"{who}, prompt {text[:60]!r}: {error} ({place})") from error

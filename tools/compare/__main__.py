@@ -10,6 +10,7 @@ it writes a report, greedy answers beside sampled ones, and, where a ground trut
 each stage has kept its promise (gate).
 """
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -156,9 +157,11 @@ def check(cfg: Config) -> None:
 def check_html(html: str) -> None:
     """Raise InputError where a page cannot be written, or would replace a file that is no page."""
     file = Path(html)
-    if not html or file.is_dir():
-        raise InputError(f"html = {html!r} is refused: name a file, such as page.html")
+    if not html or file.is_dir() or html.startswith("~"):
+        raise InputError(f"html = {html!r} is refused: name a file in full, such as page.html")
     above = next(folder for folder in file.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise InputError(f"html = {html!r} is refused: {above} cannot be written to")
     if not above.is_dir():
         raise InputError(f"html = {html!r} is refused: {above} is a file; name a directory")
     if file.exists() and not (file.is_file() and is_page(file)):
