@@ -371,6 +371,7 @@ class Plan:
             work,
             minibatches=config.num_minibatches,
             epochs=config.num_ppo_epochs,
+            sampled=config.rollout_batch_size,
             ptx_tokens=config.ptx_batch_size * config.max_length if config.ptx_data else 0,
             ptx_length=config.max_length,
             judge=judge,

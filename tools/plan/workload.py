@@ -72,6 +72,7 @@ class Work:
     response: float = 0
     minibatches: int = 1
     epochs: int = 1  # over each rollout
+    sampled: int = ROLLOUT_ROWS  # episodes that a GPU samples at once, at most
     ptx_tokens: int = 0  # pretraining tokens beside each PPO update, a GPU
     ptx_length: int = 0
     judge: GPTConfig | None = None  # shape of the reward model; None = the policy's
@@ -131,7 +132,7 @@ class Work:
     @property
     def rollout_rows(self) -> int:
         """Episodes a GPU samples at once."""
-        return self.micro if self.stage == "collect" else min(ROLLOUT_ROWS, self.batch // self.gpus)
+        return self.micro if self.stage == "collect" else min(self.sampled, self.batch // self.gpus)
 
 
 class Flops(NamedTuple):

@@ -234,6 +234,13 @@ def test_critic_and_reward_model_have_each_their_own_shape(tmp_path, capsys):
     )
 
 
+def test_fewer_answers_at_once_need_less_memory(tmp_path):
+    overrides = {"rl": {"rollout_batch_size": "3"}}
+    plans = [Plan(copy_recipe(tmp_path), 1, given) for given in ({}, overrides)]
+    rows = [plan.works[-1].rollout_rows for plan in plans]
+    assert rows[0] > rows[1] == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
