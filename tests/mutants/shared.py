@@ -8,7 +8,7 @@ T_OPTIMIZERS = ("tests/common/train/test_optimizers.py",)
 T_STAGES = ("tests/stages/sft/test_sft_by_hand.py",)
 T_LORA = ("tests/common/model/test_lora.py",)
 T_RESUME = ("tests/faults/test_resume_every_step.py::test_stopped_in_every_step[sft]",)
-T_SMOKE = ("tests/smoke/test_resume.py",)
+T_SMOKE = ("tests/smoke/test_resume.py::test_a_state_of_another_run_is_refused_by_name",)
 
 MUTANTS = [
     Mutant(
@@ -212,7 +212,7 @@ MUTANTS = [
         RUN,
         'self.logs.cut_back(loop["logs"])',
         "pass",
-        T_SMOKE,
+        ("tests/smoke/test_resume.py::test_a_crashed_run_ends_as_one_that_did_not_crash",),
         "lines of the log stand there twice",
         slow=True,
     ),

@@ -6,6 +6,7 @@ No file is changed or copied.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -110,6 +111,7 @@ def import_libraries() -> None:
     """Whatever takes long to import. The project's modules are imported for what they need."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()  # the children need not go through all that again and again
 
 
 def judge(mutant: Mutant | None, tests: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def judge(mutant: Mutant | None, tests: Sequence[str], folder: Path) -> dict[str
     if mutant is not None:
         sys.meta_path.insert(0, Planting(mutant))
     plugin = Judge()
-    words = ["-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", str(LONGEST), "--tb=short"]
+    unneeded = ("cacheprovider", "xdist", "hypothesispytest", "unraisableexception")
+    words = [*(f"-pno:{name}" for name in unneeded), "--timeout", str(LONGEST), "--tb=no"]
     code = pytest.main([*words, f"--basetemp={folder / 'tmp'}", *tests], plugins=[plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         plugin.note(BROKEN, "", f"pytest ended with {code!s}")

@@ -56,12 +56,12 @@ MUTANTS = [
         "a base model is asked in the middle of a document",
     ),
     Mutant(
-        "sharegpt-roles-swapped",
+        "sharegpt-system-is-the-user",
         CHAT,
         '{"human": "user", "gpt": "assistant"}',
-        '{"human": "assistant", "gpt": "user"}',
+        '{"human": "user", "gpt": "assistant", "system": "user"}',
         T_CHAT,
-        "the model learns to ask",
+        "what the system says becomes a user's turn",
     ),
     Mutant(
         "alpaca-input-dropped",

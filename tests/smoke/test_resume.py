@@ -139,6 +139,10 @@ def test_a_state_of_another_run_is_refused_by_name(setting, tmp_path, monkeypatc
         match=r"step-4: is of a run with learning_rate = 0\.01, this one has 0\.5; give it back",
     ):
         run("pretrain", keys | {"learning_rate": 0.5})
+    with monkeypatch.context() as patch:  # the shards have become other ones
+        patch.setattr("stages.pretrain.train.fingerprint", lambda meta: "of other shards")
+        with pytest.raises(InputError, match=r"is of a run with data = .* has of other shards"):
+            run("pretrain", keys)
     assert {
         path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()
     } == before

@@ -55,6 +55,8 @@ def test_injected_model_is_the_formula(tiny_gpt, family):
             weight += 12.0 / 3 * b @ a
     assert (model(IDS) - tiny_gpt(family)(IDS)).abs().max() > 0.1
     assert (model(IDS) - plain(IDS)).abs().max() < 1e-3
+    trained = model.train()(IDS)  # adapters have no dropout of their own
+    assert (trained - plain(IDS)).abs().max() < 1e-3
 
 
 @families
