@@ -479,8 +479,8 @@ def move(text: str, name: str, request: Request, earlier: Jobs) -> tuple[str, se
     that a later step makes.
     """
     recipe = request.recipe
-    base = Path(os.path.abspath(recipe.output_dir))
-    path = Path(os.path.abspath(text))  # however it is written: `./runs/x`, `runs//x`
+    # However it is written (`./runs/x`, `runs//x`); links stay links.
+    base, path = (Path(os.path.abspath(one)) for one in (recipe.output_dir, text))  # noqa: PTH100
     if not text or not path.is_relative_to(base):
         return text, set()
     makers = {step.output or key: key for key, step in recipe.steps.items()}

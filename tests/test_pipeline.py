@@ -158,6 +158,18 @@ def test_paths_follow_output_dir(project):
     assert project.run("--output_dir", other) == 0 and project.ran() == []
 
 
+@pytest.mark.parametrize("written", ["./{}/pretrain", "{}//pretrain", "{}/x/../pretrain"])
+def test_a_path_counts_however_it_is_written(project, monkeypatch, written):
+    monkeypatch.chdir(project.root)
+    own = os.path.relpath(project.base) if written[0] == "." else project.base
+    project.write("sft", parent=written.format(own))
+    assert project.run("--to", "sft") == 0
+    assert project.run("--to", "sft", "--pretrain.steps=11") == 0
+    assert project.ran() == ["pretrain", "sft"]
+    assert project.run("--to", "sft", "--output_dir", "other") == 0
+    assert "--parent other/pretrain" in project.words("sft")
+
+
 def test_a_changed_config_reruns_the_step_and_its_dependents(project):
     project.run()
     project.write("pretrain", texts=str(project.root / "texts"), steps=11)

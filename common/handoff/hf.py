@@ -277,10 +277,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _names_of_weights(folder: Path) -> list[str]:
-    """The one name, which wins as in transformers, or those in the index of shards."""
-    index, one = folder / "model.safetensors.index.json", "model.safetensors"
-    if (folder / one).exists() or not index.exists():
-        return [one]
+    """The names in the index of shards, or the one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
     refuse_irregular(index)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -88,8 +88,8 @@ def _pair(row: Mapping[str, Any]) -> list[Any]:
             needed = "need answers + ranks or chosen + rejected"
             raise InputError(f"no column {name!r}; {needed}", "columns")
     chosen, rejected = transcript(row["chosen"]), transcript(row["rejected"])
-    both = isinstance(chosen, list) and isinstance(rejected, list)
-    if both and chosen[:-1] != rejected[:-1]:
+    before = [side[:-1] if isinstance(side, list) else [] for side in (chosen, rejected)]
+    if before[0] != before[1]:
         differ = "chosen and rejected are conversations that differ before their last answer"
         raise InputError(differ, "prompts differ")
     return [chosen, rejected]

@@ -181,6 +181,10 @@ def check_text(text: str) -> str:
     return text
 
 
+# What a tokenizer.json of another shape than we know ends in.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
 class Tokenizer:
     """Text <-> ids, made by `train_bpe`, `characters` or `load`. The ids of `CONTROL` close the
     vocabulary, in that order.

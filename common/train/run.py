@@ -58,8 +58,10 @@ from common.train.resume import (
 from common.train.update import NonFiniteError, Update, update
 from common.train.zero import zero_stage
 
-# All that a run may write to output_dir.
-WRITTEN = (*MODEL, *LOGS, "state", "adapter", "critic", "mistakes.jsonl")
+# All that a run may write to output_dir; and shards of weights, which would be read in place of its
+# own.
+SHARDS = ("model.safetensors.index.json", "model-*.safetensors")
+WRITTEN = (*MODEL, *SHARDS, *LOGS, "state", "adapter", "critic", "mistakes.jsonl")
 
 
 class Training(NamedTuple):

@@ -82,10 +82,14 @@ KEYS = [
     ("sft", "max_length: 1000000000", ["max_length = 1000000000", "<= 1048576"]),
     ("pretrain", "n_layer: 1000000000", ["n_layer = 1000000000", "<= 10000"]),
     *[
-        ("pretrain", f"{key}: 1000000000", [f"{name} 1000000000", "GB of memory"])
-        for key, name in (("n_embd", "n_embd"), ("n_inner", "n_inner"))
+        ("pretrain", f"{key}: 1000000000", [f"{key} 1000000000", "describes no model"])
+        for key in ("n_embd", "n_inner")
     ],
-    ("pretrain", "context_length: 1000000000000", ["context 1000000000000", "GB of memory"]),
+    (
+        "pretrain",
+        "context_length: 1000000000000",
+        ["max_length 1000000000000", "describes no model"],
+    ),
     # choices
     ("sft", "mixed_precision: fp8", ["mixed_precision = fp8", "auto | no | bf16 | fp16"]),
     ("sft", "lr_scheduler_type: linaer", ["lr_scheduler_type = linaer", "linear"]),

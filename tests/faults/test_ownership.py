@@ -29,11 +29,12 @@ from tools.compare import __main__ as compare
 TRAINING = ("pretrain", "sft", "reward", "rl")
 LOGS = ("metrics.jsonl", "samples.jsonl", "mistakes.jsonl")
 MODEL = ("model.safetensors", "config.json", "tokenizer.json", "stage.json", "manifest.json")
+INDEX = "model.safetensors.index.json"
 # What each program writes; one of them, by another's hand, keeps it from running.
 NAMES = {
     "prepare": ("train-00000.bin", "eval-00-00000.bin", "progress.json", *MODEL[2:]),
     "collect": ("comparisons.jsonl", "eval.jsonl", "sampled.json", "stage.json"),
-    **dict.fromkeys(TRAINING, (*LOGS, *MODEL, "adapter", "critic", "state")),
+    **dict.fromkeys(TRAINING, (*LOGS, *MODEL, INDEX, "adapter", "critic", "state")),
 }
 FOREIGN = ("train.bin", "val.bin", "pytorch_model.bin", "notes.txt", "data.jsonl", "train-old.bin")
 PROGRAMS = (adder, alpaca, baby, demo, prepare, pretrain, sft, collect, reward, rl)
@@ -212,3 +213,12 @@ def test_shards_of_an_earlier_release_are_gone_on_from(program, write, tmp_path)
         (tmp_path / "out" / name).unlink()
     ended = program("prepare", "--config", config)
     assert ended.code == 0 and "going on from" in ended.out, ended.err
+
+
+def test_a_log_that_is_a_link_leaves_its_target(program, write, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "rows").write_text("years of work")
+    (tmp_path / "out" / OWNER).write_text(json.dumps({"stage": "sft"}))
+    (tmp_path / "out" / "samples.jsonl").symlink_to(tmp_path / "rows")
+    assert program("sft", "--config", str(write("sft", ""))).code == 0
+    assert (tmp_path / "rows").read_text() == "years of work"

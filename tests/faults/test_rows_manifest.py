@@ -120,3 +120,12 @@ def test_the_text_beside_a_tokenizer_may_be_edited_too(tmp_path):
 
 def load(folder):
     return load_tokenizer(str(folder))
+
+
+def test_an_edit_is_noticed_through_a_link(sums, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(sums / "train.jsonl")
+    read_rows(str(tmp_path / "link.jsonl"))
+    with (sums / "train.jsonl").open("a") as file:
+        file.write("{}")
+    with pytest.raises(InputError, match="differs from what"):
+        read_rows(str(tmp_path / "link.jsonl"))

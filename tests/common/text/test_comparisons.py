@@ -26,3 +26,21 @@ def test_a_transcript_of_hh_rlhf_is_the_same_as_messages(tokenizer):
 def test_conversations_that_differ_are_no_comparison(rejected, tokenizer):
     with pytest.raises(InputError, match="differ before their last answer"):
         ranked(tokenizer, {"chosen": f"{ASKED} Of text.", "rejected": rejected})
+
+
+USER, GOOD, BAD = (
+    {"role": r, "content": c} for r, c in (("user", "Hi"), *[("assistant", "A")] * 2)
+)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "told"),
+    [
+        ([USER, GOOD], [{**USER, "content": "Ho"}, BAD], "differ before their last answer"),
+        ([GOOD, USER], [GOOD, BAD], "this one is the user's"),
+        ([USER, GOOD], [USER, USER], "this one is the user's"),
+    ],
+)
+def test_messages_that_are_no_comparison(chosen, rejected, told, tokenizer):
+    with pytest.raises(InputError, match=told):
+        ranked(tokenizer, {"prompt": "Hi", "chosen": chosen, "rejected": rejected})

@@ -14,7 +14,7 @@ import stages.reward.collect
 from common.handoff.locate import load_tokenizer
 from common.handoff.publish import load_model
 from common.model.sample import sample
-from common.program.errors import InputError
+from common.program.errors import InputError, Interrupted
 from common.text.chat import prompt_ids
 from stages.reward.collect import Config, main
 
@@ -311,3 +311,20 @@ def test_a_date_of_a_parquet_file_is_kept_as_text(setting, hooks, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     train, heldout, _ = collected(setting(labeller="own_hooks:rank", pairs=[str(file)]))
     assert {row["at"] for row in train + heldout if "at" in row} == {"2024-05-01 12:00:00"}
+
+
+def test_a_labeller_that_leaves_or_swallows_errors(setting, hooks):
+    """Leaving is an error like any other; a signal passes through `except Exception`."""
+    hooks.rank = lambda prompt, answers, rng: sys.exit(0)
+    with pytest.raises(InputError, match="SystemExit at"):
+        main(setting(labeller="own_hooks:rank"))
+
+    def rank(prompt, answers, rng):
+        try:
+            raise Interrupted("told to stop")
+        except Exception:
+            return [0] * len(answers)
+
+    hooks.rank = rank
+    with pytest.raises(Interrupted):
+        main(setting(labeller="own_hooks:rank"))
