@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from common.program.errors import InputError
-from common.program.terminal import printable
+from common.program.terminal import one_line, printable
 from common.text.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -141,7 +141,7 @@ def comparison_prompt(row: Mapping) -> list[Message]:
     if prompt is None and isinstance(chosen := transcript(row.get("chosen")), list):
         prompt = chosen[:-1]
     if prompt is None or prompt == []:
-        found = ", ".join(sorted(map(str, row))) or "none"
+        found = one_line(", ".join(sorted(map(str, row)))) or "none"
         needed = "a comparison needs prompt (or conversations), and answers or chosen"
         raise InputError(f"columns found: {found}; {needed}", "columns")
     return _checked([_sharegpt(turn) for turn in _side(prompt, "user")])
@@ -172,7 +172,7 @@ def _read_columns(row: Mapping, with_answer: bool) -> list[Message]:
         return _checked([_alpaca_user(row), *answer])
     if isinstance(row.get("conversations"), list):
         return _checked([_sharegpt(turn) for turn in row["conversations"]])
-    found = ", ".join(sorted(map(str, has))) or "none"
+    found = one_line(", ".join(sorted(map(str, has)))) or "none"
     accepted = "prompt | instruction, (input)"
     if with_answer:
         accepted = "prompt, completion | instruction, (input,) output"

@@ -66,7 +66,7 @@ def killed_with_its_stage_at_work(recipe: Path) -> Path:
 
 def free(recipe: Path) -> bool:
     try:
-        with pipeline.locked(recipe.parent / "run"):
+        with pipeline.locked(recipe.parent / "run", {}):
             return True
     except InputError:
         return False
