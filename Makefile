@@ -18,7 +18,7 @@ demo: .venv/.installed  ## the whole road on this machine: text, base, assistant
 check: lint  ## lint, types and the fast tests: about a minute on two cores
 	$(PYTEST) $(PARALLEL) -m "not slow and not heavy"
 
-test: lint  ## lint, types and all tests that are not rare: at most 8 minutes on two cores
+test: lint  ## lint, types and all tests that are not rare: 10 minutes on two cores
 	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-all: lint  ## every test, the slow and rare ones too
