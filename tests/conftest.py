@@ -27,8 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 FAMILIES = ("gpt2", "llama")
-# Folders whose tests start programs or run whole stages, and fixtures that say the same of a test.
-HEAVY_FOLDERS = {"benchmarks", "faults", "smoke"}
+# Where tests start programs or run whole stages, and fixtures that say the same of a test.
+HEAVY_PLACES = {"benchmarks", "faults", "properties", "smoke", "test_pipeline.py"}
 HEAVY_FIXTURES = {"fresh_accelerate", "setting", "trained", "peft"}
 # What takes longest goes first, so that no process is left alone with it at the end.
 FIRST = ["smoke", "faults", "plan", "cpu", "benchmarks"]
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make check` leaves out. With several processes (pytest -n) the tests of a file
     stay together, as they share fixtures; so do all that share the road in miniature."""
     for item in items:
-        folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-        if folder in HEAVY_FOLDERS or HEAVY_FIXTURES & set(item.fixturenames):
+        place = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+        if place in HEAVY_PLACES or HEAVY_FIXTURES & set(item.fixturenames):
             item.add_marker("heavy")
         group = "road" if {"road", "finished"} & set(item.fixturenames) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
