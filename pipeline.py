@@ -14,8 +14,6 @@ when --output_dir moves the run.
 import argparse
 import contextlib
 import difflib
-import functools
-import hashlib
 import importlib.util
 import json
 import os
@@ -44,6 +42,7 @@ from common.config.strict_yaml import load_yaml, read_yaml
 from common.program.entry import guard
 from common.program.errors import Failure, InputError
 from common.program.files import dump, write_atomically
+from common.program.files import hash_of as file_hash
 from common.program.lock import refuse_held, take
 from common.program.signals import STOPS, catch_signals
 from common.program.terminal import printable
@@ -555,15 +554,7 @@ def facts_of(file: Path) -> list[int]:
 
 def hash_of(file: Path) -> str:
     """sha256 of a file as it is now."""
-    return file_hash(str(file), *facts_of(file))
-
-
-@functools.cache
-def file_hash(path: str, size: int, changed: int) -> str:
-    """sha256 of a file. Size and date of its last change are given, so that one that has changed is
-    read again."""
-    with Path(path).open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return file_hash(file, *facts_of(file))
 
 
 def input_hashes(config: Mapping[str, Any], own: Sequence[str]) -> dict[str, str]:
@@ -681,13 +672,12 @@ def check_configs(jobs: Jobs, due: Sequence[str], request: Request) -> Jobs:
             )
     if not asked:
         return jobs
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
         [sys.executable, "-m", "common.config.check"],
         input=json.dumps(asked),
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": search_path()},
     )
     if child.returncode:
         raise Failure(f"the configs could not be checked (exit code {child.returncode})")
@@ -719,6 +709,11 @@ def has_config(job: Job) -> bool:
 # Running a step
 
 
+def search_path() -> str:
+    """Where a program that is started looks for modules: here first, wherever it is started."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def command(job: Job, request: Request) -> list[str]:
     """What runs the step.
 
@@ -743,11 +738,10 @@ def run(words: Sequence[str], lock: int, code_file: Path) -> tuple[int, bool]:
 
     Signals go on to the stage, which decides what to save.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # a large model is not saved in 30 s
         **os.environ,
-        "PYTHONPATH": path,
+        "PYTHONPATH": search_path(),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "EXIT_CODE_FILE": str(code_file),
     }
